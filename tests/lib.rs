@@ -1,0 +1,1 @@
+//! Members of the workspace live here as flat files; see Cargo.toml.
