@@ -1,0 +1,443 @@
+//! The directory: who holds the current contents of each page of one block.
+//!
+//! # State
+//!
+//! A block is 512 pages, and everything known of them is a handful of [`PageMask`]s under the block's lock:
+//!
+//! | mask | page in it means |
+//! |---|---|
+//! | `away` | the CPU holds no copy: its page-table entry is empty and the next touch is a missing fault |
+//! | `frames` of device *d* | the page of *d*'s window holds a current copy |
+//! | `junk` of device *d* | the page of *d*'s window is populated, but stale; it is discarded before the window page is filled again |
+//! | `pinned` | a [`Pin`](crate::Pin) keeps the page with the CPU; devices access it in place |
+//! | `unmovable` | the kernel refused to move the page (pinned for DMA, protected): devices access it in place |
+//! | `gone` | the page left the region (unmapped, moved or discarded for good) and is no longer ours |
+//!
+//! The *holders* of a page are the CPU, unless it is `away`, and every device whose `frames` contain it. From them
+//! follows everything else:
+//!
+//! | holders | name | CPU may | device *d* may |
+//! |---|---|---|---|
+//! | CPU | host | read, write | nothing |
+//! | CPU and devices | shared | read (the entry is write-protected) | read, if it is a holder |
+//! | *d* alone | device | nothing | read, write |
+//! | several devices | device-shared | nothing | read, if it is a holder |
+//!
+//! **D1.** Whoever writes is the only holder. **D2.** A page has at least one holder. **D3.** `frames` and `junk` of one
+//! device are disjoint. **D4.** The masks are changed directly after the system call that made them true, one run at a
+//! time, under the block's lock; so an interrupted movement leaves them exact, and the next fault goes on from there.
+
+use crate::addr::PAGES_PER_BLOCK;
+use crate::error::Access;
+use crate::mask::PageMask;
+use crate::sync::Mutex;
+
+/// How many devices may be attached at once.
+pub const MAX_DEVICES: usize = 8;
+
+/// The slot of an attached device, an index below [`MAX_DEVICES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct DeviceId(pub(crate) u8);
+
+impl DeviceId {
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    pub(crate) fn all() -> impl Iterator<Item = DeviceId> {
+        (0..MAX_DEVICES as u8).map(DeviceId)
+    }
+}
+
+/// A set of devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct DeviceSet(u8);
+
+impl DeviceSet {
+    pub(crate) fn insert(&mut self, device: DeviceId) {
+        self.0 |= 1 << device.0;
+    }
+
+    pub(crate) fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = DeviceId> {
+        DeviceId::all().filter(move |d| self.0 >> d.0 & 1 == 1)
+    }
+}
+
+/// One block: its lock, and under it the directory.
+///
+/// All-zero bytes are a valid block: every page with the CPU, nobody else a holder.
+pub(crate) type Block = Mutex<BlockState>;
+
+/// What one device's window holds of a block.
+#[derive(Clone, Copy, Debug)]
+struct Holding {
+    frames: PageMask,
+    junk: PageMask,
+}
+
+/// The directory of one block. See the [module](self).
+#[derive(Clone, Debug)]
+pub(crate) struct BlockState {
+    away: PageMask,
+    gone: PageMask,
+    pinned: PageMask,
+    unmovable: PageMask,
+    holdings: [Holding; MAX_DEVICES],
+    /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
+    occupied: u8,
+    /// Until when (monotonic ns) pages that a device fetched are not taken from it, and pages the CPU fetched from it.
+    lease: Lease,
+}
+
+/// Minimum residencies: until when a contended page stays with the side that fetched it (hazards W4).
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lease {
+    pub(crate) device_until_ns: u64,
+    pub(crate) cpu_until_ns: u64,
+    /// The CPU thread that last fetched a page home, the page, when, and how often in a row.
+    pub(crate) cpu_tid: i32,
+    pub(crate) cpu_page: u16,
+    pub(crate) cpu_repeats: u16,
+    pub(crate) cpu_fetched_ns: u64,
+}
+
+impl BlockState {
+    /// A block whose pages are all with the CPU.
+    #[cfg(test)]
+    pub(crate) fn new() -> Self {
+        const NONE: Holding = Holding { frames: PageMask::EMPTY, junk: PageMask::EMPTY };
+        Self {
+            away: PageMask::EMPTY,
+            gone: PageMask::EMPTY,
+            pinned: PageMask::EMPTY,
+            unmovable: PageMask::EMPTY,
+            holdings: [NONE; MAX_DEVICES],
+            occupied: 0,
+            lease: Lease::default(),
+        }
+    }
+
+    pub(crate) fn away(&self) -> PageMask {
+        self.away
+    }
+
+    pub(crate) fn gone(&self) -> PageMask {
+        self.gone
+    }
+
+    /// Pages that devices access in place: pinned or unmovable.
+    pub(crate) fn in_place(&self) -> PageMask {
+        self.pinned | self.unmovable
+    }
+
+    pub(crate) fn frames(&self, device: DeviceId) -> PageMask {
+        self.holdings[device.index()].frames
+    }
+
+    pub(crate) fn junk(&self, device: DeviceId) -> PageMask {
+        self.holdings[device.index()].junk
+    }
+
+    /// Window pages of `device` that are populated, current or not: what counts against its memory.
+    pub(crate) fn resident(&self, device: DeviceId) -> PageMask {
+        self.frames(device) | self.junk(device)
+    }
+
+    pub(crate) fn lease(&mut self) -> &mut Lease {
+        &mut self.lease
+    }
+
+    fn occupants(&self) -> impl Iterator<Item = DeviceId> + use<> {
+        DeviceSet(self.occupied).iter()
+    }
+
+    /// Pages of which some device other than `except` holds a copy.
+    pub(crate) fn held_by_devices(&self, except: Option<DeviceId>) -> PageMask {
+        let mut held = PageMask::EMPTY;
+        for device in self.occupants() {
+            if Some(device) != except {
+                held |= self.frames(device);
+            }
+        }
+        held
+    }
+
+    /// Pages that the CPU and some device hold: write-protected for the CPU.
+    pub(crate) fn shared(&self) -> PageMask {
+        self.held_by_devices(None) - self.away
+    }
+
+    /// Pages whose only holder is `device`.
+    pub(crate) fn exclusive_to(&self, device: DeviceId) -> PageMask {
+        (self.frames(device) & self.away) - self.held_by_devices(Some(device))
+    }
+
+    /// Devices that hold some page of `pages`.
+    pub(crate) fn holders(&self, pages: &PageMask) -> DeviceSet {
+        let mut set = DeviceSet::default();
+        for device in self.occupants() {
+            if self.frames(device).intersects(pages) {
+                set.insert(device);
+            }
+        }
+        set
+    }
+
+    /// A device that holds `page`.
+    pub(crate) fn holder_of(&self, page: usize) -> Option<DeviceId> {
+        self.occupants().find(|&d| self.frames(d).contains(page))
+    }
+
+    /// Whether no page is away and no window holds anything: the block is plain memory.
+    pub(crate) fn is_home(&self) -> bool {
+        self.away.is_empty() && self.occupied == 0
+    }
+
+    // Transitions. Each is called directly after the system call that made it true (D4).
+
+    /// The CPU's page moved into `device`'s window.
+    pub(crate) fn moved_out(&mut self, device: DeviceId, pages: PageMask) {
+        self.away |= pages;
+        self.filled(device, pages);
+    }
+
+    /// `device`'s window page moved to the CPU, which holds it alone or with the other frames.
+    pub(crate) fn moved_home(&mut self, device: DeviceId, pages: PageMask) {
+        self.away -= pages;
+        self.emptied(device, pages);
+    }
+
+    /// The CPU was given a write-protected copy of a page that stays where it is.
+    pub(crate) fn copied_home(&mut self, pages: PageMask) {
+        self.away -= pages;
+    }
+
+    /// `device`'s window was given a copy.
+    pub(crate) fn filled(&mut self, device: DeviceId, pages: PageMask) {
+        let holding = &mut self.holdings[device.index()];
+        holding.frames |= pages;
+        holding.junk -= pages;
+        self.occupied |= 1 << device.0;
+    }
+
+    /// `device`'s window pages were emptied, whatever they held.
+    pub(crate) fn emptied(&mut self, device: DeviceId, pages: PageMask) {
+        let holding = &mut self.holdings[device.index()];
+        holding.frames -= pages;
+        holding.junk -= pages;
+        if holding.frames.is_empty() && holding.junk.is_empty() {
+            self.occupied &= !(1 << device.0);
+        }
+    }
+
+    /// `device` is no longer a holder; what its window has is stale. Its translations are gone already.
+    pub(crate) fn revoked(&mut self, device: DeviceId, pages: PageMask) {
+        let holding = &mut self.holdings[device.index()];
+        let stale = holding.frames & pages;
+        holding.frames -= stale;
+        holding.junk |= stale;
+    }
+
+    /// Every device but `except` ceases to hold `pages`.
+    pub(crate) fn revoked_all(&mut self, pages: PageMask, except: Option<DeviceId>) {
+        for device in self.occupants() {
+            if Some(device) != except {
+                self.revoked(device, pages);
+            }
+        }
+    }
+
+    /// The CPU's copy was thrown away; a device holds the page.
+    pub(crate) fn host_dropped(&mut self, pages: PageMask) {
+        self.away |= pages;
+    }
+
+    /// The pages left the region.
+    pub(crate) fn left(&mut self, pages: PageMask) {
+        self.revoked_all(pages, None);
+        self.away -= pages;
+        self.gone |= pages;
+    }
+
+    pub(crate) fn set_pinned(&mut self, pages: PageMask, pinned: bool) {
+        if pinned {
+            self.pinned |= pages;
+        } else {
+            self.pinned -= pages;
+        }
+    }
+
+    pub(crate) fn set_unmovable(&mut self, pages: PageMask) {
+        self.unmovable |= pages;
+    }
+
+    /// What has to happen so that `device` may access `want`.
+    pub(crate) fn plan(&self, device: DeviceId, want: PageMask, access: Access, read: OnRead) -> Plan {
+        let in_place = want & (self.pinned | (self.unmovable - self.away));
+        let want = want - in_place - self.gone;
+        let mine = self.frames(device);
+        let others = self.held_by_devices(Some(device));
+        match access {
+            Access::Write => {
+                let need = want - self.exclusive_to(device);
+                Plan {
+                    in_place,
+                    revoke: need & others,
+                    downgrade: PageMask::EMPTY,
+                    drop_host: (need & mine) - self.away,
+                    take: need - mine - self.away,
+                    duplicate: PageMask::EMPTY,
+                    from_device: (need - mine) & self.away,
+                }
+            }
+            Access::Read => {
+                let need = want - mine;
+                let alone = need - self.away - others;
+                let (take, duplicate) = match read {
+                    OnRead::Migrate => (alone, PageMask::EMPTY),
+                    OnRead::Duplicate => (PageMask::EMPTY, alone),
+                };
+                Plan {
+                    in_place,
+                    revoke: PageMask::EMPTY,
+                    downgrade: need & self.away & others,
+                    drop_host: PageMask::EMPTY,
+                    take,
+                    duplicate,
+                    from_device: need & others,
+                }
+            }
+        }
+    }
+
+    /// Checks D2 and D3; for debug builds and tests.
+    pub(crate) fn is_consistent(&self) -> bool {
+        let held = self.held_by_devices(None) | !self.away;
+        let disjoint = DeviceId::all().all(|d| !self.frames(d).intersects(&self.junk(d)));
+        disjoint && (held | self.gone) == PageMask::FULL
+    }
+}
+
+/// What a device read does with a page that only the CPU holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnRead {
+    /// Move it: no copy, and no second fault if a write follows.
+    Migrate,
+    /// Copy it and write-protect the CPU's.
+    Duplicate,
+}
+
+/// The work of one device round on one block. The masks are disjoint but for `revoke` and `downgrade`, which come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Served at the host address: pinned.
+    pub(crate) in_place: PageMask,
+    /// Other devices lose their copies.
+    pub(crate) revoke: PageMask,
+    /// Other devices keep their copies but may no longer write.
+    pub(crate) downgrade: PageMask,
+    /// The device has a copy; the CPU's is thrown away.
+    pub(crate) drop_host: PageMask,
+    /// The CPU's page moves into the window.
+    pub(crate) take: PageMask,
+    /// The CPU's page is duplicated into the window.
+    pub(crate) duplicate: PageMask,
+    /// The page comes from another device's window: moved for a write, copied for a read.
+    pub(crate) from_device: PageMask,
+}
+
+impl Plan {
+    /// Whether nothing has to change.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.changes().is_empty() && self.revoke.is_empty()
+    }
+
+    /// Pages whose holders change.
+    pub(crate) fn changes(&self) -> PageMask {
+        self.drop_host | self.take | self.duplicate | self.from_device | self.revoke | self.downgrade
+    }
+}
+
+const _: () = assert!(size_of::<Block>() <= 4 * PAGES_PER_BLOCK, "a block's directory must stay below 4 bytes a page");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const A: DeviceId = DeviceId(0);
+    const B: DeviceId = DeviceId(3);
+
+    fn pages(start: usize, end: usize) -> PageMask {
+        PageMask::range(start..end)
+    }
+
+    #[test]
+    fn a_fresh_block_is_with_the_cpu() {
+        let block = BlockState::new();
+        assert!(block.is_home() && block.is_consistent());
+        assert!(block.shared().is_empty());
+    }
+
+    #[test]
+    fn write_takes_from_the_cpu_and_comes_home() {
+        let mut block = BlockState::new();
+        let plan = block.plan(A, pages(0, 16), Access::Write, OnRead::Migrate);
+        assert_eq!(plan.take, pages(0, 16));
+        assert_eq!(plan.changes(), pages(0, 16));
+        block.moved_out(A, plan.take);
+        assert_eq!(block.exclusive_to(A), pages(0, 16));
+        assert!(block.plan(A, pages(0, 16), Access::Write, OnRead::Migrate).is_empty());
+        block.moved_home(A, pages(4, 8));
+        assert_eq!(block.exclusive_to(A), pages(0, 4) | pages(8, 16));
+        assert!(block.is_consistent());
+    }
+
+    #[test]
+    fn duplicate_then_write_by_each_side() {
+        let mut block = BlockState::new();
+        let plan = block.plan(A, pages(0, 8), Access::Read, OnRead::Duplicate);
+        assert_eq!((plan.take, plan.duplicate), (PageMask::EMPTY, pages(0, 8)));
+        block.moved_out(A, pages(0, 8));
+        block.copied_home(pages(0, 8));
+        assert_eq!(block.shared(), pages(0, 8));
+        // A device write drops the CPU's copy of what it already holds.
+        let plan = block.plan(A, pages(0, 4), Access::Write, OnRead::Migrate);
+        assert_eq!((plan.drop_host, plan.take), (pages(0, 4), PageMask::EMPTY));
+        block.host_dropped(pages(0, 4));
+        assert_eq!(block.exclusive_to(A), pages(0, 4));
+        // A CPU write leaves junk behind.
+        block.revoked_all(pages(4, 8), None);
+        assert_eq!((block.junk(A), block.shared()), (pages(4, 8), PageMask::EMPTY));
+        assert!(block.is_consistent());
+    }
+
+    #[test]
+    fn two_devices_share_and_one_writes() {
+        let mut block = BlockState::new();
+        block.moved_out(A, pages(0, 4));
+        let plan = block.plan(B, pages(0, 4), Access::Read, OnRead::Migrate);
+        assert_eq!((plan.downgrade, plan.from_device), (pages(0, 4), pages(0, 4)));
+        block.filled(B, pages(0, 4));
+        assert!(block.exclusive_to(A).is_empty() && block.exclusive_to(B).is_empty());
+        let plan = block.plan(B, pages(0, 2), Access::Write, OnRead::Migrate);
+        assert_eq!(plan.revoke, pages(0, 2));
+        assert!(plan.take.is_empty() && plan.drop_host.is_empty() && plan.from_device.is_empty());
+        block.revoked_all(pages(0, 2), Some(B));
+        assert_eq!(block.exclusive_to(B), pages(0, 2));
+        assert_eq!(block.junk(A), pages(0, 2));
+        assert!(block.is_consistent());
+    }
+
+    #[test]
+    fn pinned_pages_are_served_in_place() {
+        let mut block = BlockState::new();
+        block.set_pinned(pages(3, 5), true);
+        let plan = block.plan(A, pages(0, 8), Access::Write, OnRead::Migrate);
+        assert_eq!(plan.in_place, pages(3, 5));
+        assert_eq!(plan.take, pages(0, 3) | pages(5, 8));
+    }
+}

@@ -1,0 +1,198 @@
+//! Giving device memory back: eviction when it is full, release on request, and the way home when a mirror is dropped.
+//!
+//! Victims are whole blocks, found by a clock over the device's regions: a block that was faulted on since the hand last
+//! passed is spared once. A victim's lock is only ever *tried*, and none is held meanwhile (hazards W3); a victim with an
+//! access in flight is passed over. Stale pages go first: they cost one move and nobody misses them.
+
+use crate::addr::PAGES_PER_BLOCK;
+use crate::block::BlockState;
+use crate::device::{AnyMapped, Attached, Device, Invalidation, Keep};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fault::{self, Flight};
+use crate::mask::PageMask;
+use crate::movement::{Mover, Stall};
+use crate::region::Region;
+use crate::scratch::Scratch;
+use crate::space::AddressSpace;
+use crate::stats::{Cause, count};
+use crate::sys::process;
+
+/// Frees at least `needed` pages of the device's memory if it can; says how many it freed. No lock is held.
+pub(crate) fn make_room<D: Device>(attached: &Attached<D>, needed: usize, scratch: &mut Scratch) -> Result<usize> {
+    let goal = needed.max(attached.residency.capacity().min(PAGES_PER_BLOCK * 8) / 8);
+    let mut freed = 0;
+    let mut sweeps = 0;
+    while freed < needed && sweeps < 3 {
+        let Some((mapped, block, wrapped)) = next_victim(attached) else { return Ok(freed) };
+        sweeps += usize::from(wrapped);
+        if mapped.take_touched(block) && sweeps < 2 {
+            continue;
+        }
+        freed += evict_block(&*mapped, mapped.shared_region(), block, goal - freed.min(goal), scratch)?;
+    }
+    Ok(freed)
+}
+
+/// Advances the clock's hand by one block; says whether it came around.
+fn next_victim<D: Device>(
+    attached: &Attached<D>,
+) -> Option<(crate::sys::arc::MapArc<crate::device::Mapped<D>>, usize, bool)> {
+    let mut hand = attached.hand.lock();
+    let (mapped, nr_mapped) = attached.mapped_at(hand.0)?;
+    let block = hand.1.min(mapped.shared_region().nr_blocks().saturating_sub(1));
+    let mut wrapped = false;
+    hand.1 = block + 1;
+    if hand.1 >= mapped.shared_region().nr_blocks() {
+        wrapped = hand.0 + 1 >= nr_mapped;
+        *hand = (if wrapped { 0 } else { hand.0 + 1 }, 0);
+    }
+    drop(hand);
+    Some((mapped, block, wrapped))
+}
+
+/// Evicts up to `max` pages of one block, if nobody is busy with it; says how many.
+fn evict_block(device: &dyn AnyMapped, region: &Region, block: usize, max: usize, scratch: &mut Scratch) -> Result<usize> {
+    scratch.ensure(region.door())?;
+    let gate = AddressSpace::global().gate().enter();
+    let Some(mut state) = region.try_lock_block(block) else { return Ok(0) };
+    let resident = state.resident(device.id());
+    let before = resident.count();
+    if before == 0 {
+        return Ok(0);
+    }
+    let victims = choose(&state, device, max);
+    let interval = region.interval(block, victims.bounds().unwrap_or(0..1));
+    let Ok(bracket) = region.hub().start(interval, None) else { return Ok(0) };
+    let inv = Invalidation::new(block, victims & state.frames(device.id()), Keep::Nothing);
+    if !inv.pages().is_empty() {
+        let _ = device.invalidate(&inv);
+        if !device.quiesced(&inv) {
+            return Ok(0);
+        }
+    }
+    // A stall ends this victim early; what was freed until then counts.
+    let _ = give_up(&mut Mover::new(region, block, &mut state), device, victims, scratch, Cause::Evict);
+    let freed = before - state.resident(device.id()).count();
+    device.residency().release(freed);
+    count(&device.counters().evicted_pages, freed as u64);
+    drop(bracket);
+    drop(state);
+    drop(gate);
+    Ok(freed)
+}
+
+/// Up to `max` resident pages of the block, stale ones first.
+fn choose(state: &BlockState, device: &dyn AnyMapped, max: usize) -> PageMask {
+    let (junk, frames) = (state.junk(device.id()), state.frames(device.id()));
+    let max = max.max(1);
+    if junk.count() + frames.count() <= max {
+        return junk | frames;
+    }
+    let mut chosen = PageMask::EMPTY;
+    for set in [junk, frames] {
+        for run in set.runs() {
+            let room = max - chosen.count();
+            chosen |= PageMask::range(run.start..run.end.min(run.start + room));
+            if chosen.count() == max {
+                return chosen;
+            }
+        }
+    }
+    chosen
+}
+
+/// Takes `pages` from `device`, whose translations are gone: the last holder's pages go home, the others are discarded.
+fn give_up(
+    mover: &mut Mover<'_>,
+    device: &dyn AnyMapped,
+    pages: PageMask,
+    scratch: &mut Scratch,
+    cause: Cause,
+) -> Result<(), Stall> {
+    let id = device.id();
+    let exclusive = mover.state.exclusive_to(id) & pages;
+    for run in exclusive.runs() {
+        let len = run.len() as u64;
+        mover.bring_home(device, run)?;
+        device.counters().to_host(cause, len, 0);
+    }
+    let duplicates = mover.state.frames(id) & pages - exclusive;
+    mover.state.revoked(id, duplicates);
+    mover.clear_junk(device, pages, scratch)
+}
+
+/// Brings home everything `device` holds of `region` and empties its window, waiting for accesses in flight.
+pub(crate) fn release_region(device: &dyn AnyMapped, region: &Region, scratch: &mut Scratch, cause: Cause) -> Result<()> {
+    for block in 0..region.nr_blocks() {
+        release_pages(device, region, block, PageMask::FULL, scratch, cause)?;
+    }
+    Ok(())
+}
+
+/// [`release_region`] for some pages of one block.
+pub(crate) fn release_pages(
+    device: &dyn AnyMapped,
+    region: &Region,
+    block: usize,
+    pages: PageMask,
+    scratch: &mut Scratch,
+    cause: Cause,
+) -> Result<()> {
+    loop {
+        scratch.ensure(region.door())?;
+        match release_attempt(device, region, block, pages, scratch, cause) {
+            Ok(true) => return Ok(()),
+            Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
+            Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
+                return Err(Error::new("release", ErrorKind::Lost).at(region.addr_of(block, page)));
+            }
+        }
+    }
+}
+
+fn release_attempt(
+    device: &dyn AnyMapped,
+    region: &Region,
+    block: usize,
+    pages: PageMask,
+    scratch: &mut Scratch,
+    cause: Cause,
+) -> Result<bool, Stall> {
+    let space = AddressSpace::global();
+    let gate = space.gate().enter();
+    let mut state = region.lock_block(block);
+    let resident = state.resident(device.id()) & pages;
+    let Some(bounds) = resident.bounds() else { return Ok(true) };
+    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };
+    let inv = Invalidation::new(block, resident & state.frames(device.id()), Keep::Nothing);
+    let _ = device.invalidate(&inv);
+    if !device.quiesced(&inv) {
+        count(&region.counters().waits, 1);
+        let flight = Flight::begin(region);
+        drop(state);
+        drop(gate);
+        let mut set = crate::block::DeviceSet::default();
+        set.insert(device.id());
+        fault::wait_quiesced(space, flight.region(), set, &inv);
+        let _gate = space.gate().enter();
+        let mut state = region.lock_block(block);
+        return finish_release(device, region, block, &mut state, resident, scratch, cause).inspect(|_| drop(bracket));
+    }
+    finish_release(device, region, block, &mut state, resident, scratch, cause)
+}
+
+fn finish_release(
+    device: &dyn AnyMapped,
+    region: &Region,
+    block: usize,
+    state: &mut BlockState,
+    pages: PageMask,
+    scratch: &mut Scratch,
+    cause: Cause,
+) -> Result<bool, Stall> {
+    let before = state.resident(device.id()).count();
+    let given_up = give_up(&mut Mover::new(region, block, state), device, pages, scratch, cause);
+    device.residency().release(before - state.resident(device.id()).count());
+    given_up?;
+    Ok(!state.resident(device.id()).intersects(&pages))
+}

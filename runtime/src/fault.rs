@@ -1,0 +1,343 @@
+//! A CPU fault on mirrored memory, from the faulting address to the moment the access can be tried again.
+//!
+//! Both doors, the signal handler ([`crate::inline`]) and the monitor ([`crate::monitor`]), call [`resolve`]; nothing here
+//! knows which. It may run in a signal handler that interrupted anything: design rule 1 holds throughout.
+//!
+//! # One fault, step by step
+//!
+//! 1. Enter the gate, find the region, lock the block.
+//! 2. [`classify`]: the directory, not the fault, says what is to be done, for it may have changed since the fault.
+//! 3. Open a bracket of the range protocol over the run of pages that will change (P1: always, even if no device maps
+//!    them). From here on no device can establish a translation to them.
+//! 4. Invalidate the holders: all translations for a write, only the right to write for a read (a CPU read never waits
+//!    for a device reader, W1).
+//! 5. If some access is still in flight, let go of the block and the gate, *keep the bracket*, wait, come back, and go on
+//!    only if nothing changed (W3: no wait holds a lock).
+//! 6. One system call changes the page table ([`crate::movement`]).
+//! 7. Close the bracket, unlock, leave the gate.
+
+use core::ops::Range;
+
+use crate::block::{BlockState, DeviceSet};
+use crate::device::{Invalidation, Keep};
+use crate::error::Access;
+use crate::mask::PageMask;
+use crate::movement::{Mover, Stall, granule_around};
+use crate::region::{Region, RegionKind};
+use crate::space::{AddressSpace, GateGuard, PlaceKind};
+use crate::stats::{Cause, count};
+use crate::sys::{clock, process};
+
+/// What the hardware or the kernel said about a CPU fault.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpuFault {
+    pub(crate) addr: usize,
+    /// A load or a store, where that is known.
+    pub(crate) access: Option<Access>,
+    /// Whether the page was present, that is write-protected, where that is known.
+    pub(crate) protection: Option<bool>,
+    pub(crate) tid: i32,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Try the access again.
+    Resolved,
+    /// The address is none of ours, or the page cannot be served: it goes to whoever handled such faults before us.
+    NotOurs,
+    /// An empty page of a device's window was touched.
+    Window,
+}
+
+/// What a fault on a page calls for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Class {
+    /// The page left the region.
+    Gone,
+    /// A device holds it: move this run home, the CPU becomes its only holder.
+    MoveHome(Range<usize>),
+    /// A device holds it and goes on reading: give the CPU a write-protected copy.
+    ShareHome(Range<usize>),
+    /// The CPU and devices share it, and the CPU writes: un-protect this run.
+    Collapse(Range<usize>),
+    /// It is shared, but the CPU's copy is missing (discarded meanwhile): copy it back (hazards G4).
+    Restore(Range<usize>),
+    /// Nobody holds anything: zero-fill.
+    ZeroFill,
+    /// Write-protected without reason: clear it.
+    StaleProtection,
+}
+
+/// How long a shootdown waits for an open span before its page goes home all the same (hazards W2).
+pub(crate) const SPAN_DEADLINE_NS: u64 = 2_000_000_000;
+
+/// Resolves a CPU fault.
+pub(crate) fn resolve(space: &AddressSpace, fault: &CpuFault) -> Verdict {
+    let mut first = true;
+    loop {
+        match attempt(space, fault, first) {
+            Attempt::Done(verdict) => return verdict,
+            Attempt::Again => {}
+            Attempt::WaitUntil(ns) => process::sleep_until(ns),
+        }
+        first = false;
+        process::sched_yield();
+    }
+}
+
+enum Attempt {
+    Done(Verdict),
+    Again,
+    WaitUntil(u64),
+}
+
+fn attempt(space: &AddressSpace, fault: &CpuFault, first: bool) -> Attempt {
+    let gate = space.gate().enter();
+    let Some(place) = space.lookup(&gate, fault.addr) else { return Attempt::Done(Verdict::NotOurs) };
+    if let PlaceKind::Window(_) = place.kind {
+        return Attempt::Done(Verdict::Window);
+    }
+    let region = &*place.region;
+    let (block, page) = region.locate(fault.addr);
+    let mut state = region.lock_block(block);
+    let class = classify(region, &state, block, page, fault);
+    if first {
+        count_fault(region, &class, fault);
+    }
+    let run = match &class {
+        Class::Gone => return Attempt::Done(Verdict::NotOurs),
+        Class::MoveHome(run) | Class::ShareHome(run) | Class::Collapse(run) | Class::Restore(run) => run.clone(),
+        Class::ZeroFill | Class::StaleProtection => page..page + 1,
+    };
+    if let Some(until) = lease_of_device(&mut state, &class) {
+        count(&region.counters().waits, 1);
+        return Attempt::WaitUntil(until);
+    }
+    let Ok(bracket) = region.hub().start(region.interval(block, run.clone()), None) else { return Attempt::Again };
+    let keep = if matches!(class, Class::ShareHome(_) | Class::Restore(_)) { Keep::Reads } else { Keep::Nothing };
+    let inv = Invalidation::new(block, PageMask::range(run.clone()), keep);
+    let holders = state.holders(inv.pages());
+    if holders.is_empty() || invalidate(region, &gate, holders, &inv) {
+        return act(region, &gate, block, &mut state, &class, page, fault);
+    }
+
+    // An access is in flight. The bracket keeps devices out; everything else is let go of.
+    count(&region.counters().waits, 1);
+    let flight = Flight::begin(region);
+    drop(state);
+    drop(gate);
+    wait_quiesced(space, flight.region(), holders, &inv);
+    let gate = space.gate().enter();
+    let region = flight.region();
+    let mut state = region.lock_block(block);
+    let attempt = if classify(region, &state, block, page, fault) == class {
+        act(region, &gate, block, &mut state, &class, page, fault)
+    } else {
+        Attempt::Again
+    };
+    drop(state);
+    drop(bracket);
+    attempt
+}
+
+fn classify(region: &Region, state: &BlockState, block: usize, page: usize, fault: &CpuFault) -> Class {
+    if state.gone().contains(page) || region.kind() != RegionKind::Managed {
+        return Class::Gone;
+    }
+    let near = granule_around(page, region.granule()) & region.body_mask(block);
+    let reads = fault.access == Some(Access::Read);
+    if state.away().contains(page) {
+        let Some(holder) = state.holder_of(page) else { return Class::ZeroFill };
+        let run = (near & state.away() & state.frames(holder)).run_around(page);
+        // While a launch goes on, a reader joins the readers (W1); otherwise moving is cheaper, and a write may follow.
+        return if reads && region.in_use() { Class::ShareHome(run) } else { Class::MoveHome(run) };
+    }
+    let shared = state.shared();
+    if shared.contains(page) {
+        let missing = fault.protection == Some(false);
+        return if missing {
+            Class::Restore((near & shared).run_around(page).start.max(page)..page + 1)
+        } else {
+            Class::Collapse((near & shared).run_around(page))
+        };
+    }
+    match fault.protection {
+        Some(true) => Class::StaleProtection,
+        _ => Class::ZeroFill,
+    }
+}
+
+fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {
+    let counters = region.counters();
+    match class {
+        Class::MoveHome(_) | Class::ShareHome(_) if fault.access == Some(Access::Write) => count(&counters.cpu_write_faults, 1),
+        Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore(_) => count(&counters.cpu_read_faults, 1),
+        Class::Collapse(_) => count(&counters.cpu_protect_faults, 1),
+        Class::ZeroFill => count(&counters.cpu_zero_fills, 1),
+        Class::StaleProtection | Class::Gone => count(&counters.cpu_spurious_faults, 1),
+    }
+}
+
+/// If the page was lent to a device that has not had its use of it yet: until when.
+fn lease_of_device(state: &mut BlockState, class: &Class) -> Option<u64> {
+    let takes = matches!(class, Class::MoveHome(_) | Class::Collapse(_) | Class::ShareHome(_));
+    let until = state.lease().device_until_ns;
+    (takes && until != 0 && until > clock::monotonic_ns()).then_some(until)
+}
+
+/// First pass over `holders`, then whether all are quiesced already.
+pub(crate) fn invalidate(region: &Region, gate: &GateGuard<'_>, holders: DeviceSet, inv: &Invalidation) -> bool {
+    for id in holders.iter() {
+        if let Some(device) = region.device(gate, id) {
+            // Blocking invalidations are not refused.
+            let _ = device.invalidate(inv);
+        }
+    }
+    quiesced(region, gate, holders, inv)
+}
+
+/// Second pass: whether every device of `holders` is done with the pages.
+pub(crate) fn quiesced(region: &Region, gate: &GateGuard<'_>, holders: DeviceSet, inv: &Invalidation) -> bool {
+    holders.iter().all(|id| region.device(gate, id).is_none_or(|device| device.quiesced(inv)))
+}
+
+/// Waits until `holders` are done with the pages, or the deadline for stuck spans has passed. No lock is held.
+pub(crate) fn wait_quiesced(space: &AddressSpace, region: &Region, holders: DeviceSet, inv: &Invalidation) {
+    let deadline = clock::monotonic_ns() + SPAN_DEADLINE_NS;
+    let mut spins = 0u32;
+    loop {
+        {
+            let gate = space.gate().enter();
+            if quiesced(region, &gate, holders, inv) {
+                return;
+            }
+        }
+        if clock::monotonic_ns() > deadline {
+            count(&region.counters().anomalies, 1);
+            return;
+        }
+        spins += 1;
+        if spins < 100 {
+            core::hint::spin_loop();
+        } else {
+            process::sched_yield();
+        }
+    }
+}
+
+/// Changes the page table as `class` says. The holders are invalidated and quiesced, the bracket is open.
+fn act(
+    region: &Region,
+    gate: &GateGuard<'_>,
+    block: usize,
+    state: &mut BlockState,
+    class: &Class,
+    page: usize,
+    fault: &CpuFault,
+) -> Attempt {
+    let access = fault.access.unwrap_or(Access::Write);
+    let mut mover = Mover::new(region, block, state);
+    let moved = match class {
+        Class::Gone => return Attempt::Done(Verdict::NotOurs),
+        Class::MoveHome(run) => move_home(&mut mover, region, gate, page, run, Cause::Demand),
+        Class::ShareHome(run) => share_home(&mut mover, region, gate, page, run),
+        Class::Restore(run) => share_home(&mut mover, region, gate, page, run),
+        Class::Collapse(run) => mover.unprotect(run.clone()),
+        Class::ZeroFill => mover.zero_fill_host(page, access),
+        Class::StaleProtection => mover.clear_stale_protection(page),
+    };
+    match moved {
+        Ok(()) => {
+            note_fetch(state, class, page, fault);
+            Attempt::Done(Verdict::Resolved)
+        }
+        Err(Stall::Changing | Stall::NoMemory) => {
+            count(&region.counters().waits, 1);
+            Attempt::Again
+        }
+        Err(Stall::Busy(at) | Stall::Refused(at) | Stall::Lost(at)) => {
+            // Part of the run may be home, the faulting page among it.
+            if at != page && !state.away().contains(page) {
+                return Attempt::Done(Verdict::Resolved);
+            }
+            count(&region.counters().anomalies, 1);
+            Attempt::Done(Verdict::NotOurs)
+        }
+    }
+}
+
+/// Moves a run home from whoever holds it; other holders' copies become stale.
+pub(crate) fn move_home(
+    mover: &mut Mover<'_>,
+    region: &Region,
+    gate: &GateGuard<'_>,
+    page: usize,
+    run: &Range<usize>,
+    cause: Cause,
+) -> Result<(), Stall> {
+    let Some(device) = mover.state.holder_of(page).and_then(|id| region.device(gate, id)) else {
+        return Err(Stall::Lost(page));
+    };
+    let before = mover.state.resident(device.id()).count();
+    let moved = mover.bring_home(device, run.clone());
+    let pages = PageMask::range(run.clone());
+    mover.state.revoked_all(pages - mover.state.away(), None);
+    device.residency().release(before - mover.state.resident(device.id()).count());
+    let home = (pages - mover.state.away()).count() as u64;
+    if home > 0 {
+        device.counters().to_host(cause, 1, home - 1);
+    }
+    moved
+}
+
+fn share_home(
+    mover: &mut Mover<'_>,
+    region: &Region,
+    gate: &GateGuard<'_>,
+    page: usize,
+    run: &Range<usize>,
+) -> Result<(), Stall> {
+    let Some(device) = mover.state.holder_of(page).and_then(|id| region.device(gate, id)) else {
+        return Err(Stall::Lost(page));
+    };
+    mover.share_home(device, run.clone())?;
+    device.counters().to_host(Cause::Demand, 1, run.len() as u64 - 1);
+    Ok(())
+}
+
+/// A thread that fetches the same page again and again, since a device takes it before the thread's instruction has had
+/// all the pages it needs, is granted a residency that doubles each time (hazards W4).
+fn note_fetch(state: &mut BlockState, class: &Class, page: usize, fault: &CpuFault) {
+    const REFAULT_NS: u64 = 200_000;
+    const FIRST_SLICE_NS: u64 = 5_000;
+    const MAX_SHIFT: u16 = 10;
+    if !matches!(class, Class::MoveHome(_) | Class::Collapse(_)) {
+        return;
+    }
+    let now = clock::monotonic_ns();
+    let lease = state.lease();
+    let same = lease.cpu_tid == fault.tid && usize::from(lease.cpu_page) == page && now - lease.cpu_fetched_ns < REFAULT_NS;
+    lease.cpu_repeats = if same { lease.cpu_repeats.saturating_add(1) } else { 0 };
+    lease.cpu_tid = fault.tid;
+    lease.cpu_page = u16::try_from(page).unwrap_or(u16::MAX);
+    lease.cpu_fetched_ns = now;
+    if lease.cpu_repeats > 1 {
+        lease.cpu_until_ns = now + (FIRST_SLICE_NS << lease.cpu_repeats.min(MAX_SHIFT));
+    }
+}
+
+/// A fault that refers to its region outside the gate: the region is not freed while one lives.
+pub(crate) struct Flight(sys_flight::Pinned);
+
+impl Flight {
+    pub(crate) fn begin(region: &Region) -> Self {
+        Self(sys_flight::Pinned::new(region))
+    }
+
+    pub(crate) fn region(&self) -> &Region {
+        self.0.region()
+    }
+}
+
+use crate::sys::flight as sys_flight;

@@ -1,0 +1,240 @@
+//! [`PageMask`]: a set of the 512 pages of one block.
+//!
+//! Everything that is true of some pages of a block and not of others is one of these masks, and every movement acts on
+//! a mask's *runs*: one system call per maximal run of consecutive pages, never one per page.
+
+use core::fmt;
+use core::ops::{BitAnd, BitAndAssign, BitOr, BitOrAssign, Not, Range, Sub, SubAssign};
+
+use crate::addr::PAGES_PER_BLOCK;
+
+const WORDS: usize = PAGES_PER_BLOCK / 64;
+
+/// A set of pages of one 2 MiB block, one bit per page.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[repr(transparent)]
+pub struct PageMask([u64; WORDS]);
+
+impl PageMask {
+    /// No page.
+    pub const EMPTY: Self = Self([0; WORDS]);
+    /// All 512 pages.
+    pub const FULL: Self = Self([!0; WORDS]);
+
+    /// The pages `range.start .. range.end` (indices within the block, `end <= 512`).
+    #[must_use]
+    pub fn range(range: Range<usize>) -> Self {
+        debug_assert!(range.end <= PAGES_PER_BLOCK);
+        let mut mask = Self::EMPTY;
+        for (word, bits) in mask.0.iter_mut().enumerate() {
+            let low = range.start.saturating_sub(word * 64).min(64);
+            let high = range.end.saturating_sub(word * 64).min(64);
+            if low < high {
+                *bits = (!0 >> (64 - (high - low))) << low;
+            }
+        }
+        mask
+    }
+
+    /// The set of one page.
+    #[must_use]
+    pub fn page(page: usize) -> Self {
+        let mut mask = Self::EMPTY;
+        mask.0[page / 64] |= 1 << (page % 64);
+        mask
+    }
+
+    /// Builds a mask from its eight words, least significant page first.
+    #[must_use]
+    pub const fn from_words(words: [u64; WORDS]) -> Self {
+        Self(words)
+    }
+
+    /// The eight words, least significant page first.
+    #[must_use]
+    pub const fn words(&self) -> &[u64; WORDS] {
+        &self.0
+    }
+
+    /// Whether `page` is in the set.
+    #[must_use]
+    pub const fn contains(&self, page: usize) -> bool {
+        self.0[page / 64] >> (page % 64) & 1 == 1
+    }
+
+    /// Whether the set has no page.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(|&w| w == 0)
+    }
+
+    /// Number of pages in the set.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.iter().map(|w| w.count_ones() as usize).sum()
+    }
+
+    /// Whether every page of `other` is in the set.
+    #[must_use]
+    pub fn contains_all(&self, other: &Self) -> bool {
+        (*other - *self).is_empty()
+    }
+
+    /// Whether some page is in both sets.
+    #[must_use]
+    pub fn intersects(&self, other: &Self) -> bool {
+        self.0.iter().zip(&other.0).any(|(a, b)| a & b != 0)
+    }
+
+    /// The first page at or after `from` that is in the set.
+    #[must_use]
+    pub fn first_from(&self, from: usize) -> Option<usize> {
+        scan(&self.0, from, 0)
+    }
+
+    /// The first page at or after `from` that is *not* in the set.
+    #[must_use]
+    pub fn first_absent_from(&self, from: usize) -> Option<usize> {
+        scan(&self.0, from, !0)
+    }
+
+    /// The smallest range of pages that covers the set; `None` if it is empty.
+    #[must_use]
+    pub fn bounds(&self) -> Option<Range<usize>> {
+        let start = self.first_from(0)?;
+        let word = self.0.iter().rposition(|&w| w != 0)?;
+        Some(start..word * 64 + 64 - self.0[word].leading_zeros() as usize)
+    }
+
+    /// The maximal runs of consecutive pages, in ascending order.
+    #[must_use]
+    pub fn runs(&self) -> Runs {
+        Runs { mask: *self, next: 0 }
+    }
+
+    /// The maximal run that `page` lies in; empty if `page` is not in the set.
+    #[must_use]
+    pub fn run_around(&self, page: usize) -> Range<usize> {
+        if !self.contains(page) {
+            return page..page;
+        }
+        let end = self.first_absent_from(page).unwrap_or(PAGES_PER_BLOCK);
+        let mut start = page;
+        while start > 0 && self.contains(start - 1) {
+            start -= 1;
+        }
+        start..end
+    }
+}
+
+/// First bit at or after `from` in `words ^ flip`.
+fn scan(words: &[u64; WORDS], from: usize, flip: u64) -> Option<usize> {
+    let mut word = from / 64;
+    if word >= WORDS {
+        return None;
+    }
+    let mut bits = (words[word] ^ flip) & (!0 << (from % 64));
+    loop {
+        if bits != 0 {
+            return Some(word * 64 + bits.trailing_zeros() as usize);
+        }
+        word += 1;
+        if word == WORDS {
+            return None;
+        }
+        bits = words[word] ^ flip;
+    }
+}
+
+/// Iterator over the maximal runs of a [`PageMask`].
+#[derive(Clone, Debug)]
+pub struct Runs {
+    mask: PageMask,
+    next: usize,
+}
+
+impl Iterator for Runs {
+    type Item = Range<usize>;
+
+    fn next(&mut self) -> Option<Range<usize>> {
+        let start = self.mask.first_from(self.next)?;
+        let end = self.mask.first_absent_from(start).unwrap_or(PAGES_PER_BLOCK);
+        self.next = end;
+        Some(start..end)
+    }
+}
+
+macro_rules! word_wise {
+    ($op:ident $f:ident $assign:ident $g:ident, $a:ident $b:ident => $e:expr) => {
+        impl $op for PageMask {
+            type Output = Self;
+            fn $f(mut self, other: Self) -> Self {
+                self.$g(other);
+                self
+            }
+        }
+        impl $assign for PageMask {
+            fn $g(&mut self, other: Self) {
+                for (a, b) in self.0.iter_mut().zip(other.0) {
+                    let ($a, $b) = (*a, b);
+                    *a = $e;
+                }
+            }
+        }
+    };
+}
+
+word_wise!(BitAnd bitand BitAndAssign bitand_assign, a b => a & b);
+word_wise!(BitOr bitor BitOrAssign bitor_assign, a b => a | b);
+word_wise!(Sub sub SubAssign sub_assign, a b => a & !b);
+
+impl Not for PageMask {
+    type Output = Self;
+    fn not(self) -> Self {
+        Self::FULL - self
+    }
+}
+
+impl fmt::Debug for PageMask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.runs()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn range_sets_exactly_its_pages() {
+        for (start, end) in [(0, 0), (0, 1), (0, 512), (5, 6), (63, 65), (64, 128), (100, 511), (511, 512)] {
+            let mask = PageMask::range(start..end);
+            for page in 0..512 {
+                assert_eq!(mask.contains(page), (start..end).contains(&page), "{start}..{end} page {page}");
+            }
+            assert_eq!(mask.count(), end - start);
+            assert_eq!(mask.bounds(), (start < end).then_some(start..end));
+        }
+    }
+
+    #[test]
+    fn runs_are_maximal_and_cover_the_set() {
+        let mask = PageMask::range(0..3) | PageMask::range(60..70) | PageMask::page(511);
+        assert_eq!(mask.runs().collect::<Vec<_>>(), [0..3, 60..70, 511..512]);
+        assert_eq!(mask.run_around(64), 60..70);
+        assert_eq!(mask.run_around(5), 5..5);
+        assert_eq!(PageMask::FULL.runs().collect::<Vec<_>>(), [0..512]);
+        assert_eq!(PageMask::EMPTY.runs().next(), None);
+    }
+
+    #[test]
+    fn set_algebra() {
+        let a = PageMask::range(10..20);
+        let b = PageMask::range(15..25);
+        assert_eq!(a & b, PageMask::range(15..20));
+        assert_eq!(a | b, PageMask::range(10..25));
+        assert_eq!(a - b, PageMask::range(10..15));
+        assert!(a.intersects(&b) && !a.contains_all(&b) && a.contains_all(&(a & b)));
+        assert_eq!(!PageMask::FULL, PageMask::EMPTY);
+    }
+}

@@ -1,0 +1,559 @@
+//! Moving pages: the only code that changes which memory holds what.
+//!
+//! A [`Mover`] works on one block whose lock is held. Each method acts on one *run* of pages with one system call where
+//! the kernel allows, and records in the directory what became true directly after the call (D4 of [`crate::block`]). So
+//! a method may stop half-way at any page: the directory is exact, and the caller's next try goes on from there.
+//!
+//! | method | from → to | call |
+//! |---|---|---|
+//! | [`take`](Mover::take) | CPU → window | `UFFDIO_MOVE`; holes are zero-filled in the window |
+//! | [`bring_home`](Mover::bring_home) | window → CPU | `UFFDIO_MOVE` |
+//! | [`share_home`](Mover::share_home) | window → CPU, both keep it | `UFFDIO_COPY` with `MODE_WP`: protected from its first instant |
+//! | [`copy_between`](Mover::copy_between) | window → other window, both keep it | `UFFDIO_COPY` |
+//! | [`move_between`](Mover::move_between) | window → other window | `UFFDIO_MOVE` |
+//! | [`discard`](Mover::discard), [`drop_host`](Mover::drop_host) | window or CPU → scratch | `UFFDIO_MOVE` |
+//! | [`unprotect`](Mover::unprotect) | CPU may write again | `UFFDIO_WRITEPROTECT` |
+//!
+//! Nothing here waits, brackets or invalidates: the callers ([`crate::fault`], [`crate::round`]) do, before and after.
+//! Nothing is discarded by `madvise`, which would post an event to ourselves (hazards M4): stale pages MOVE to a scratch
+//! area that its owner empties where no lock is held.
+//!
+//! # Without `UFFDIO_MOVE` (Linux < 6.8, or `SVM_DISABLE=move`)
+//! A page is taken by write-protecting it, copying it and discarding the CPU's copy: between the first and the last step
+//! it cannot be written, so no write is lost. Discards are `MADV_DONTNEED`; this is legal under the block's lock only
+//! because removal events are not asked for on such kernels (see [`crate::Capabilities`]).
+//!
+//! # Outcomes of the kernel (kernel-facts section 4)
+//! On Linux 6.18 `UFFDIO_MOVE` can report EEXIST or ENOENT of a page that it *did* move. Every such answer is therefore
+//! checked against both ends before anything is decided; see [`Mover::settle`].
+
+use core::ops::Range;
+
+use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use crate::block::{BlockState, DeviceId};
+use crate::device::AnyMapped;
+use crate::error::Access;
+use crate::mask::PageMask;
+use crate::region::Region;
+use crate::scratch::Scratch;
+use crate::stats::count;
+use crate::sys::mmap;
+use crate::sys::pagemap;
+use crate::sys::uffd::{CopyMode, Progress, Protect, Stop};
+
+/// Why a movement stopped before its end. The directory is exact; nothing was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stall {
+    /// An event waits to be read, or its caller has not run yet. Let go of everything, yield, and come back.
+    Changing,
+    /// The CPU's page is shared with another process or pinned for DMA. Break the sharing outside every lock, try once
+    /// more, then serve in place (hazards M3).
+    Busy(usize),
+    /// The kernel refuses to move this page: its mapping is protected, locked, of another kind, or gone.
+    Refused(usize),
+    /// The page is nowhere: neither with the CPU nor in the window that should hold it.
+    Lost(usize),
+    /// The kernel has no memory.
+    NoMemory,
+}
+
+type Moved = Result<(), Stall>;
+
+/// One block under its lock, and the means to move its pages.
+pub(crate) struct Mover<'a> {
+    region: &'a Region,
+    block: usize,
+    pub(crate) state: &'a mut BlockState,
+}
+
+/// What both ends of a movement hold at one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ends {
+    source: bool,
+    destination: bool,
+}
+
+/// What to do about a page at which a movement stopped.
+enum Settled {
+    /// The page had moved; go on behind it.
+    Moved,
+    /// The source is empty.
+    Hole,
+    /// Something else is in the way at the destination.
+    Blocked,
+    /// Both ends look as they should; the same call may work now.
+    Again,
+}
+
+/// How often one page may answer "again" before it is refused: a bug is reported, not looped on (hazards M2).
+const MAX_AGAIN: u32 = 64;
+
+impl<'a> Mover<'a> {
+    pub(crate) fn new(region: &'a Region, block: usize, state: &'a mut BlockState) -> Self {
+        Self { region, block, state }
+    }
+
+    fn host(&self, page: usize) -> usize {
+        self.region.addr_of(self.block, page)
+    }
+
+    fn frame(&self, device: &dyn AnyMapped, page: usize) -> usize {
+        device.window().addr_of(self.block, page)
+    }
+
+    fn has_move(&self) -> bool {
+        self.region.door().has_move()
+    }
+
+    /// `UFFDIO_MOVE` of `run` between two places that are linear in the page index; `moved` records each part.
+    fn move_run(
+        &mut self,
+        run: Range<usize>,
+        source: impl Fn(&Self, usize) -> usize,
+        destination: impl Fn(&Self, usize) -> usize,
+        mut moved: impl FnMut(&mut BlockState, PageMask),
+        mut hole: impl FnMut(&mut Self, Range<usize>) -> Moved,
+    ) -> Moved {
+        let mut at = run.start;
+        let mut again = 0;
+        while at < run.end {
+            let (src, dst) = (source(self, at), destination(self, at));
+            count(&self.region.counters().move_calls, 1);
+            let Progress { bytes, stop } = self.region.door().uffd().move_pages(dst, src, (run.end - at) * PAGE_SIZE);
+            let n = bytes / PAGE_SIZE;
+            if n > 0 {
+                moved(self.state, PageMask::range(at..at + n));
+                at += n;
+                again = 0;
+            }
+            if at == run.end {
+                break;
+            }
+            match stop {
+                Stop::Complete => {}
+                Stop::Exists | Stop::NotPresent => match self.settle(stop, source(self, at), destination(self, at)) {
+                    Settled::Moved => {
+                        moved(self.state, PageMask::page(at));
+                        at += 1;
+                    }
+                    Settled::Hole => {
+                        let len = self.hole_len(source(self, at), run.end - at);
+                        hole(self, at..at + len)?;
+                        at += len;
+                    }
+                    Settled::Blocked => return Err(Stall::Refused(at)),
+                    Settled::Again => {}
+                },
+                Stop::Changing => {
+                    count(&self.region.counters().changing_outcomes, 1);
+                    return Err(Stall::Changing);
+                }
+                Stop::Busy => return Err(Stall::Busy(at)),
+                Stop::NoMemory => return Err(Stall::NoMemory),
+                Stop::Invalid | Stop::Fault | Stop::Other(_) => return Err(Stall::Refused(at)),
+            }
+            again += 1;
+            if again > MAX_AGAIN {
+                count(&self.region.counters().anomalies, 1);
+                return Err(Stall::Refused(at));
+            }
+        }
+        Ok(())
+    }
+
+    /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
+    fn settle(&self, stop: Stop, source: usize, destination: usize) -> Settled {
+        let ends = Ends { source: self.is_populated(source), destination: self.is_populated(destination) };
+        match (stop, ends) {
+            (_, Ends { source: false, destination: true }) => Settled::Moved,
+            (Stop::NotPresent, Ends { source: false, destination: false }) => Settled::Hole,
+            (Stop::Exists, _) => Settled::Blocked,
+            _ => Settled::Again,
+        }
+    }
+
+    fn is_populated(&self, addr: usize) -> bool {
+        count(&self.region.counters().scan_calls, 1);
+        pagemap::is_populated(addr)
+    }
+
+    /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.
+    fn hole_len(&self, addr: usize, max: usize) -> usize {
+        count(&self.region.counters().scan_calls, 1);
+        pagemap::first_populated(addr, addr + max * PAGE_SIZE).map_or(max, |at| (at - addr) / PAGE_SIZE).max(1)
+    }
+
+    /// `UFFDIO_COPY` of `run`; `copied` records each part, `exists` decides about a page that is populated already.
+    fn copy_run(
+        &mut self,
+        run: Range<usize>,
+        source: impl Fn(&Self, usize) -> usize,
+        destination: impl Fn(&Self, usize) -> usize,
+        mode: CopyMode,
+        mut copied: impl FnMut(&mut BlockState, PageMask),
+    ) -> Moved {
+        let mut at = run.start;
+        let mut again = 0;
+        while at < run.end {
+            let (src, dst) = (source(self, at), destination(self, at));
+            count(&self.region.counters().copy_calls, 1);
+            let Progress { bytes, stop } = self.region.door().uffd().copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
+            let n = bytes / PAGE_SIZE;
+            if n > 0 {
+                copied(self.state, PageMask::range(at..at + n));
+                at += n;
+                again = 0;
+            }
+            if at == run.end {
+                break;
+            }
+            match stop {
+                Stop::Complete => {}
+                // A marker (write-protect, poison, guard) on an empty entry says EEXIST too (hazards M2): clear it and
+                // try again; a page that is really there is somebody's contents and must not be taken for ours.
+                Stop::Exists if !self.is_populated(dst) => {
+                    let _ = self.region.door().uffd().write_protect(dst, PAGE_SIZE, Protect::No);
+                }
+                Stop::Changing => {
+                    count(&self.region.counters().changing_outcomes, 1);
+                    return Err(Stall::Changing);
+                }
+                Stop::NoMemory => return Err(Stall::NoMemory),
+                Stop::Exists | Stop::NotPresent | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
+                    return Err(Stall::Refused(at));
+                }
+            }
+            again += 1;
+            if again > MAX_AGAIN {
+                count(&self.region.counters().anomalies, 1);
+                return Err(Stall::Refused(at));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the CPU's pages of `run` into `device`'s window, which becomes their only holder. Pages that nobody has
+    /// populated become zero-filled window pages, private ones if a write is to follow.
+    pub(crate) fn take(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Moved {
+        let id = device.id();
+        if !self.has_move() {
+            return self.take_by_copy(device, run, access);
+        }
+        self.move_run(
+            run,
+            |m, page| m.host(page),
+            |m, page| m.frame(device, page),
+            |state, pages| state.moved_out(id, pages),
+            |m, hole| m.zero_fill_frames(device, hole, access),
+        )
+    }
+
+    /// Gives `device` zero-filled window pages for a hole in the CPU's memory.
+    fn zero_fill_frames(&mut self, device: &dyn AnyMapped, hole: Range<usize>, access: Access) -> Moved {
+        let id = device.id();
+        match access {
+            Access::Write => self.copy_run(
+                hole.clone(),
+                |_, page| mmap::zeros() + (page - hole.start) * PAGE_SIZE,
+                |m, page| m.frame(device, page),
+                CopyMode::PLAIN,
+                |state, pages| state.moved_out(id, pages),
+            ),
+            Access::Read => {
+                count(&self.region.counters().zeropage_calls, 1);
+                let at = self.frame(device, hole.start);
+                let Progress { bytes, stop } = self.region.door().uffd().zeropage(at, hole.len() * PAGE_SIZE);
+                let done = hole.start..hole.start + bytes / PAGE_SIZE;
+                self.state.moved_out(id, PageMask::range(done.clone()));
+                match stop {
+                    Stop::Complete => Ok(()),
+                    Stop::Changing => Err(Stall::Changing),
+                    Stop::NoMemory => Err(Stall::NoMemory),
+                    _ => Err(Stall::Refused(done.end)),
+                }
+            }
+        }
+    }
+
+    /// The CPU's touch of a page that nobody holds: zero-fills it. A store gets a private page at once.
+    pub(crate) fn zero_fill_host(&mut self, page: usize, access: Access) -> Moved {
+        let at = self.host(page);
+        let uffd = self.region.door().uffd();
+        let progress = match access {
+            Access::Write => {
+                count(&self.region.counters().copy_calls, 1);
+                uffd.copy(at, mmap::zeros(), PAGE_SIZE, CopyMode::PLAIN)
+            }
+            Access::Read => {
+                count(&self.region.counters().zeropage_calls, 1);
+                uffd.zeropage(at, PAGE_SIZE)
+            }
+        };
+        match progress.stop {
+            Stop::Complete => Ok(()),
+            Stop::Exists if self.is_populated(at) => {
+                // Somebody populated it between the fault and here; waiters of the other door want a wake-up.
+                let _ = uffd.wake(at, PAGE_SIZE);
+                Ok(())
+            }
+            // A marker is in the way: clear it, and let the access fault again.
+            Stop::Exists => {
+                count(&self.region.counters().write_protect_calls, 1);
+                let _ = uffd.write_protect(at, PAGE_SIZE, Protect::No);
+                Ok(())
+            }
+            Stop::Changing => Err(Stall::Changing),
+            Stop::NoMemory => Err(Stall::NoMemory),
+            _ => Err(Stall::Refused(page)),
+        }
+    }
+
+    /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
+    pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let id = device.id();
+        if !self.has_move() {
+            return self.bring_home_by_copy(device, run);
+        }
+        let mut at = run.start;
+        while at < run.end {
+            let moved = self.move_run(
+                at..run.end,
+                |m, page| m.frame(device, page),
+                |m, page| m.host(page),
+                |state, pages| state.moved_home(id, pages),
+                |_, hole| Err(Stall::Lost(hole.start)),
+            );
+            match moved {
+                // Not movable here (protected, locked, a marker, shared): a copy is, even into PROT_NONE.
+                Err(Stall::Refused(page) | Stall::Busy(page)) => {
+                    self.bring_home_by_copy(device, page..page + 1)?;
+                    at = page + 1;
+                }
+                other => return other,
+            }
+        }
+        Ok(())
+    }
+
+    fn bring_home_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let id = device.id();
+        self.copy_run(
+            run,
+            |m, page| m.frame(device, page),
+            |m, page| m.host(page),
+            CopyMode::PLAIN,
+            |state, pages| {
+                state.copied_home(pages);
+                state.revoked(id, pages);
+            },
+        )
+    }
+
+    /// Gives the CPU a copy of `device`'s pages of `run`, write-protected from the first instant; both are holders.
+    pub(crate) fn share_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let pages = run.len() as u64;
+        self.copy_run(
+            run,
+            |m, page| m.frame(device, page),
+            |m, page| m.host(page),
+            CopyMode::WRITE_PROTECTED,
+            BlockState::copied_home,
+        )?;
+        count(&self.region.counters().duplicated_pages, pages);
+        Ok(())
+    }
+
+    /// Copies from `from`'s window to `to`'s; both are holders.
+    pub(crate) fn copy_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let id = to.id();
+        self.copy_run(
+            run,
+            |m, page| m.frame(from, page),
+            |m, page| m.frame(to, page),
+            CopyMode::PLAIN,
+            |state, pages| state.filled(id, pages),
+        )
+    }
+
+    /// Moves from `from`'s window to `to`'s.
+    pub(crate) fn move_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let (source, destination) = (from.id(), to.id());
+        if !self.has_move() {
+            self.copy_between(from, to, run.clone())?;
+            self.state.revoked(source, PageMask::range(run));
+            return Ok(());
+        }
+        self.move_run(
+            run,
+            |m, page| m.frame(from, page),
+            |m, page| m.frame(to, page),
+            |state, pages| {
+                state.filled(destination, pages);
+                state.emptied(source, pages);
+            },
+            |_, hole| Err(Stall::Lost(hole.start)),
+        )
+    }
+
+    /// Fills `device`'s window from memory that no protocol guards: the source of a [`MirrorRef`](crate::MirrorRef).
+    pub(crate) fn fill_from_input(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let id = device.id();
+        self.copy_run(
+            run,
+            |m, page| m.host(page),
+            |m, page| m.frame(device, page),
+            CopyMode::PLAIN,
+            |state, pages| state.filled(id, pages),
+        )
+    }
+
+    /// Empties window pages of `device` whose contents are stale, or held elsewhere.
+    pub(crate) fn discard(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Moved {
+        let id = device.id();
+        if !self.has_move() {
+            mmap::discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            self.state.emptied(id, PageMask::range(run));
+            return Ok(());
+        }
+        let base = scratch.take(run.len(), self.frame(device, run.start));
+        let start = run.start;
+        self.move_run(
+            run,
+            |m, page| m.frame(device, page),
+            |_, page| base + (page - start) * PAGE_SIZE,
+            |state, pages| state.emptied(id, pages),
+            |m, hole| {
+                m.state.emptied(id, PageMask::range(hole));
+                Ok(())
+            },
+        )
+    }
+
+    /// Throws the CPU's copy of `run` away; some device holds the pages.
+    pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Moved {
+        if !self.has_move() {
+            mmap::discard(self.host(run.start), run.len() * PAGE_SIZE);
+            self.state.host_dropped(PageMask::range(run));
+            return Ok(());
+        }
+        let base = scratch.take(run.len(), self.host(run.start));
+        let start = run.start;
+        self.move_run(
+            run,
+            |m, page| m.host(page),
+            |_, page| base + (page - start) * PAGE_SIZE,
+            BlockState::host_dropped,
+            |m, hole| {
+                m.state.host_dropped(PageMask::range(hole));
+                Ok(())
+            },
+        )
+    }
+
+    /// Lets the CPU write `run` again, and makes what devices hold of it stale.
+    pub(crate) fn unprotect(&mut self, run: Range<usize>) -> Moved {
+        count(&self.region.counters().write_protect_calls, 1);
+        let at = self.host(run.start);
+        match self.region.door().uffd().write_protect(at, run.len() * PAGE_SIZE, Protect::No) {
+            Stop::Complete => {
+                count(&self.region.counters().collapsed_pages, run.len() as u64);
+                self.state.revoked_all(PageMask::range(run), None);
+                Ok(())
+            }
+            Stop::Changing => Err(Stall::Changing),
+            _ => Err(Stall::Refused(run.start)),
+        }
+    }
+
+    /// Clears a write-protection that no holder explains.
+    pub(crate) fn clear_stale_protection(&mut self, page: usize) -> Moved {
+        count(&self.region.counters().write_protect_calls, 1);
+        match self.region.door().uffd().write_protect(self.host(page), PAGE_SIZE, Protect::No) {
+            Stop::Complete => Ok(()),
+            Stop::Changing => Err(Stall::Changing),
+            _ => Err(Stall::Refused(page)),
+        }
+    }
+
+    /// [`take`](Self::take) where the kernel has no MOVE: protect, copy, discard.
+    fn take_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Moved {
+        let mut at = run.start;
+        while at < run.end {
+            let populated = self.is_populated(self.host(at));
+            let len = self.extent_len(at, run.end - at, populated);
+            if populated {
+                self.take_populated_by_copy(device, at..at + len)?;
+            } else {
+                self.zero_fill_frames(device, at..at + len, access)?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    fn extent_len(&self, page: usize, max: usize, populated: bool) -> usize {
+        let addr = self.host(page);
+        if !populated {
+            return self.hole_len(addr, max);
+        }
+        count(&self.region.counters().scan_calls, 1);
+        pagemap::first_hole(addr, addr + max * PAGE_SIZE).map_or(max, |at| (at - addr) / PAGE_SIZE).max(1)
+    }
+
+    fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+        let id = device.id();
+        let (at, len) = (self.host(run.start), run.len() * PAGE_SIZE);
+        count(&self.region.counters().write_protect_calls, 1);
+        match self.region.door().uffd().write_protect(at, len, Protect::Yes) {
+            Stop::Complete => {}
+            Stop::Changing => return Err(Stall::Changing),
+            _ => return Err(Stall::Refused(run.start)),
+        }
+        self.copy_run(
+            run.clone(),
+            |m, page| m.host(page),
+            |m, page| m.frame(device, page),
+            CopyMode::PLAIN,
+            |state, pages| state.filled(id, pages),
+        )?;
+        mmap::discard(at, len);
+        self.state.host_dropped(PageMask::range(run));
+        Ok(())
+    }
+}
+
+impl Mover<'_> {
+    /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
+    pub(crate) fn clear_junk(&mut self, device: &dyn AnyMapped, pages: PageMask, scratch: &mut Scratch) -> Moved {
+        let junk = self.state.junk(device.id()) & pages;
+        for run in junk.runs() {
+            self.discard(device, run, scratch)?;
+        }
+        Ok(())
+    }
+}
+
+/// The pages of one granule around `page`: what one fault may move. `granule` is a power of two of pages.
+pub(crate) fn granule_around(page: usize, granule: usize) -> PageMask {
+    debug_assert!(granule.is_power_of_two() && granule <= PAGES_PER_BLOCK);
+    let start = page & !(granule - 1);
+    PageMask::range(start..start + granule)
+}
+
+/// The granules that `pages` touch.
+pub(crate) fn granules_of(pages: PageMask, granule: usize) -> PageMask {
+    let mut grown = PageMask::EMPTY;
+    let mut next = 0;
+    while let Some(page) = pages.first_from(next) {
+        grown |= granule_around(page, granule);
+        next = (page | (granule - 1)) + 1;
+    }
+    grown
+}
+
+/// The device of `id` in diagnostics.
+impl core::fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "device {}", self.0)
+    }
+}

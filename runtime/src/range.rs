@@ -1,0 +1,719 @@
+//! [`Range`]: the one way a device gets translations.
+//!
+//! The seed's `hmm_range`, its life spelt as types:
+//!
+//! ```text
+//! range.start_update(&mapped, pages, timeout)   -> Update      begins the critical section; Timeout is a final fault
+//!     update.fault(access)                                     populates: moves or duplicates pages; holds no lock after
+//!     update.snapshot()                                        or only looks; never faults anything in
+//!     update.needs_retry()                                     a hint in mid-work: true is reliable, false is not
+//!     device.lock()              -> guard
+//!     update.end_update(&guard)  -> Ok(&[Valid]) | Interrupted consumes the update: no translation without it
+//! ```
+//!
+//! [`Range::fault_in`] is the whole loop for pages of one block, and what a worker's far fault calls. It differs in one
+//! thing: it commits *inside* the block's round, so that only changes made behind the runtime's back can interrupt it,
+//! and a storm of our own invalidations cannot starve a fault (protocol.md section 5).
+//!
+//! # One round on one block
+//! 1. Enter the gate, lock the block: this is the block's round, and there is one at a time (hazards P2).
+//! 2. [`BlockState::plan`]: what has to change so that the device may do what it wants.
+//! 3. Reserve device memory for what will be filled; if it is full, let go of everything and evict first.
+//! 4. Open a bracket, invalidate the other holders, and wait for them as a CPU fault does.
+//! 5. Move, one call per run.
+//! 6. Commit, or remember what became valid; close the bracket; unlock.
+
+use core::fmt;
+use core::ops::{Deref, Range as Pages};
+use core::time::Duration;
+
+use crate::addr::PAGES_PER_BLOCK;
+use crate::block::{BlockState, DeviceId, Plan};
+use crate::device::{AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef};
+use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
+use crate::evict;
+use crate::fault::{Flight, invalidate, wait_quiesced};
+use crate::mask::PageMask;
+use crate::movement::{Mover, Stall, granules_of};
+use crate::notifier::{Hub, RangeKey, Subscription, Token};
+use crate::region::{Region, RegionKind};
+use crate::scratch::Scratch;
+use crate::space::{AddressSpace, GateGuard};
+use crate::stats::{Cause, count};
+use crate::sync::Deadline;
+use crate::sys::arc::MapArc;
+use crate::sys::{clock, maps, mmap, process};
+
+/// Pages of one block that a device may establish translations to, and with which rights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Valid {
+    block: usize,
+    readable: PageMask,
+    writable: PageMask,
+    in_place: PageMask,
+}
+
+impl Valid {
+    /// The block, counted from the region's base.
+    #[must_use]
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
+    /// Pages that may be read.
+    #[must_use]
+    pub fn readable(&self) -> &PageMask {
+        &self.readable
+    }
+
+    /// Pages that may be written.
+    #[must_use]
+    pub fn writable(&self) -> &PageMask {
+        &self.writable
+    }
+
+    /// Those of the readable and writable pages that are accessed at the host's address; all others are in the window.
+    #[must_use]
+    pub fn in_place(&self) -> &PageMask {
+        &self.in_place
+    }
+}
+
+/// An update was interrupted by an invalidation of its range: begin again at `start_update`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interrupted;
+
+/// A region's hub, kept alive with the region.
+struct HubOf(MapArc<Region>);
+
+impl Deref for HubOf {
+    type Target = Hub;
+    fn deref(&self) -> &Hub {
+        self.0.hub()
+    }
+}
+
+/// What one worker faults pages in with. One thread uses it at a time.
+///
+/// Made by [`Attachment::range`](crate::Attachment::range).
+pub struct Range<D: Device> {
+    attached: MapArc<Attached<D>>,
+    subscriptions: Vec<(u64, Subscription<HubOf>)>,
+    scratch: Scratch,
+    valid: Vec<Valid>,
+}
+
+/// An update in progress: the critical section between `start_update` and `end_update`.
+pub struct Update<'r, D: Device> {
+    range: &'r mut Range<D>,
+    mapped: MappedRef<D>,
+    subscription: usize,
+    pages: Pages<usize>,
+    token: Token,
+    deadline: Deadline,
+}
+
+/// What a round came to.
+enum Outcome<T> {
+    /// It was committed.
+    Done(T),
+    /// Something is in the way that passes by itself.
+    Again,
+    /// The page was lent to the CPU until then.
+    WaitUntil(u64),
+    /// Device memory is full; so many pages are needed.
+    Full(usize),
+    /// The kernel would not move this page.
+    Stuck(usize, Stall),
+    /// It will not work.
+    Fault(usize, DeviceFaultKind),
+}
+
+impl<D: Device> Range<D> {
+    pub(crate) fn new(attached: MapArc<Attached<D>>) -> Result<Self> {
+        let scratch = Scratch::new(AddressSpace::get("range")?)?;
+        Ok(Self { attached, subscriptions: Vec::new(), scratch, valid: Vec::new() })
+    }
+
+    /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them.
+    ///
+    /// # Errors
+    /// [`DeviceFaultKind::Timeout`] if overlapping invalidations did not end in time. A *collision* is no error here: it
+    /// shows in `end_update`.
+    pub fn start_update(
+        &mut self,
+        mapped: &MappedRef<D>,
+        pages: Pages<usize>,
+        timeout: Duration,
+    ) -> Result<Update<'_, D>, DeviceFault> {
+        let deadline = Deadline::after(timeout);
+        let region = mapped.shared_region();
+        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        let covered = covered_by_granules(region, &pages);
+        let at = self.subscription(region);
+        let (_, subscription) = &mut self.subscriptions[at];
+        subscription.move_to(interval_of(region, &covered));
+        let token = subscription
+            .begin(deadline)
+            .map_err(|_| DeviceFault::new(addr, Access::Read, DeviceFaultKind::Timeout))?;
+        let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
+        self.valid.clear();
+        self.valid.reserve(nr_blocks);
+        Ok(Update { range: self, mapped: mapped.clone(), subscription: at, pages, token, deadline })
+    }
+
+    /// Faults `pages` (indices from the region's base, within one block) in for `access` and hands what became valid to
+    /// `install`, under the device lock. The whole loop, with retries, eviction and a deadline that starts anew with each
+    /// progress. `attempt` counts the tries of an access that needs several ranges at once: it earns the pages a lease.
+    ///
+    /// More than was asked for may become valid: a granule moves as a whole.
+    ///
+    /// # Errors
+    /// The fault that ends the access.
+    ///
+    /// # Panics
+    /// If `pages` is empty or spans blocks: a bug of the device.
+    pub fn fault_in(
+        &mut self,
+        mapped: &MappedRef<D>,
+        pages: Pages<usize>,
+        access: Access,
+        attempt: u32,
+        timeout: Duration,
+        mut install: impl FnMut(&Valid, &DeviceGuard<'_>),
+    ) -> Result<(), DeviceFault> {
+        let block = pages.start / PAGES_PER_BLOCK;
+        assert!(!pages.is_empty() && (pages.end - 1) / PAGES_PER_BLOCK == block, "fault_in serves pages of one block");
+        let region = mapped.shared_region();
+        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        let fault = |kind| DeviceFault::new(addr, access, kind);
+        if access == Access::Write && !region.is_writable() {
+            return Err(fault(DeviceFaultKind::Protection));
+        }
+        count_round(mapped, access);
+        let want = PageMask::range(pages.start - block * PAGES_PER_BLOCK..pages.end - block * PAGES_PER_BLOCK);
+        let at = self.subscription(region);
+        self.subscriptions[at].1.move_to(interval_of(region, &covered_by_granules(region, &pages)));
+        let mut deadline = Deadline::after(timeout);
+        let mut retries = 0;
+        let mut stuck = None;
+        loop {
+            let subscription = &self.subscriptions[at].1;
+            let token = subscription.begin(deadline).map_err(|_| fault(DeviceFaultKind::Timeout))?;
+            if self.scratch.ensure(region.door()).is_err() {
+                return Err(fault(DeviceFaultKind::OutOfMemory));
+            }
+            let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt };
+            let outcome = round.run(&mut self.scratch, |valid| {
+                let device = &self.attached.device;
+                let guard = device.lock().lock();
+                if subscription.interrupted(token) {
+                    return Err(Interrupted);
+                }
+                install(valid, &guard);
+                Ok(())
+            });
+            match outcome {
+                Outcome::Done(Ok(())) => return Ok(()),
+                Outcome::Done(Err(Interrupted)) => {
+                    count(&mapped.counters().retries, 1);
+                    retries += 1;
+                    deadline = Deadline::after(timeout);
+                }
+                other => self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?,
+            }
+            if deadline.has_passed() {
+                return Err(fault(DeviceFaultKind::Timeout));
+            }
+            if retries > 0 {
+                process::sched_yield();
+            }
+        }
+    }
+
+    /// The subscription to `region`'s hub, made on first use.
+    fn subscription(&mut self, region: &MapArc<Region>) -> usize {
+        if let Some(at) = self.subscriptions.iter().position(|(id, _)| *id == region.id()) {
+            return at;
+        }
+        const KEPT: usize = 16;
+        if self.subscriptions.len() >= KEPT {
+            self.subscriptions.remove(0);
+        }
+        let whole = crate::notifier::Interval::new(region.base() as u64, region.base() as u64 + 1);
+        let subscription = Subscription::insert(HubOf(region.clone()), whole);
+        self.subscriptions.push((region.id(), subscription));
+        self.subscriptions.len() - 1
+    }
+
+    /// Lets go of what this range keeps of regions, so that they can be freed. For when a launch has ended.
+    pub fn park(&mut self) {
+        self.subscriptions.clear();
+    }
+
+    /// Does, with no lock held, what a round could not go on without.
+    fn between_rounds<T>(
+        &mut self,
+        info: &RoundInfo<'_, D>,
+        outcome: Outcome<T>,
+        stuck: &mut Option<usize>,
+    ) -> Result<(), DeviceFault> {
+        let region = info.mapped.shared_region();
+        let fault = |page: usize, kind| DeviceFault::new(region.addr_of(info.block, page), info.access, kind);
+        match outcome {
+            Outcome::Done(_) => Ok(()),
+            Outcome::Again => {
+                count(&region.counters().waits, 1);
+                process::sched_yield();
+                Ok(())
+            }
+            Outcome::WaitUntil(ns) => {
+                count(&region.counters().waits, 1);
+                process::sleep_until(ns);
+                Ok(())
+            }
+            Outcome::Full(needed) => {
+                let freed = evict::make_room(&self.attached, needed, &mut self.scratch)
+                    .map_err(|_| fault(0, DeviceFaultKind::OutOfMemory))?;
+                if freed == 0 {
+                    if needed > self.attached.residency.capacity() {
+                        return Err(fault(0, DeviceFaultKind::OutOfMemory));
+                    }
+                    // All of it is in use at this moment: the others will be done with theirs.
+                    count(&region.counters().waits, 1);
+                    process::sched_yield();
+                }
+                Ok(())
+            }
+            Outcome::Stuck(page, stall) => {
+                let first_time = stuck.replace(page) != Some(page);
+                unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))
+            }
+            Outcome::Fault(page, kind) => Err(fault(page, kind)),
+        }
+    }
+}
+
+struct RoundInfo<'a, D: Device> {
+    mapped: &'a MappedRef<D>,
+    block: usize,
+    access: Access,
+}
+
+fn round_info<D: Device>(mapped: &MappedRef<D>, block: usize, access: Access) -> RoundInfo<'_, D> {
+    RoundInfo { mapped, block, access }
+}
+
+fn count_round<D: Device>(mapped: &Mapped<D>, access: Access) {
+    let counters = AnyMapped::counters(mapped);
+    count(if access == Access::Write { &counters.device_write_faults } else { &counters.device_read_faults }, 1);
+}
+
+/// The kernel refused to move `page`. First break a sharing with other processes (hazards M3); if it is refused again, look
+/// whether the mapping permits the access at all, and if so serve the page in place from now on.
+fn unstick<D: Device>(
+    region: &Region,
+    info: &RoundInfo<'_, D>,
+    page: usize,
+    stall: Stall,
+    first_time: bool,
+) -> Result<(), DeviceFaultKind> {
+    let addr = region.addr_of(info.block, page);
+    if let Stall::Lost(_) = stall {
+        return Err(DeviceFaultKind::Lost);
+    }
+    let Some(vma) = maps::covering(addr) else { return Err(DeviceFaultKind::Unmapped) };
+    if !vma.readable || (info.access == Access::Write && !vma.writable) {
+        return Err(DeviceFaultKind::Protection);
+    }
+    if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
+        mmap::populate_write(addr, crate::addr::PAGE_SIZE);
+        return Ok(());
+    }
+    let _gate = AddressSpace::global().gate().enter();
+    region.lock_block(info.block).set_unmovable(PageMask::page(page));
+    Ok(())
+}
+
+/// The pages that granules around `pages` cover: what may become valid by faulting `pages` in.
+fn covered_by_granules(region: &Region, pages: &Pages<usize>) -> Pages<usize> {
+    let granule = region.granule();
+    pages.start & !(granule - 1)..pages.end.next_multiple_of(granule)
+}
+
+fn interval_of(region: &Region, pages: &Pages<usize>) -> crate::notifier::Interval {
+    let at = |page: usize| (region.base() + page * crate::addr::PAGE_SIZE) as u64;
+    crate::notifier::Interval::new(at(pages.start), at(pages.end))
+}
+
+/// One device round on one block.
+struct Round<'a, D: Device> {
+    mapped: &'a MappedRef<D>,
+    region: &'a Region,
+    block: usize,
+    want: PageMask,
+    access: Access,
+    key: Option<RangeKey>,
+    attempt: u32,
+}
+
+impl<D: Device> Round<'_, D> {
+    fn id(&self) -> DeviceId {
+        self.mapped.id()
+    }
+
+    /// Runs the round; `commit` sees what is valid, with the block locked.
+    fn run<T>(&self, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
+        let space = AddressSpace::global();
+        let gate = space.gate().enter();
+        let mut state = self.region.lock_block(self.block);
+        if let Some(outside) = (self.want - self.region.body_mask(self.block)).first_from(0) {
+            return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
+        }
+        if let Some(gone) = (self.want & state.gone()).first_from(0) {
+            return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
+        }
+        if let Some(until) = lease_of_cpu(&mut state) {
+            return Outcome::WaitUntil(until);
+        }
+        if self.region.kind() == RegionKind::Input {
+            return self.run_input(&mut state, scratch, commit);
+        }
+        let (want, plan) = self.plan(&state);
+        if plan.is_empty() {
+            let valid = self.valid(&state, want);
+            return Outcome::Done(self.commit(&mut state, &valid, commit));
+        }
+        let fill = plan.take | plan.duplicate | plan.from_device;
+        let needed = (fill - state.resident(self.id())).count();
+        if !self.mapped.residency().reserve(needed) {
+            return Outcome::Full(needed);
+        }
+        let before = state.resident(self.id()).count();
+        let changes = plan.changes().bounds().unwrap_or(0..1);
+        let Ok(bracket) = self.region.hub().start(self.region.interval(self.block, changes), self.key) else {
+            self.mapped.residency().release(needed);
+            return Outcome::Again;
+        };
+        if !self.exclude_others(&gate, &state, &plan) {
+            count(&self.region.counters().waits, 1);
+            let flight = Flight::begin(self.region);
+            drop(state);
+            drop(gate);
+            self.wait_for_others(space, flight.region(), &plan);
+            let gate = space.gate().enter();
+            let mut state = self.region.lock_block(self.block);
+            if self.plan(&state) != (want, plan) {
+                self.mapped.residency().release(needed);
+                drop(bracket);
+                return Outcome::Again;
+            }
+            return self.finish(&gate, &mut state, want, &plan, (before, needed), scratch, commit);
+        }
+        self.finish(&gate, &mut state, want, &plan, (before, needed), scratch, commit)
+    }
+
+    /// What to fault in, the wanted pages and what lies beside them, and what that takes. Where device memory is too
+    /// small for the company, the wanted pages go alone.
+    fn plan(&self, state: &BlockState) -> (PageMask, Plan) {
+        let beside = (granules_of(self.want, self.region.granule()) & self.region.body_mask(self.block))
+            - state.gone()
+            - state.in_place()
+            - state.held_by_devices(Some(self.id()));
+        let on_read = self.region.on_read();
+        let residency = self.mapped.residency();
+        let free = residency.capacity().saturating_sub(residency.resident());
+        let all = self.want | beside;
+        let plan = state.plan(self.id(), all, self.access, on_read);
+        let fill = plan.take | plan.duplicate | plan.from_device;
+        if (fill - state.resident(self.id())).count() <= free || all.count() <= residency.capacity() / 4 {
+            return (all, plan);
+        }
+        (self.want, state.plan(self.id(), self.want, self.access, on_read))
+    }
+
+    fn invalidations(&self, plan: &Plan) -> [Invalidation; 2] {
+        [
+            Invalidation::new(self.block, plan.revoke, Keep::Nothing),
+            Invalidation::new(self.block, plan.downgrade, Keep::Reads),
+        ]
+    }
+
+    /// First pass over the other devices, then whether they are done.
+    fn exclude_others(&self, gate: &GateGuard<'_>, state: &BlockState, plan: &Plan) -> bool {
+        self.invalidations(plan)
+            .iter()
+            .filter(|inv| !inv.pages().is_empty())
+            .all(|inv| invalidate(self.region, gate, state.holders(inv.pages()).without(self.id()), inv))
+    }
+
+    fn wait_for_others(&self, space: &AddressSpace, region: &Region, plan: &Plan) {
+        let mut others = crate::block::DeviceSet::all();
+        others = others.without(self.id());
+        for inv in self.invalidations(plan).iter().filter(|inv| !inv.pages().is_empty()) {
+            wait_quiesced(space, region, others, inv);
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the tail of one function, split where it is entered from two places")]
+    fn finish<T>(
+        &self,
+        gate: &GateGuard<'_>,
+        state: &mut BlockState,
+        want: PageMask,
+        plan: &Plan,
+        (before, reserved): (usize, usize),
+        scratch: &mut Scratch,
+        commit: impl FnOnce(&Valid) -> T,
+    ) -> Outcome<T> {
+        let moved = self.execute(gate, state, plan, scratch);
+        debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
+        let after = state.resident(self.id()).count();
+        self.mapped.residency().release(before + reserved - after);
+        let valid = self.valid(state, want);
+        let served = match self.access {
+            Access::Read => valid.readable,
+            Access::Write => valid.writable,
+        };
+        if served.contains_all(&self.want) {
+            // Whatever happened to the company: what was wanted is there.
+            return Outcome::Done(self.commit(state, &valid, commit));
+        }
+        match moved {
+            Ok(()) | Err(Stall::Changing) => Outcome::Again,
+            Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
+            Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
+        }
+    }
+
+    /// The movements of a plan. The other holders have been excluded.
+    fn execute(
+        &self,
+        gate: &GateGuard<'_>,
+        state: &mut BlockState,
+        plan: &Plan,
+        scratch: &mut Scratch,
+    ) -> Result<(), Stall> {
+        let me: &dyn AnyMapped = &**self.mapped;
+        let id = self.id();
+        let mut mover = Mover::new(self.region, self.block, state);
+        mover.clear_junk(me, plan.take | plan.duplicate | plan.from_device, scratch)?;
+        for run in plan.from_device.runs() {
+            self.fetch_from_devices(gate, &mut mover, run)?;
+        }
+        mover.state.revoked_all(plan.revoke & mover.state.frames(id), Some(id));
+        for run in plan.take.runs() {
+            mover.state.revoked_all(PageMask::range(run.clone()), Some(id));
+            mover.take(me, run.clone(), self.access)?;
+            self.count_arrival(&run);
+        }
+        for run in plan.duplicate.runs() {
+            mover.take(me, run.clone(), Access::Read)?;
+            mover.share_home(me, run.clone())?;
+            self.count_arrival(&run);
+        }
+        for run in plan.drop_host.runs() {
+            count(&self.region.counters().collapsed_pages, run.len() as u64);
+            mover.drop_host(run, scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Gets a run from the windows of the devices that hold it.
+    fn fetch_from_devices(&self, gate: &GateGuard<'_>, mover: &mut Mover<'_>, run: Pages<usize>) -> Result<(), Stall> {
+        let me: &dyn AnyMapped = &**self.mapped;
+        let mut at = run.start;
+        while at < run.end {
+            let others = || (0..crate::block::MAX_DEVICES).filter(|&d| d != self.id().index());
+            let holder = others().filter_map(|d| self.region.devices(gate)[d].as_deref()).find(|d| mover.state.frames(d.id()).contains(at));
+            let Some(holder) = holder else { return Err(Stall::Lost(at)) };
+            let held = mover.state.frames(holder.id()) & PageMask::range(at..run.end);
+            let part = at..held.run_around(at).end;
+            match self.access {
+                Access::Read => mover.copy_between(holder, me, part.clone())?,
+                Access::Write => {
+                    let before = mover.state.resident(holder.id()).count();
+                    let moved = mover.move_between(holder, me, part.clone());
+                    holder.residency().release(before - mover.state.resident(holder.id()).count());
+                    moved?;
+                    mover.state.revoked_all(PageMask::range(part.clone()), Some(self.id()));
+                }
+            }
+            self.count_arrival(&part);
+            at = part.end;
+        }
+        Ok(())
+    }
+
+    fn count_arrival(&self, run: &Pages<usize>) {
+        let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
+        self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
+    }
+
+    fn valid(&self, state: &BlockState, want: PageMask) -> Valid {
+        let in_place = state.in_place() & want - state.away();
+        let writable = if self.region.is_writable() { (state.exclusive_to(self.id()) & want) | in_place } else { PageMask::EMPTY };
+        Valid { block: self.block, readable: (state.frames(self.id()) & want) | in_place, writable, in_place }
+    }
+
+    fn commit<T>(&self, state: &mut BlockState, valid: &Valid, commit: impl FnOnce(&Valid) -> T) -> T {
+        const SLICE_NS: u64 = 10_000;
+        const MAX_SHIFT: u32 = 12;
+        self.mapped.touch(self.block);
+        if self.attempt > 1 {
+            state.lease().device_until_ns = clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
+        }
+        count(&AnyMapped::counters(&***self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        commit(valid)
+    }
+
+    /// A round on memory that nobody writes: copy what is not there yet.
+    fn run_input<T>(&self, state: &mut BlockState, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
+        let id = self.id();
+        let near = granules_of(self.want, self.region.granule()) & self.region.body_mask(self.block);
+        let all = if near.count() <= self.mapped.residency().capacity() / 4 { near | self.want } else { self.want };
+        let fill = all - state.frames(id);
+        let needed = fill.count();
+        if !self.mapped.residency().reserve(needed) {
+            return Outcome::Full(needed);
+        }
+        let before = state.frames(id).count();
+        let mut mover = Mover::new(self.region, self.block, state);
+        let mut stalled = Ok(());
+        for run in fill.runs() {
+            stalled = mover.fill_from_input(&**self.mapped, run.clone());
+            if stalled.is_err() {
+                break;
+            }
+            self.count_arrival(&run);
+        }
+        let _ = scratch;
+        self.mapped.residency().release(before + needed - state.frames(id).count());
+        let valid = self.valid(state, all);
+        if valid.readable.contains_all(&self.want) {
+            return Outcome::Done(self.commit(state, &valid, commit));
+        }
+        match stalled {
+            Ok(()) | Err(Stall::Changing) => Outcome::Again,
+            Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
+            Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
+                Outcome::Fault(page, DeviceFaultKind::Unmapped)
+            }
+        }
+    }
+}
+
+fn lease_of_cpu(state: &mut BlockState) -> Option<u64> {
+    let until = state.lease().cpu_until_ns;
+    (until != 0 && until > clock::monotonic_ns()).then_some(until)
+}
+
+impl<D: Device> Update<'_, D> {
+    /// Makes the pages accessible to the device: moves or duplicates them. May serve some blocks and fail at a later one.
+    ///
+    /// # Errors
+    /// The fault that ends the update.
+    pub fn fault(&mut self, access: Access) -> Result<(), DeviceFault> {
+        let mapped = self.mapped.clone();
+        let region = mapped.shared_region();
+        let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind);
+        if access == Access::Write && !region.is_writable() {
+            return Err(fault(self.pages.start, DeviceFaultKind::Protection));
+        }
+        count_round(&mapped, access);
+        self.range.valid.clear();
+        let (mut at, mut stuck) = (self.pages.start, None);
+        while at < self.pages.end {
+            let block = at / PAGES_PER_BLOCK;
+            let origin = block * PAGES_PER_BLOCK;
+            let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
+            let want = PageMask::range(at - origin..end - origin);
+            if self.range.scratch.ensure(region.door()).is_err() {
+                return Err(fault(at, DeviceFaultKind::OutOfMemory));
+            }
+            let key = Some(self.range.subscriptions[self.subscription].1.key());
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0 };
+            match round.run(&mut self.range.scratch, Valid::clone) {
+                Outcome::Done(valid) => {
+                    self.range.valid.push(valid);
+                    at = end;
+                    stuck = None;
+                }
+                other => self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?,
+            }
+            if self.deadline.has_passed() {
+                return Err(fault(at, DeviceFaultKind::Timeout));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the device could access now without faulting anything in.
+    pub fn snapshot(&mut self) {
+        let mapped = self.mapped.clone();
+        let region = mapped.shared_region();
+        self.range.valid.clear();
+        let mut at = self.pages.start;
+        while at < self.pages.end {
+            let block = at / PAGES_PER_BLOCK;
+            let origin = block * PAGES_PER_BLOCK;
+            let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
+            let want = PageMask::range(at - origin..end - origin) & region.body_mask(block);
+            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0 };
+            let _gate = AddressSpace::global().gate().enter();
+            let state = region.lock_block(block);
+            self.range.valid.push(round.valid(&state, want - state.gone()));
+            at = end;
+        }
+    }
+
+    /// Whether the update has been interrupted already. True is reliable; false is not, outside the device lock.
+    #[must_use]
+    pub fn needs_retry(&self) -> bool {
+        self.range.subscriptions[self.subscription].1.interrupted(self.token)
+    }
+
+    /// Ends the update: what `fault` or `snapshot` found is still true, and may be installed while `guard` lives.
+    ///
+    /// # Errors
+    /// [`Interrupted`]: an invalidation of the range began meanwhile. Start over.
+    ///
+    /// # Panics
+    /// If `guard` is not of this device's lock: the answer would mean nothing.
+    pub fn end_update<'g>(self, guard: &'g DeviceGuard<'_>) -> Result<Committed<'g>, Interrupted>
+    where
+        Self: 'g,
+    {
+        assert!(guard.is_of(self.range.attached.device.lock()), "end_update needs the guard of its own device's lock");
+        if self.needs_retry() {
+            count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
+            return Err(Interrupted);
+        }
+        Ok(Committed { valid: &self.range.valid })
+    }
+}
+
+/// What may be installed while the device lock's guard lives. See [`Update::end_update`].
+#[derive(Debug)]
+pub struct Committed<'g> {
+    valid: &'g [Valid],
+}
+
+impl Deref for Committed<'_> {
+    type Target = [Valid];
+    fn deref(&self) -> &[Valid] {
+        self.valid
+    }
+}
+
+impl<D: Device> fmt::Debug for Range<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Range").field("device", &self.attached.id).finish_non_exhaustive()
+    }
+}
+
+impl<D: Device> fmt::Debug for Update<'_, D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Update").field("pages", &self.pages).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,297 @@
+//! [`Region`]: one mirrored range.
+//!
+//! A region covers the bytes of a slice. Only the pages lying *wholly* inside it, its *body*, are registered and move;
+//! the two partial pages at its ends, the *edges*, stay where they are, for a neighbour on the heap lives in them too.
+//!
+//! Pages are counted from the region's *base*, its address rounded down to a block (2 MiB), so that page `i` of block
+//! `b` lies at `base + b * 2 MiB + i * 4 KiB` for the CPU, and at the same distance from a window's base for a device.
+
+use core::fmt;
+use core::ops::Range;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
+use crate::block::{Block, BlockState, DeviceId, MAX_DEVICES, OnRead};
+use crate::device::AnyMapped;
+use crate::error::{Error, ErrorKind, Result};
+use crate::mask::PageMask;
+use crate::notifier::Hub;
+use crate::options::Options;
+use crate::space::{Door, Gated, GateGuard};
+use crate::stats::{Counters, Stats};
+use crate::sync::{Mutex, MutexGuard};
+use crate::sys::arc::MapArc;
+use crate::sys::mmap::MapArray;
+
+/// How the pages of a region reach a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RegionKind {
+    /// Registered with userfaultfd: pages move by fault, both ways.
+    Managed,
+    /// Memory that cannot be registered or moved: devices access it at the host's address.
+    InPlace,
+    /// An input that nobody writes while it lives: copied into windows, never registered.
+    Input,
+}
+
+/// The devices that map a region, read on the fault path.
+pub(crate) type DeviceTable = [Option<MapArc<dyn AnyMapped>>; MAX_DEVICES];
+
+/// One mirrored range. See the [module](self).
+pub(crate) struct Region {
+    id: u64,
+    addr: usize,
+    len_bytes: usize,
+    base: usize,
+    body: Option<PageRange>,
+    kind: RegionKind,
+    writable: bool,
+    door: &'static Door,
+    hub: Hub,
+    blocks: MapArray<Block>,
+    devices: Gated<DeviceTable>,
+    options: Options,
+    read_mostly: AtomicBool,
+    /// Launches in progress on some device: while there are any, a CPU read duplicates instead of migrating home.
+    uses: AtomicU32,
+    /// Faults that wait outside the gate and still refer to the region; it is not freed before they are gone.
+    in_flight: AtomicU32,
+    pins: Mutex<Pins>,
+    counters: Counters,
+}
+
+/// Page ranges under a pin. A handful at most: a list is enough, and its first entries need no allocation.
+#[derive(Debug, Default)]
+struct Pins {
+    ranges: Vec<Range<usize>>,
+}
+
+impl Region {
+    pub(crate) fn new(
+        addr: usize,
+        len_bytes: usize,
+        kind: RegionKind,
+        writable: bool,
+        door: &'static Door,
+        options: &Options,
+    ) -> Result<MapArc<Self>> {
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+        let no_memory = |errno| Error::new("mirror", ErrorKind::OutOfMemory).at(addr).errno(errno);
+        let base = addr & !(BLOCK_SIZE - 1);
+        let nr_blocks = (addr + len_bytes - base).div_ceil(BLOCK_SIZE);
+        let region = Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            addr,
+            len_bytes,
+            base,
+            body: PageRange::inside(addr, len_bytes),
+            kind,
+            writable,
+            door,
+            hub: Hub::new(),
+            blocks: MapArray::zeroed(nr_blocks).map_err(no_memory)?,
+            devices: Gated::new([const { None }; MAX_DEVICES]).map_err(no_memory)?,
+            options: options.clone(),
+            read_mostly: AtomicBool::new(options.read_mostly),
+            uses: AtomicU32::new(0),
+            in_flight: AtomicU32::new(0),
+            pins: Mutex::new(Pins::default()),
+            counters: Counters::default(),
+        };
+        MapArc::new(region).map_err(no_memory)
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub(crate) fn addr(&self) -> usize {
+        self.addr
+    }
+
+    pub(crate) fn len_bytes(&self) -> usize {
+        self.len_bytes
+    }
+
+    pub(crate) fn end(&self) -> usize {
+        self.addr + self.len_bytes
+    }
+
+    /// The block-aligned address that page indices count from.
+    pub(crate) fn base(&self) -> usize {
+        self.base
+    }
+
+    /// The pages wholly inside the range, if there are any.
+    pub(crate) fn body(&self) -> Option<PageRange> {
+        self.body
+    }
+
+    pub(crate) fn kind(&self) -> RegionKind {
+        self.kind
+    }
+
+    /// Whether devices may write through this region at all.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    pub(crate) fn door(&self) -> &'static Door {
+        self.door
+    }
+
+    pub(crate) fn hub(&self) -> &Hub {
+        &self.hub
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(crate) fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Pages that one fault moves at most: a power of two up to a block.
+    pub(crate) fn granule(&self) -> usize {
+        self.options.granule.pages()
+    }
+
+    pub(crate) fn nr_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Address of page `page` of block `block`.
+    pub(crate) fn addr_of(&self, block: usize, page: usize) -> usize {
+        self.base + block * BLOCK_SIZE + page * PAGE_SIZE
+    }
+
+    /// Block and page within it of `addr`, which lies in the range.
+    pub(crate) fn locate(&self, addr: usize) -> (usize, usize) {
+        let page = (addr - self.base) / PAGE_SIZE;
+        (page / PAGES_PER_BLOCK, page % PAGES_PER_BLOCK)
+    }
+
+    /// The pages of `block` that belong to the body.
+    pub(crate) fn body_mask(&self, block: usize) -> PageMask {
+        let Some(body) = self.body else { return PageMask::EMPTY };
+        let first = (body.start() - self.base) / PAGE_SIZE;
+        let end = (body.end() - self.base) / PAGE_SIZE;
+        let origin = block * PAGES_PER_BLOCK;
+        let clip = |page: usize| page.clamp(origin, origin + PAGES_PER_BLOCK) - origin;
+        PageMask::range(clip(first)..clip(end))
+    }
+
+    /// Byte addresses of the pages `pages` of `block`, as an interval of the hub.
+    pub(crate) fn interval(&self, block: usize, pages: Range<usize>) -> crate::notifier::Interval {
+        crate::notifier::Interval::new(self.addr_of(block, pages.start) as u64, self.addr_of(block, pages.end) as u64)
+    }
+
+    /// The block's directory, locked. Taken inside the gate.
+    pub(crate) fn lock_block(&self, block: usize) -> MutexGuard<'_, BlockState> {
+        self.blocks[block].lock()
+    }
+
+    pub(crate) fn try_lock_block(&self, block: usize) -> Option<MutexGuard<'_, BlockState>> {
+        self.blocks[block].try_lock()
+    }
+
+    /// The devices that map this region.
+    pub(crate) fn devices<'g>(&'g self, gate: &'g GateGuard<'_>) -> &'g DeviceTable {
+        self.devices.load(gate)
+    }
+
+    pub(crate) fn devices_cell(&self) -> &Gated<DeviceTable> {
+        &self.devices
+    }
+
+    /// What a device read of a page that only the CPU holds does.
+    pub(crate) fn on_read(&self) -> OnRead {
+        if self.read_mostly.load(Ordering::Relaxed) { OnRead::Duplicate } else { OnRead::Migrate }
+    }
+
+    pub(crate) fn set_read_mostly(&self, read_mostly: bool) {
+        self.read_mostly.store(read_mostly, Ordering::Relaxed);
+    }
+
+    /// Whether some launch is in progress on this region.
+    pub(crate) fn in_use(&self) -> bool {
+        self.uses.load(Ordering::Relaxed) != 0
+    }
+
+    pub(crate) fn begin_use(&self) {
+        self.uses.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn end_use(&self) {
+        self.uses.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Counts a fault that will refer to the region outside the gate. Inside the gate only.
+    pub(crate) fn enter_flight(&self) {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The counterpart; the caller's last use of the region. Release pairs with the Acquire of `wait_landed`.
+    pub(crate) fn leave_flight(&self) {
+        self.in_flight.fetch_sub(1, Ordering::Release);
+    }
+
+    /// Waits until no fault refers to the region any more. After it was unpublished and a grace period has passed.
+    pub(crate) fn wait_landed(&self) {
+        while self.in_flight.load(Ordering::Acquire) != 0 {
+            std::thread::sleep(Duration::from_micros(20));
+        }
+    }
+
+    /// Records a pin of the pages `pages` (from the base). The caller marks the blocks.
+    pub(crate) fn add_pin(&self, pages: Range<usize>) {
+        self.pins.lock().ranges.push(pages);
+    }
+
+    /// Forgets one pin of `pages`; gives the pages that no other pin covers to `unpinned`, as runs.
+    pub(crate) fn remove_pin(&self, pages: &Range<usize>, mut unpinned: impl FnMut(Range<usize>)) {
+        let mut pins = self.pins.lock();
+        if let Some(at) = pins.ranges.iter().position(|r| r == pages) {
+            pins.ranges.swap_remove(at);
+        }
+        let mut at = pages.start;
+        while at < pages.end {
+            let covering = pins.ranges.iter().find(|r| r.contains(&at));
+            if let Some(range) = covering {
+                at = range.end;
+                continue;
+            }
+            let next = pins.ranges.iter().map(|r| r.start).filter(|&s| s > at).min().unwrap_or(pages.end);
+            let end = next.min(pages.end);
+            unpinned(at..end);
+            at = end;
+        }
+    }
+
+    /// Totals of this region and of what its devices did to it.
+    pub(crate) fn stats(&self, gate: &GateGuard<'_>) -> Stats {
+        let mut stats = self.counters.snapshot();
+        for mapped in self.devices(gate).iter().flatten() {
+            stats += mapped.counters().snapshot();
+        }
+        stats
+    }
+
+    /// The device of slot `id`, if it maps this region.
+    pub(crate) fn device<'g>(&'g self, gate: &'g GateGuard<'_>, id: DeviceId) -> Option<&'g dyn AnyMapped> {
+        self.devices(gate)[id.index()].as_deref()
+    }
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Region")
+            .field("id", &self.id)
+            .field("addr", &format_args!("{:#x}", self.addr))
+            .field("len_bytes", &self.len_bytes)
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,85 @@
+//! [`Scratch`]: where stale pages are moved to be thrown away.
+//!
+//! `madvise(DONTNEED)` on a registered range posts an event and sleeps until it is read (hazards M4), so a page cannot be
+//! dropped that way while a lock is held. It is moved here instead, by the same call as every other movement, and the
+//! area is emptied by its owner *between* rounds, where no lock and no gate is held.
+
+use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
+use crate::error::{Error, ErrorKind, Result};
+use crate::space::{AddressSpace, Door};
+use crate::sys::mmap::{self, Reservation};
+use crate::sys::uffd::RegisterMode;
+
+/// Pages of an area: eight blocks, so that it is emptied seldom.
+const CAPACITY: usize = 8 * PAGES_PER_BLOCK;
+/// What one round may discard at most: a block, and as much again for parts that stalled.
+const ROUND: usize = 3 * PAGES_PER_BLOCK;
+
+/// An area for stale pages, per door it was needed for.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    areas: [Option<Area>; 2],
+    current: usize,
+}
+
+#[derive(Debug)]
+struct Area {
+    reservation: Reservation,
+    registered: PageRange,
+    door: &'static Door,
+    next: usize,
+}
+
+impl Scratch {
+    /// No area yet; they are made by [`ensure`](Self::ensure).
+    pub(crate) fn new(_space: &AddressSpace) -> Result<Self> {
+        Ok(Self { areas: [None, None], current: 0 })
+    }
+
+    /// Makes room for one round of a region behind `door`, emptying the area if need be. Outside every lock and the gate.
+    pub(crate) fn ensure(&mut self, door: &'static Door) -> Result<()> {
+        let index = door.index();
+        self.current = index;
+        let area = match &mut self.areas[index] {
+            Some(area) => area,
+            none => none.insert(Area::new(door)?),
+        };
+        if area.next + ROUND > CAPACITY {
+            mmap::discard(area.reservation.start(), area.next * PAGE_SIZE);
+            area.next = 0;
+        }
+        Ok(())
+    }
+
+    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for.
+    pub(crate) fn take(&mut self, pages: usize, _like: usize) -> usize {
+        let Some(area) = &mut self.areas[self.current] else { return 0 };
+        if pages == PAGES_PER_BLOCK {
+            area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
+        }
+        let at = area.reservation.start() + area.next * PAGE_SIZE;
+        area.next += pages;
+        debug_assert!(area.next <= CAPACITY, "a round discarded more than it ensured");
+        at
+    }
+}
+
+impl Area {
+    fn new(door: &'static Door) -> Result<Self> {
+        let failed = |errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno);
+        let reservation = Reservation::congruent(0, CAPACITY * PAGE_SIZE).map_err(failed)?;
+        reservation.dont_fork();
+        let registered = PageRange::new(reservation.start(), reservation.start() + CAPACITY * PAGE_SIZE)
+            .ok_or_else(|| Error::invalid("scratch area", "the area wraps"))?;
+        door.uffd().register(registered, RegisterMode::MISSING).map_err(failed)?;
+        Ok(Self { reservation, registered, door, next: 0 })
+    }
+}
+
+impl Drop for Area {
+    fn drop(&mut self) {
+        let _ = self.door.uffd().unregister(self.registered);
+    }
+}
+
+const _: () = assert!(ROUND <= CAPACITY && BLOCK_SIZE == PAGES_PER_BLOCK * PAGE_SIZE);
