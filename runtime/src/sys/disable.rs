@@ -1,0 +1,122 @@
+//! `SVM_DISABLE`: pretending that the kernel lacks something.
+//!
+//! A comma-separated list of the words below forces the fallback for each, so that every fallback can
+//! be tested on a kernel that has everything. Read once, on the control path.
+
+use std::sync::OnceLock;
+
+use super::uffd::Features;
+
+bitflags::bitflags! {
+    /// What `SVM_DISABLE` names.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) struct Disabled: u32 {
+        const USERFAULTFD = 1 << 0;
+        const KERNEL_FAULTS = 1 << 1;
+        const MOVE = 1 << 2;
+        const WP = 1 << 3;
+        const WP_ASYNC = 1 << 4;
+        const POISON = 1 << 5;
+        const SIGBUS = 1 << 6;
+        const EVENTS = 1 << 7;
+        const THREAD_ID = 1 << 8;
+        const EXACT_ADDRESS = 1 << 9;
+        const PAGEMAP_SCAN = 1 << 10;
+        const PROCMAP_QUERY = 1 << 11;
+        const MEMBARRIER = 1 << 12;
+        const PROCESS_VM = 1 << 13;
+    }
+}
+
+/// Every word with what it disables.
+pub(crate) const WORDS: &[(&str, Disabled)] = &[
+    ("userfaultfd", Disabled::USERFAULTFD),
+    ("kernel_faults", Disabled::KERNEL_FAULTS),
+    ("move", Disabled::MOVE),
+    ("wp", Disabled::WP),
+    ("wp_async", Disabled::WP_ASYNC),
+    ("poison", Disabled::POISON),
+    ("sigbus", Disabled::SIGBUS),
+    ("events", Disabled::EVENTS),
+    ("thread_id", Disabled::THREAD_ID),
+    ("exact_address", Disabled::EXACT_ADDRESS),
+    ("pagemap_scan", Disabled::PAGEMAP_SCAN),
+    ("procmap_query", Disabled::PROCMAP_QUERY),
+    ("membarrier", Disabled::MEMBARRIER),
+    ("process_vm", Disabled::PROCESS_VM),
+];
+
+/// The variable's name.
+pub(crate) const VARIABLE: &str = "SVM_DISABLE";
+
+impl Disabled {
+    /// What this process's environment disables. Control path: the first call reads the environment.
+    pub(crate) fn current() -> Self {
+        static CURRENT: OnceLock<Disabled> = OnceLock::new();
+        *CURRENT.get_or_init(|| {
+            std::env::var(VARIABLE).map_or(Self::empty(), |list| Self::parse(&list, |_| {}))
+        })
+    }
+
+    /// Parses a list, and hands every unknown word to `unknown`.
+    pub(crate) fn parse(list: &str, mut unknown: impl FnMut(&str)) -> Self {
+        let mut disabled = Self::empty();
+        for word in list.split(',').map(str::trim).filter(|w| !w.is_empty()) {
+            match WORDS.iter().find(|(name, _)| *name == word) {
+                Some((_, flag)) => disabled |= *flag,
+                None => unknown(word),
+            }
+        }
+        disabled
+    }
+
+    /// The uffd features these words take away.
+    pub(crate) fn features(self) -> Features {
+        let table = [
+            (Self::MOVE, Features::MOVE),
+            (
+                Self::WP,
+                Features::PAGEFAULT_FLAG_WP
+                    | Features::WP_HUGETLBFS_SHMEM
+                    | Features::WP_UNPOPULATED
+                    | Features::WP_ASYNC,
+            ),
+            (Self::WP_ASYNC, Features::WP_ASYNC),
+            (Self::POISON, Features::POISON),
+            (Self::SIGBUS, Features::SIGBUS),
+            (
+                Self::EVENTS,
+                Features::EVENT_FORK
+                    | Features::EVENT_REMAP
+                    | Features::EVENT_REMOVE
+                    | Features::EVENT_UNMAP,
+            ),
+            (Self::THREAD_ID, Features::THREAD_ID),
+            (Self::EXACT_ADDRESS, Features::EXACT_ADDRESS),
+        ];
+        table
+            .into_iter()
+            .filter(|(word, _)| self.contains(*word))
+            .fold(Features::empty(), |all, (_, features)| all | features)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_parsed_and_strangers_reported() {
+        let mut strangers = Vec::new();
+        let disabled = Disabled::parse(" move,,poison , mvoe", |w| strangers.push(w.to_owned()));
+        assert_eq!(disabled, Disabled::MOVE | Disabled::POISON);
+        assert_eq!(strangers, ["mvoe"]);
+        assert_eq!(disabled.features(), Features::MOVE | Features::POISON);
+    }
+
+    #[test]
+    fn every_flag_has_a_word() {
+        let named = WORDS.iter().fold(Disabled::empty(), |all, (_, f)| all | *f);
+        assert_eq!(named, Disabled::all());
+    }
+}
