@@ -1,1 +1,4 @@
 //! Shared virtual memory in userspace.
+
+pub mod notifier;
+pub mod sync;
