@@ -1,0 +1,104 @@
+//! Synchronisation that may be used where a fault is being served.
+//!
+//! The fault path can run inside a signal handler that interrupted anything, malloc included. So nothing here
+//! allocates, panics, logs, or has a lazily initialised thread-local; every type holds its state inline; all blocking is a
+//! futex; and every wait takes a [`Deadline`].
+//!
+//! | type | what it is | cost when nobody contends |
+//! |---|---|---|
+//! | [`Mutex`] | a lock of one word; zero bytes are an unlocked one | one compare-exchange, one swap |
+//! | [`WaitQueue`] | sleeps until a condition holds; the condition is the caller's | waking nobody: one fence, one load |
+//! | [`Gate`] | sections that run side by side, against a closer that runs alone, with grace periods | two read-modify-writes on a line of few threads |
+//!
+//! This module is also the one place where the code meets its model checker: everything here and in
+//! [`notifier`](crate::notifier) takes atomics, cells, fences, threads and the futex from the private shim below. With
+//! `--cfg loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
+//! *this* code, not of a copy.
+
+mod deadline;
+mod futex;
+mod gate;
+mod mutex;
+mod wait;
+
+pub(crate) mod mutation;
+
+pub use deadline::Deadline;
+pub(crate) use futex::{Futex, Woken};
+pub use gate::{Closed, Gate, GateGuard};
+#[cfg(loom)]
+pub(crate) use mutex::ideal;
+pub use mutex::{Mutex, MutexGuard};
+pub use wait::WaitQueue;
+
+/// The shim: the machine's primitives, or the model checker's.
+pub(crate) mod shim {
+    #[cfg(not(loom))]
+    pub(crate) mod atomic {
+        pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+    }
+    #[cfg(loom)]
+    pub(crate) mod atomic {
+        pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+    }
+
+    #[cfg(loom)]
+    pub(crate) use loom::cell::UnsafeCell;
+
+    /// `core`'s cell with loom's interface: the access is a closure, so that the model checker can see it.
+    #[cfg(not(loom))]
+    #[repr(transparent)]
+    #[derive(Debug)]
+    pub(crate) struct UnsafeCell<T: ?Sized>(core::cell::UnsafeCell<T>);
+
+    #[cfg(not(loom))]
+    impl<T> UnsafeCell<T> {
+        pub(crate) const fn new(value: T) -> Self {
+            Self(core::cell::UnsafeCell::new(value))
+        }
+
+        #[inline]
+        pub(crate) fn with<R>(&self, access: impl FnOnce(*const T) -> R) -> R {
+            access(self.0.get().cast_const())
+        }
+
+        #[inline]
+        pub(crate) fn with_mut<R>(&self, access: impl FnOnce(*mut T) -> R) -> R {
+            access(self.0.get())
+        }
+    }
+
+    /// A full fence that only the model checker needs.
+    ///
+    /// Loom gives a `SeqCst` *access* the strength of acquire-release and models the total order of `SeqCst` *fences* alone
+    /// (loom issue 180). Where the code has all four accesses of a store-buffering pair `SeqCst`, which is enough by the
+    /// language's memory model and on x86 free after a read-modify-write, this tells loom so.
+    #[inline(always)]
+    pub(crate) fn fence_for_model() {
+        #[cfg(loom)]
+        atomic::fence(atomic::Ordering::SeqCst);
+    }
+
+    /// Lets the holder of something briefly held go on: first by spinning, then by giving up the processor.
+    ///
+    /// In a model, giving up the processor is what tells loom that this thread cannot go on alone.
+    #[derive(Debug, Default)]
+    pub(crate) struct Backoff(u32);
+
+    impl Backoff {
+        const SPINS: u32 = if cfg!(loom) { 0 } else { 7 };
+
+        /// `true` once spinning has been enough and the caller should sleep.
+        #[inline]
+        pub(crate) fn spin(&mut self) -> bool {
+            if self.0 >= Self::SPINS {
+                return true;
+            }
+            for _ in 0..1_u32 << self.0 {
+                core::hint::spin_loop();
+            }
+            self.0 += 1;
+            false
+        }
+    }
+}

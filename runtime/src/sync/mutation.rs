@@ -1,0 +1,125 @@
+//! Faults that a model can switch on, to show that it would notice.
+//!
+//! A model that cannot fail proves nothing. Each variant of [`Mutation`] is one way to break the code, at the place that asks
+//! [`mutated`]; `models::mutations` runs the models with each in turn and expects the checker to find a failing schedule.
+//! Outside models the answer is a constant and the question compiles to nothing.
+
+use super::shim::atomic::Ordering;
+
+/// One way to break the code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    not(loom),
+    allow(dead_code, reason = "asked about in the code, set by models alone")
+)]
+pub(crate) enum Mutation {
+    /// `Mutex::lock` takes the word without acquiring what its last holder wrote.
+    MutexLockRelaxed,
+    /// `Mutex` unlocks without releasing what its holder wrote.
+    MutexUnlockRelaxed,
+    /// A locker sleeps without marking the word, so that nobody wakes it.
+    MutexForgetsSleepers,
+    /// `WaitQueue::wake_all` looks for sleepers before the condition is sure to be seen.
+    WakeWithoutFence,
+    /// A waiter sleeps without looking at the condition again after it has announced itself.
+    WaitWithoutSecondLook,
+    /// `Gate::enter` does not look at the gate again after it has counted itself.
+    GateEnterWithoutSecondLook,
+    /// `Gate::enter` looks at the gate first and counts itself afterwards, unordered.
+    GateEnterWithoutFence,
+    /// `Gate::close` looks at the sections before the closing is sure to be seen.
+    GateCloseWithoutFence,
+    /// A section leaves without releasing what it wrote.
+    GateLeaveRelaxed,
+    /// A section leaves without waking the closer that waits for it.
+    GateLeaveWithoutWake,
+    /// `Gate::synchronize` does not wait for the sections of the old phase.
+    GateSynchronizeWithoutWait,
+    /// `Hub::start` does not bump the overlapping ranges.
+    HubStartWithoutBump,
+    /// `Hub::start` does not remember the invalidation, so that `begin` does not wait for it.
+    HubStartWithoutSlot,
+    /// `Hub::start` skips the excepted range's neighbours as well.
+    HubExceptsEveryone,
+    /// The bump is made when the invalidation ends.
+    HubBumpAtEnd,
+    /// A bracket goes without its end.
+    HubSkipsEnd,
+    /// The end of an invalidation wakes nobody.
+    HubEndWithoutWake,
+    /// A waiter is not counted, so that the end of an invalidation sees none.
+    HubWaiterNotCounted,
+    /// The waiter reads the event after it has let go of the hub, so that an end in between is lost.
+    HubEventReadLate,
+    /// `begin` does not wait.
+    HubBeginWithoutWait,
+    /// `begin` reads its token after it has let go of the hub.
+    HubTokenReadLate,
+    /// `move_to` keeps the old token good.
+    HubMoveWithoutBump,
+    /// `move_to` leaves the range in the tree where it was.
+    HubMoveWithoutTree,
+    /// A removed range's tokens stay good.
+    HubRemoveWithoutBump,
+    /// `release` leaves tokens good.
+    HubReleaseWithoutBump,
+    /// `release` leaves waiters asleep.
+    HubReleaseWithoutWake,
+    /// A refused invalidation does not undo the listeners that had taken part.
+    RefusalWithoutCancel,
+    /// The first pass goes on to the second before all have been told.
+    PassesInterleaved,
+}
+
+#[cfg(not(loom))]
+mod switch {
+    use super::Mutation;
+
+    #[inline(always)]
+    pub(crate) const fn mutated(_: Mutation) -> bool {
+        false
+    }
+}
+
+#[cfg(loom)]
+mod switch {
+    use super::Mutation;
+    use std::cell::Cell;
+
+    std::thread_local! {
+        // All threads of a model are run by the one that runs the model; tests beside it are other threads.
+        static ACTIVE: Cell<Option<Mutation>> = const { Cell::new(None) };
+    }
+
+    pub(crate) fn mutated(mutation: Mutation) -> bool {
+        ACTIVE.get() == Some(mutation)
+    }
+
+    /// Runs `body` with `mutation` switched on.
+    #[cfg(test)]
+    pub(crate) fn with_mutation<R>(mutation: Mutation, body: impl FnOnce() -> R) -> R {
+        struct Off;
+        impl Drop for Off {
+            fn drop(&mut self) {
+                ACTIVE.set(None);
+            }
+        }
+        let _off = Off;
+        ACTIVE.set(Some(mutation));
+        body()
+    }
+}
+
+pub(crate) use switch::mutated;
+#[cfg(all(test, loom))]
+pub(crate) use switch::with_mutation;
+
+/// `right`, or `Relaxed` where a model has weakened it.
+#[inline(always)]
+pub(crate) fn ordering(right: Ordering, weakened_by: Mutation) -> Ordering {
+    if mutated(weakened_by) {
+        Ordering::Relaxed
+    } else {
+        right
+    }
+}
