@@ -27,6 +27,8 @@
 //! device are disjoint. **D4.** The masks are changed directly after the system call that made them true, one run at a
 //! time, under the block's lock; so an interrupted movement leaves them exact, and the next fault goes on from there.
 
+use bytemuck::Zeroable;
+
 use crate::addr::PAGES_PER_BLOCK;
 use crate::error::Access;
 use crate::mask::PageMask;
@@ -58,7 +60,21 @@ impl DeviceSet {
         self.0 |= 1 << device.0;
     }
 
-    pub(crate) fn is_empty(self) -> bool {
+    /// Every device slot.
+    pub(crate) const fn all() -> Self {
+        Self(!0)
+    }
+
+    /// The set of one device.
+    pub(crate) const fn one(device: DeviceId) -> Self {
+        Self(1 << device.0)
+    }
+
+    pub(crate) const fn without(self, device: DeviceId) -> Self {
+        Self(self.0 & !(1 << device.0))
+    }
+
+    pub(crate) const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
@@ -72,15 +88,20 @@ impl DeviceSet {
 /// All-zero bytes are a valid block: every page with the CPU, nobody else a holder.
 pub(crate) type Block = Mutex<BlockState>;
 
+// SAFETY: zero bytes are an unlocked mutex (see `crate::sync::Mutex`) around a `BlockState`, itself `Zeroable`.
+unsafe impl Zeroable for Block {}
+
 /// What one device's window holds of a block.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Zeroable)]
+#[repr(C)]
 struct Holding {
     frames: PageMask,
     junk: PageMask,
 }
 
 /// The directory of one block. See the [module](self).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Zeroable)]
+#[repr(C)]
 pub(crate) struct BlockState {
     away: PageMask,
     gone: PageMask,
@@ -94,12 +115,13 @@ pub(crate) struct BlockState {
 }
 
 /// Minimum residencies: until when a contended page stays with the side that fetched it (hazards W4).
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Zeroable)]
+#[repr(C)]
 pub(crate) struct Lease {
     pub(crate) device_until_ns: u64,
     pub(crate) cpu_until_ns: u64,
-    /// The CPU thread that last fetched a page home, the page, when, and how often in a row.
-    pub(crate) cpu_tid: i32,
+    /// The CPU thread (its identity while it lives) that last fetched a page home, the page, when, and how often in a row.
+    pub(crate) cpu_thread: usize,
     pub(crate) cpu_page: u16,
     pub(crate) cpu_repeats: u16,
     pub(crate) cpu_fetched_ns: u64,

@@ -330,7 +330,11 @@ impl<D: Device> AnyMapped for Mapped<D> {
         let _control = self.attached.control.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.attached.retired.absorb(&self.counters.snapshot());
         let gate = AddressSpace::global().gate();
-        self.attached.mapped.update(gate, |list| MapSlice::collect(list.iter().filter(|m| m.region.id() != self.region.id()).cloned()));
+        retry_no_memory(|| {
+            self.attached.mapped.update(gate, |list| {
+                MapSlice::collect(list.iter().filter(|m| m.region.id() != self.region.id()).cloned())
+            })
+        });
     }
 }
 
@@ -539,7 +543,7 @@ impl<D: Device> Attachment<D> {
             table: attached.device.map(&info)?,
             window,
             counters: Counters::default(),
-            touched: MapArray::zeroed(region.nr_blocks().max(1)).map_err(no_memory)?,
+            touched: MapArray::zeroed(region.nr_blocks().max(1)).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
             edges: crate::edge::Edges::new(),
         })
         .map_err(no_memory)?;
@@ -550,8 +554,9 @@ impl<D: Device> Attachment<D> {
             let mut table = table.clone();
             table[attached.id.index()] = Some(erased.clone());
             Ok(table)
-        });
-        attached.mapped.update(gate, |list| MapSlice::collect(list.iter().cloned().chain([mapped.clone()])));
+        }).map_err(no_memory)?;
+        attached.mapped.update(gate, |list| MapSlice::collect(list.iter().cloned().chain([mapped.clone()])))
+            .map_err(no_memory)?;
         Ok(MappedRef(mapped))
     }
 
@@ -617,6 +622,13 @@ impl<D: Device> Attached<D> {
     }
 }
 
+/// Makes a table smaller, which needs a page for the new one: it will come, and a dead entry must not stay.
+pub(crate) fn retry_no_memory(mut update: impl FnMut() -> Result<(), i32>) {
+    while update().is_err() {
+        std::thread::yield_now();
+    }
+}
+
 impl<D: Device> Drop for Attachment<D> {
     fn drop(&mut self) {
         let _signals = AsyncSignalsBlocked::new();
@@ -628,14 +640,16 @@ impl<D: Device> Drop for Attachment<D> {
         let gate = space.gate();
         for mapped in self.attached.mapped_list() {
             space.unpublish_window(mapped.window());
-            mapped.region.devices_cell().update(gate, |table| {
-                let mut table = table.clone();
-                table[self.attached.id.index()] = None;
-                Ok(table)
+            retry_no_memory(|| {
+                mapped.region.devices_cell().update(gate, |table| {
+                    let mut table = table.clone();
+                    table[self.attached.id.index()] = None;
+                    Ok(table)
+                })
             });
             mapped.region.counters().absorb(&mapped.counters.snapshot());
         }
-        self.attached.mapped.update(gate, |_| Ok(MapSlice::empty()));
+        retry_no_memory(|| self.attached.mapped.update(gate, |_| Ok(MapSlice::empty())));
         if !lost {
             space.release_device(self.attached.id);
         }
@@ -664,7 +678,7 @@ impl PageBits {
     /// Out of memory.
     pub fn new(nr_pages: usize) -> Result<Self> {
         let words = MapArray::zeroed(nr_pages.div_ceil(64).max(8))
-            .map_err(|errno| Error::new("page bits", ErrorKind::OutOfMemory).errno(errno))?;
+            .map_err(|e| Error::new("page bits", ErrorKind::OutOfMemory).errno(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         Ok(Self { words })
     }
 

@@ -5,7 +5,7 @@
 //! access in flight is passed over. Stale pages go first: they cost one move and nobody misses them.
 
 use crate::addr::PAGES_PER_BLOCK;
-use crate::block::BlockState;
+use crate::block::{BlockState, DeviceSet};
 use crate::device::{AnyMapped, Attached, Device, Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault::{self, Flight};
@@ -171,9 +171,7 @@ fn release_attempt(
         let flight = Flight::begin(region);
         drop(state);
         drop(gate);
-        let mut set = crate::block::DeviceSet::default();
-        set.insert(device.id());
-        fault::wait_quiesced(space, flight.region(), set, &inv);
+        fault::wait_quiesced(space, flight.region(), DeviceSet::one(device.id()), &inv);
         let _gate = space.gate().enter();
         let mut state = region.lock_block(block);
         return finish_release(device, region, block, &mut state, resident, scratch, cause).inspect(|_| drop(bracket));

@@ -23,9 +23,11 @@ use crate::device::{Invalidation, Keep};
 use crate::error::Access;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granule_around};
+use crate::notifier::Bracket;
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, GateGuard, PlaceKind};
 use crate::stats::{Cause, count};
+pub(crate) use crate::sys::flight::Flight;
 use crate::sys::{clock, process};
 
 /// What the hardware or the kernel said about a CPU fault.
@@ -36,7 +38,8 @@ pub(crate) struct CpuFault {
     pub(crate) access: Option<Access>,
     /// Whether the page was present, that is write-protected, where that is known.
     pub(crate) protection: Option<bool>,
-    pub(crate) tid: i32,
+    /// Identity of the faulting thread while it lives.
+    pub(crate) thread: usize,
 }
 
 /// What became of a fault.
@@ -62,7 +65,7 @@ enum Class {
     /// The CPU and devices share it, and the CPU writes: un-protect this run.
     Collapse(Range<usize>),
     /// It is shared, but the CPU's copy is missing (discarded meanwhile): copy it back (hazards G4).
-    Restore(Range<usize>),
+    Restore,
     /// Nobody holds anything: zero-fill.
     ZeroFill,
     /// Write-protected without reason: clear it.
@@ -72,27 +75,84 @@ enum Class {
 /// How long a shootdown waits for an open span before its page goes home all the same (hazards W2).
 pub(crate) const SPAN_DEADLINE_NS: u64 = 2_000_000_000;
 
-/// Resolves a CPU fault.
-pub(crate) fn resolve(space: &AddressSpace, fault: &CpuFault) -> Verdict {
-    let mut first = true;
+/// Resolves a CPU fault in the thread that may wait for it: the faulting one.
+pub(crate) fn resolve(space: &'static AddressSpace, fault: &CpuFault) -> Verdict {
+    let mut attempt = begin(space, fault, First::Yes);
     loop {
-        match attempt(space, fault, first) {
+        attempt = match attempt {
             Attempt::Done(verdict) => return verdict,
-            Attempt::Again => {}
-            Attempt::WaitUntil(ns) => process::sleep_until(ns),
-        }
-        first = false;
-        process::sched_yield();
+            Attempt::Again => {
+                process::sched_yield();
+                begin(space, fault, First::No)
+            }
+            Attempt::WaitUntil(ns) => {
+                clock::sleep_until(ns);
+                begin(space, fault, First::No)
+            }
+            Attempt::Pending(pending) => {
+                wait_quiesced(space, pending.flight.region(), pending.holders, &pending.inv);
+                pending.finish(space, fault)
+            }
+        };
     }
 }
 
-enum Attempt {
-    Done(Verdict),
-    Again,
-    WaitUntil(u64),
+/// Whether this is the first try of a fault: only that is counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum First {
+    Yes,
+    No,
 }
 
-fn attempt(space: &AddressSpace, fault: &CpuFault, first: bool) -> Attempt {
+/// How far one try of a fault got.
+pub(crate) enum Attempt {
+    /// To its end.
+    Done(Verdict),
+    /// Something passing was in the way: begin anew, after others had a chance to run.
+    Again,
+    /// A device was granted the page until then: begin anew.
+    WaitUntil(u64),
+    /// The devices' translations are gone, but some access through one is still in flight.
+    Pending(Pending),
+}
+
+/// A fault that waits for accesses in flight. No lock is held, but the bracket is open: no device gets the pages meanwhile.
+pub(crate) struct Pending {
+    flight: Flight,
+    bracket: Bracket<Flight>,
+    class: Class,
+    holders: DeviceSet,
+    inv: Invalidation,
+    since_ns: u64,
+}
+
+impl Pending {
+    /// Whether the wait is over: nothing is in flight any more, or its deadline has passed.
+    pub(crate) fn is_ready(&self, space: &AddressSpace) -> bool {
+        let region = self.flight.region();
+        let gate = space.gate().enter();
+        quiesced(region, &gate, self.holders, &self.inv) || clock::monotonic_ns() > self.since_ns + SPAN_DEADLINE_NS
+    }
+
+    /// Goes on where the fault left off, if nothing else has changed.
+    pub(crate) fn finish(self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
+        let Self { flight, bracket, class, .. } = self;
+        let region = flight.region();
+        let gate = space.gate().enter();
+        let (block, page) = region.locate(fault.addr);
+        let mut state = region.lock_block(block);
+        let attempt = if classify(region, &state, block, page, fault) == class {
+            act(region, &gate, block, &mut state, &class, page, fault)
+        } else {
+            Attempt::Again
+        };
+        drop(bracket);
+        attempt
+    }
+}
+
+/// One try of a fault, up to where it would have to wait.
+pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else { return Attempt::Done(Verdict::NotOurs) };
     if let PlaceKind::Window(_) = place.kind {
@@ -102,43 +162,29 @@ fn attempt(space: &AddressSpace, fault: &CpuFault, first: bool) -> Attempt {
     let (block, page) = region.locate(fault.addr);
     let mut state = region.lock_block(block);
     let class = classify(region, &state, block, page, fault);
-    if first {
+    if first == First::Yes {
         count_fault(region, &class, fault);
     }
     let run = match &class {
         Class::Gone => return Attempt::Done(Verdict::NotOurs),
-        Class::MoveHome(run) | Class::ShareHome(run) | Class::Collapse(run) | Class::Restore(run) => run.clone(),
-        Class::ZeroFill | Class::StaleProtection => page..page + 1,
+        Class::MoveHome(run) | Class::ShareHome(run) | Class::Collapse(run) => run.clone(),
+        Class::Restore | Class::ZeroFill | Class::StaleProtection => page..page + 1,
     };
     if let Some(until) = lease_of_device(&mut state, &class) {
         count(&region.counters().waits, 1);
         return Attempt::WaitUntil(until);
     }
-    let Ok(bracket) = region.hub().start(region.interval(block, run.clone()), None) else { return Attempt::Again };
-    let keep = if matches!(class, Class::ShareHome(_) | Class::Restore(_)) { Keep::Reads } else { Keep::Nothing };
-    let inv = Invalidation::new(block, PageMask::range(run.clone()), keep);
+    let interval = region.interval(block, run.clone());
+    let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) else { return Attempt::Again };
+    let keep = if matches!(class, Class::ShareHome(_) | Class::Restore) { Keep::Reads } else { Keep::Nothing };
+    let inv = Invalidation::new(block, PageMask::range(run), keep);
     let holders = state.holders(inv.pages());
     if holders.is_empty() || invalidate(region, &gate, holders, &inv) {
         return act(region, &gate, block, &mut state, &class, page, fault);
     }
-
-    // An access is in flight. The bracket keeps devices out; everything else is let go of.
     count(&region.counters().waits, 1);
     let flight = Flight::begin(region);
-    drop(state);
-    drop(gate);
-    wait_quiesced(space, flight.region(), holders, &inv);
-    let gate = space.gate().enter();
-    let region = flight.region();
-    let mut state = region.lock_block(block);
-    let attempt = if classify(region, &state, block, page, fault) == class {
-        act(region, &gate, block, &mut state, &class, page, fault)
-    } else {
-        Attempt::Again
-    };
-    drop(state);
-    drop(bracket);
-    attempt
+    Attempt::Pending(Pending { flight, bracket, class, holders, inv, since_ns: clock::monotonic_ns() })
 }
 
 fn classify(region: &Region, state: &BlockState, block: usize, page: usize, fault: &CpuFault) -> Class {
@@ -156,11 +202,7 @@ fn classify(region: &Region, state: &BlockState, block: usize, page: usize, faul
     let shared = state.shared();
     if shared.contains(page) {
         let missing = fault.protection == Some(false);
-        return if missing {
-            Class::Restore((near & shared).run_around(page).start.max(page)..page + 1)
-        } else {
-            Class::Collapse((near & shared).run_around(page))
-        };
+        return if missing { Class::Restore } else { Class::Collapse((near & shared).run_around(page)) };
     }
     match fault.protection {
         Some(true) => Class::StaleProtection,
@@ -172,7 +214,7 @@ fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {
     let counters = region.counters();
     match class {
         Class::MoveHome(_) | Class::ShareHome(_) if fault.access == Some(Access::Write) => count(&counters.cpu_write_faults, 1),
-        Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore(_) => count(&counters.cpu_read_faults, 1),
+        Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore => count(&counters.cpu_read_faults, 1),
         Class::Collapse(_) => count(&counters.cpu_protect_faults, 1),
         Class::ZeroFill => count(&counters.cpu_zero_fills, 1),
         Class::StaleProtection | Class::Gone => count(&counters.cpu_spurious_faults, 1),
@@ -242,7 +284,7 @@ fn act(
         Class::Gone => return Attempt::Done(Verdict::NotOurs),
         Class::MoveHome(run) => move_home(&mut mover, region, gate, page, run, Cause::Demand),
         Class::ShareHome(run) => share_home(&mut mover, region, gate, page, run),
-        Class::Restore(run) => share_home(&mut mover, region, gate, page, run),
+        Class::Restore => share_home(&mut mover, region, gate, page, &(page..page + 1)),
         Class::Collapse(run) => mover.unprotect(run.clone()),
         Class::ZeroFill => mover.zero_fill_host(page, access),
         Class::StaleProtection => mover.clear_stale_protection(page),
@@ -317,9 +359,9 @@ fn note_fetch(state: &mut BlockState, class: &Class, page: usize, fault: &CpuFau
     }
     let now = clock::monotonic_ns();
     let lease = state.lease();
-    let same = lease.cpu_tid == fault.tid && usize::from(lease.cpu_page) == page && now - lease.cpu_fetched_ns < REFAULT_NS;
+    let same = lease.cpu_thread == fault.thread && usize::from(lease.cpu_page) == page && now - lease.cpu_fetched_ns < REFAULT_NS;
     lease.cpu_repeats = if same { lease.cpu_repeats.saturating_add(1) } else { 0 };
-    lease.cpu_tid = fault.tid;
+    lease.cpu_thread = fault.thread;
     lease.cpu_page = u16::try_from(page).unwrap_or(u16::MAX);
     lease.cpu_fetched_ns = now;
     if lease.cpu_repeats > 1 {
@@ -327,17 +369,3 @@ fn note_fetch(state: &mut BlockState, class: &Class, page: usize, fault: &CpuFau
     }
 }
 
-/// A fault that refers to its region outside the gate: the region is not freed while one lives.
-pub(crate) struct Flight(sys_flight::Pinned);
-
-impl Flight {
-    pub(crate) fn begin(region: &Region) -> Self {
-        Self(sys_flight::Pinned::new(region))
-    }
-
-    pub(crate) fn region(&self) -> &Region {
-        self.0.region()
-    }
-}
-
-use crate::sys::flight as sys_flight;

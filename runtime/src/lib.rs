@@ -1,7 +1,53 @@
 //! Shared virtual memory in userspace.
 
+#![cfg(target_os = "linux")]
+
 pub mod addr;
-#[cfg(target_os = "linux")]
-mod sys;
+mod block;
+mod buffer;
+
+mod device;
+mod door;
+mod edge;
+mod error;
+mod evict;
+mod fault;
+mod inline;
+mod mask;
+mod mirror;
+mod monitor;
+mod movement;
 pub mod notifier;
+mod options;
+mod pin;
+mod ptr;
+mod range;
+mod region;
+mod scratch;
+mod share;
+mod space;
+mod stats;
 pub mod sync;
+mod sys;
+mod view;
+mod window;
+mod worker;
+
+pub use block::MAX_DEVICES;
+pub use buffer::Buffer;
+pub use device::{
+    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, Mapped, MappedRef,
+    PageBits, RegionRef, WouldBlock, attach,
+};
+pub use edge::UseGuard;
+pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
+pub use mask::{PageMask, Runs};
+pub use mirror::{Mirror, MirrorRef, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with};
+pub use options::{Delivery, Granule, Options};
+pub use pin::Pin;
+pub use ptr::Ptr;
+pub use range::{Committed, Interrupted, Range, Update, Valid};
+pub use share::Shared;
+pub use stats::{Cause, Stats};
+pub use view::{SharedView, View, ViewMut};
+pub use worker::{WorkerThread, heavy_barrier, light_barrier, worker_thread};

@@ -11,7 +11,7 @@ use crate::addr::PAGES_PER_BLOCK;
 const WORDS: usize = PAGES_PER_BLOCK / 64;
 
 /// A set of pages of one 2 MiB block, one bit per page.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, bytemuck::Zeroable)]
 #[repr(transparent)]
 pub struct PageMask([u64; WORDS]);
 

@@ -37,9 +37,8 @@ use crate::mask::PageMask;
 use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::stats::count;
-use crate::sys::mmap;
-use crate::sys::pagemap;
-use crate::sys::uffd::{CopyMode, Progress, Protect, Stop};
+use crate::space::AddressSpace;
+use crate::sys::uffd::{Moved, Protect, Stop};
 
 /// Why a movement stopped before its end. The directory is exact; nothing was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +56,7 @@ pub(crate) enum Stall {
     NoMemory,
 }
 
-type Moved = Result<(), Stall>;
+type Movement = Result<(), Stall>;
 
 /// One block under its lock, and the means to move its pages.
 pub(crate) struct Mover<'a> {
@@ -112,14 +111,14 @@ impl<'a> Mover<'a> {
         source: impl Fn(&Self, usize) -> usize,
         destination: impl Fn(&Self, usize) -> usize,
         mut moved: impl FnMut(&mut BlockState, PageMask),
-        mut hole: impl FnMut(&mut Self, Range<usize>) -> Moved,
-    ) -> Moved {
+        mut hole: impl FnMut(&mut Self, Range<usize>) -> Movement,
+    ) -> Movement {
         let mut at = run.start;
         let mut again = 0;
         while at < run.end {
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().move_calls, 1);
-            let Progress { bytes, stop } = self.region.door().uffd().move_pages(dst, src, (run.end - at) * PAGE_SIZE);
+            let Moved { bytes, stop } = self.region.door().move_pages(dst, src, (run.end - at) * PAGE_SIZE);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 moved(self.state, PageMask::range(at..at + n));
@@ -174,13 +173,13 @@ impl<'a> Mover<'a> {
 
     fn is_populated(&self, addr: usize) -> bool {
         count(&self.region.counters().scan_calls, 1);
-        pagemap::is_populated(addr)
+        AddressSpace::global().is_populated(addr)
     }
 
     /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.
     fn hole_len(&self, addr: usize, max: usize) -> usize {
         count(&self.region.counters().scan_calls, 1);
-        pagemap::first_populated(addr, addr + max * PAGE_SIZE).map_or(max, |at| (at - addr) / PAGE_SIZE).max(1)
+        AddressSpace::global().nr_empty(addr, max).max(1)
     }
 
     /// `UFFDIO_COPY` of `run`; `copied` records each part, `exists` decides about a page that is populated already.
@@ -189,15 +188,15 @@ impl<'a> Mover<'a> {
         run: Range<usize>,
         source: impl Fn(&Self, usize) -> usize,
         destination: impl Fn(&Self, usize) -> usize,
-        mode: CopyMode,
+        mode: Protect,
         mut copied: impl FnMut(&mut BlockState, PageMask),
-    ) -> Moved {
+    ) -> Movement {
         let mut at = run.start;
         let mut again = 0;
         while at < run.end {
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().copy_calls, 1);
-            let Progress { bytes, stop } = self.region.door().uffd().copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
+            let Moved { bytes, stop } = self.region.door().copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 copied(self.state, PageMask::range(at..at + n));
@@ -212,7 +211,7 @@ impl<'a> Mover<'a> {
                 // A marker (write-protect, poison, guard) on an empty entry says EEXIST too (hazards M2): clear it and
                 // try again; a page that is really there is somebody's contents and must not be taken for ours.
                 Stop::Exists if !self.is_populated(dst) => {
-                    let _ = self.region.door().uffd().write_protect(dst, PAGE_SIZE, Protect::No);
+                    let _ = self.region.door().unprotect(dst, PAGE_SIZE);
                 }
                 Stop::Changing => {
                     count(&self.region.counters().changing_outcomes, 1);
@@ -234,7 +233,7 @@ impl<'a> Mover<'a> {
 
     /// Moves the CPU's pages of `run` into `device`'s window, which becomes their only holder. Pages that nobody has
     /// populated become zero-filled window pages, private ones if a write is to follow.
-    pub(crate) fn take(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Moved {
+    pub(crate) fn take(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
         let id = device.id();
         if !self.has_move() {
             return self.take_by_copy(device, run, access);
@@ -249,20 +248,20 @@ impl<'a> Mover<'a> {
     }
 
     /// Gives `device` zero-filled window pages for a hole in the CPU's memory.
-    fn zero_fill_frames(&mut self, device: &dyn AnyMapped, hole: Range<usize>, access: Access) -> Moved {
+    fn zero_fill_frames(&mut self, device: &dyn AnyMapped, hole: Range<usize>, access: Access) -> Movement {
         let id = device.id();
         match access {
             Access::Write => self.copy_run(
                 hole.clone(),
-                |_, page| mmap::zeros() + (page - hole.start) * PAGE_SIZE,
+                |_, page| AddressSpace::global().zeros() + (page - hole.start) * PAGE_SIZE,
                 |m, page| m.frame(device, page),
-                CopyMode::PLAIN,
+                Protect::No,
                 |state, pages| state.moved_out(id, pages),
             ),
             Access::Read => {
                 count(&self.region.counters().zeropage_calls, 1);
                 let at = self.frame(device, hole.start);
-                let Progress { bytes, stop } = self.region.door().uffd().zeropage(at, hole.len() * PAGE_SIZE);
+                let Moved { bytes, stop } = self.region.door().zeropage(at, hole.len() * PAGE_SIZE);
                 let done = hole.start..hole.start + bytes / PAGE_SIZE;
                 self.state.moved_out(id, PageMask::range(done.clone()));
                 match stop {
@@ -276,30 +275,30 @@ impl<'a> Mover<'a> {
     }
 
     /// The CPU's touch of a page that nobody holds: zero-fills it. A store gets a private page at once.
-    pub(crate) fn zero_fill_host(&mut self, page: usize, access: Access) -> Moved {
+    pub(crate) fn zero_fill_host(&mut self, page: usize, access: Access) -> Movement {
         let at = self.host(page);
-        let uffd = self.region.door().uffd();
+        let door = self.region.door();
         let progress = match access {
             Access::Write => {
                 count(&self.region.counters().copy_calls, 1);
-                uffd.copy(at, mmap::zeros(), PAGE_SIZE, CopyMode::PLAIN)
+                door.copy(at, AddressSpace::global().zeros(), PAGE_SIZE, Protect::No)
             }
             Access::Read => {
                 count(&self.region.counters().zeropage_calls, 1);
-                uffd.zeropage(at, PAGE_SIZE)
+                door.zeropage(at, PAGE_SIZE)
             }
         };
         match progress.stop {
             Stop::Complete => Ok(()),
             Stop::Exists if self.is_populated(at) => {
                 // Somebody populated it between the fault and here; waiters of the other door want a wake-up.
-                let _ = uffd.wake(at, PAGE_SIZE);
+                door.wake(at, PAGE_SIZE);
                 Ok(())
             }
             // A marker is in the way: clear it, and let the access fault again.
             Stop::Exists => {
                 count(&self.region.counters().write_protect_calls, 1);
-                let _ = uffd.write_protect(at, PAGE_SIZE, Protect::No);
+                let _ = door.unprotect(at, PAGE_SIZE);
                 Ok(())
             }
             Stop::Changing => Err(Stall::Changing),
@@ -308,8 +307,26 @@ impl<'a> Mover<'a> {
         }
     }
 
+    /// Populates the holes of `run` on the CPU's side, so that the kernel can use all of it.
+    pub(crate) fn populate_host(&mut self, run: Range<usize>) -> Movement {
+        let mut at = run.start;
+        while at < run.end {
+            count(&self.region.counters().scan_calls, 2);
+            at += AddressSpace::global().nr_populated(self.host(at), run.end - at);
+            if at < run.end {
+                let hole = AddressSpace::global().nr_empty(self.host(at), run.end - at).max(1);
+                let zeros = AddressSpace::global().zeros();
+                let start = at;
+                let source = |_: &Self, page: usize| zeros + (page - start) * PAGE_SIZE;
+                self.copy_run(at..at + hole, source, |m, page| m.host(page), Protect::No, |_, _| {})?;
+                at += hole;
+            }
+        }
+        Ok(())
+    }
+
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
-    pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         if !self.has_move() {
             return self.bring_home_by_copy(device, run);
@@ -335,13 +352,13 @@ impl<'a> Mover<'a> {
         Ok(())
     }
 
-    fn bring_home_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    fn bring_home_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         self.copy_run(
             run,
             |m, page| m.frame(device, page),
             |m, page| m.host(page),
-            CopyMode::PLAIN,
+            Protect::No,
             |state, pages| {
                 state.copied_home(pages);
                 state.revoked(id, pages);
@@ -350,13 +367,13 @@ impl<'a> Mover<'a> {
     }
 
     /// Gives the CPU a copy of `device`'s pages of `run`, write-protected from the first instant; both are holders.
-    pub(crate) fn share_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    pub(crate) fn share_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let pages = run.len() as u64;
         self.copy_run(
             run,
             |m, page| m.frame(device, page),
             |m, page| m.host(page),
-            CopyMode::WRITE_PROTECTED,
+            Protect::Yes,
             BlockState::copied_home,
         )?;
         count(&self.region.counters().duplicated_pages, pages);
@@ -364,19 +381,19 @@ impl<'a> Mover<'a> {
     }
 
     /// Copies from `from`'s window to `to`'s; both are holders.
-    pub(crate) fn copy_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    pub(crate) fn copy_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = to.id();
         self.copy_run(
             run,
             |m, page| m.frame(from, page),
             |m, page| m.frame(to, page),
-            CopyMode::PLAIN,
+            Protect::No,
             |state, pages| state.filled(id, pages),
         )
     }
 
     /// Moves from `from`'s window to `to`'s.
-    pub(crate) fn move_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    pub(crate) fn move_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let (source, destination) = (from.id(), to.id());
         if !self.has_move() {
             self.copy_between(from, to, run.clone())?;
@@ -396,22 +413,22 @@ impl<'a> Mover<'a> {
     }
 
     /// Fills `device`'s window from memory that no protocol guards: the source of a [`MirrorRef`](crate::MirrorRef).
-    pub(crate) fn fill_from_input(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    pub(crate) fn fill_from_input(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         self.copy_run(
             run,
             |m, page| m.host(page),
             |m, page| m.frame(device, page),
-            CopyMode::PLAIN,
+            Protect::No,
             |state, pages| state.filled(id, pages),
         )
     }
 
     /// Empties window pages of `device` whose contents are stale, or held elsewhere.
-    pub(crate) fn discard(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Moved {
+    pub(crate) fn discard(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         let id = device.id();
         if !self.has_move() {
-            mmap::discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
             self.state.emptied(id, PageMask::range(run));
             return Ok(());
         }
@@ -430,9 +447,9 @@ impl<'a> Mover<'a> {
     }
 
     /// Throws the CPU's copy of `run` away; some device holds the pages.
-    pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Moved {
+    pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            mmap::discard(self.host(run.start), run.len() * PAGE_SIZE);
+            self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE);
             self.state.host_dropped(PageMask::range(run));
             return Ok(());
         }
@@ -451,10 +468,10 @@ impl<'a> Mover<'a> {
     }
 
     /// Lets the CPU write `run` again, and makes what devices hold of it stale.
-    pub(crate) fn unprotect(&mut self, run: Range<usize>) -> Moved {
+    pub(crate) fn unprotect(&mut self, run: Range<usize>) -> Movement {
         count(&self.region.counters().write_protect_calls, 1);
         let at = self.host(run.start);
-        match self.region.door().uffd().write_protect(at, run.len() * PAGE_SIZE, Protect::No) {
+        match self.region.door().unprotect(at, run.len() * PAGE_SIZE) {
             Stop::Complete => {
                 count(&self.region.counters().collapsed_pages, run.len() as u64);
                 self.state.revoked_all(PageMask::range(run), None);
@@ -466,9 +483,9 @@ impl<'a> Mover<'a> {
     }
 
     /// Clears a write-protection that no holder explains.
-    pub(crate) fn clear_stale_protection(&mut self, page: usize) -> Moved {
+    pub(crate) fn clear_stale_protection(&mut self, page: usize) -> Movement {
         count(&self.region.counters().write_protect_calls, 1);
-        match self.region.door().uffd().write_protect(self.host(page), PAGE_SIZE, Protect::No) {
+        match self.region.door().unprotect(self.host(page), PAGE_SIZE) {
             Stop::Complete => Ok(()),
             Stop::Changing => Err(Stall::Changing),
             _ => Err(Stall::Refused(page)),
@@ -476,7 +493,7 @@ impl<'a> Mover<'a> {
     }
 
     /// [`take`](Self::take) where the kernel has no MOVE: protect, copy, discard.
-    fn take_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Moved {
+    fn take_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
         let mut at = run.start;
         while at < run.end {
             let populated = self.is_populated(self.host(at));
@@ -497,14 +514,14 @@ impl<'a> Mover<'a> {
             return self.hole_len(addr, max);
         }
         count(&self.region.counters().scan_calls, 1);
-        pagemap::first_hole(addr, addr + max * PAGE_SIZE).map_or(max, |at| (at - addr) / PAGE_SIZE).max(1)
+        AddressSpace::global().nr_populated(addr, max).max(1)
     }
 
-    fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Moved {
+    fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         let (at, len) = (self.host(run.start), run.len() * PAGE_SIZE);
         count(&self.region.counters().write_protect_calls, 1);
-        match self.region.door().uffd().write_protect(at, len, Protect::Yes) {
+        match self.region.door().protect(at, len) {
             Stop::Complete => {}
             Stop::Changing => return Err(Stall::Changing),
             _ => return Err(Stall::Refused(run.start)),
@@ -513,10 +530,10 @@ impl<'a> Mover<'a> {
             run.clone(),
             |m, page| m.host(page),
             |m, page| m.frame(device, page),
-            CopyMode::PLAIN,
+            Protect::No,
             |state, pages| state.filled(id, pages),
         )?;
-        mmap::discard(at, len);
+        self.region.door().discard(at, len);
         self.state.host_dropped(PageMask::range(run));
         Ok(())
     }
@@ -524,7 +541,7 @@ impl<'a> Mover<'a> {
 
 impl Mover<'_> {
     /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
-    pub(crate) fn clear_junk(&mut self, device: &dyn AnyMapped, pages: PageMask, scratch: &mut Scratch) -> Moved {
+    pub(crate) fn clear_junk(&mut self, device: &dyn AnyMapped, pages: PageMask, scratch: &mut Scratch) -> Movement {
         let junk = self.state.junk(device.id()) & pages;
         for run in junk.runs() {
             self.discard(device, run, scratch)?;

@@ -27,7 +27,7 @@ use core::fmt;
 use core::ops::{Deref, Range as Pages};
 use core::time::Duration;
 
-use crate::addr::PAGES_PER_BLOCK;
+use crate::addr::{PAGES_PER_BLOCK, PageRange};
 use crate::block::{BlockState, DeviceId, Plan};
 use crate::device::{AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
@@ -42,7 +42,8 @@ use crate::space::{AddressSpace, GateGuard};
 use crate::stats::{Cause, count};
 use crate::sync::Deadline;
 use crate::sys::arc::MapArc;
-use crate::sys::{clock, maps, mmap, process};
+use crate::sys::mmap::{self, Advice};
+use crate::sys::{clock, process};
 
 /// Pages of one block that a device may establish translations to, and with which rights.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -238,7 +239,7 @@ impl<D: Device> Range<D> {
         }
         const KEPT: usize = 16;
         if self.subscriptions.len() >= KEPT {
-            self.subscriptions.remove(0);
+            drop(self.subscriptions.remove(0));
         }
         let whole = crate::notifier::Interval::new(region.base() as u64, region.base() as u64 + 1);
         let subscription = Subscription::insert(HubOf(region.clone()), whole);
@@ -269,7 +270,7 @@ impl<D: Device> Range<D> {
             }
             Outcome::WaitUntil(ns) => {
                 count(&region.counters().waits, 1);
-                process::sleep_until(ns);
+                clock::sleep_until(ns);
                 Ok(())
             }
             Outcome::Full(needed) => {
@@ -322,12 +323,14 @@ fn unstick<D: Device>(
     if let Stall::Lost(_) = stall {
         return Err(DeviceFaultKind::Lost);
     }
-    let Some(vma) = maps::covering(addr) else { return Err(DeviceFaultKind::Unmapped) };
+    let Some(vma) = AddressSpace::global().vma(addr) else { return Err(DeviceFaultKind::Unmapped) };
     if !vma.readable || (info.access == Access::Write && !vma.writable) {
         return Err(DeviceFaultKind::Protection);
     }
     if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
-        mmap::populate_write(addr, crate::addr::PAGE_SIZE);
+        if let Some(page) = PageRange::containing(addr, 1) {
+            let _ = mmap::advise(page, Advice::PopulateWrite);
+        }
         return Ok(());
     }
     let _gate = AddressSpace::global().gate().enter();
@@ -382,6 +385,9 @@ impl<D: Device> Round<'_, D> {
         let (want, plan) = self.plan(&state);
         if plan.is_empty() {
             let valid = self.valid(&state, want);
+            if let Some((page, kind)) = self.refused_in_place(&state, &valid) {
+                return Outcome::Fault(page, kind);
+            }
             return Outcome::Done(self.commit(&mut state, &valid, commit));
         }
         let fill = plan.take | plan.duplicate | plan.from_device;
@@ -479,6 +485,9 @@ impl<D: Device> Round<'_, D> {
             // Whatever happened to the company: what was wanted is there.
             return Outcome::Done(self.commit(state, &valid, commit));
         }
+        if let Some((page, kind)) = self.refused_in_place(state, &valid) {
+            return Outcome::Fault(page, kind);
+        }
         match moved {
             Ok(()) | Err(Stall::Changing) => Outcome::Again,
             Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
@@ -551,9 +560,29 @@ impl<D: Device> Round<'_, D> {
     }
 
     fn valid(&self, state: &BlockState, want: PageMask) -> Valid {
-        let in_place = state.in_place() & want - state.away();
-        let writable = if self.region.is_writable() { (state.exclusive_to(self.id()) & want) | in_place } else { PageMask::EMPTY };
-        Valid { block: self.block, readable: (state.frames(self.id()) & want) | in_place, writable, in_place }
+        let (mut in_place, mut in_place_writable) = (PageMask::EMPTY, PageMask::EMPTY);
+        for page in (state.in_place() & want - state.away()).runs().flatten() {
+            // The mapping says what may be done in place: no translation of ours stands between it and the worker.
+            let Some(vma) = AddressSpace::global().vma(self.region.addr_of(self.block, page)) else { continue };
+            in_place |= if vma.readable { PageMask::page(page) } else { PageMask::EMPTY };
+            in_place_writable |= if vma.readable && vma.writable { PageMask::page(page) } else { PageMask::EMPTY };
+        }
+        let in_window = state.frames(self.id()) & want - in_place;
+        let writable = (state.exclusive_to(self.id()) & in_window) | in_place_writable;
+        Valid {
+            block: self.block,
+            readable: in_window | in_place,
+            writable: if self.region.is_writable() { writable } else { PageMask::EMPTY },
+            in_place,
+        }
+    }
+
+    /// A wanted page that is served in place and does not permit the access: the fault is final.
+    fn refused_in_place(&self, state: &BlockState, valid: &Valid) -> Option<(usize, DeviceFaultKind)> {
+        let permitted = if self.access == Access::Write { valid.writable } else { valid.readable };
+        let page = (state.in_place() & self.want - state.away() - permitted).first_from(0)?;
+        let mapped = AddressSpace::global().vma(self.region.addr_of(self.block, page)).is_some();
+        Some((page, if mapped { DeviceFaultKind::Protection } else { DeviceFaultKind::Unmapped }))
     }
 
     fn commit<T>(&self, state: &mut BlockState, valid: &Valid, commit: impl FnOnce(&Valid) -> T) -> T {
@@ -563,7 +592,7 @@ impl<D: Device> Round<'_, D> {
         if self.attempt > 1 {
             state.lease().device_until_ns = clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
         }
-        count(&AnyMapped::counters(&***self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
         commit(valid)
     }
 

@@ -90,7 +90,7 @@ impl Region {
             writable,
             door,
             hub: Hub::new(),
-            blocks: MapArray::zeroed(nr_blocks).map_err(no_memory)?,
+            blocks: MapArray::zeroed(nr_blocks.max(1)).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
             devices: Gated::new([const { None }; MAX_DEVICES]).map_err(no_memory)?,
             options: options.clone(),
             read_mostly: AtomicBool::new(options.read_mostly),

@@ -7,8 +7,8 @@
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{AddressSpace, Door};
-use crate::sys::mmap::{self, Reservation};
-use crate::sys::uffd::RegisterMode;
+use crate::door::Role;
+use crate::sys::mmap::Reservation;
 
 /// Pages of an area: eight blocks, so that it is emptied seldom.
 const CAPACITY: usize = 8 * PAGES_PER_BLOCK;
@@ -24,7 +24,7 @@ pub(crate) struct Scratch {
 
 #[derive(Debug)]
 struct Area {
-    reservation: Reservation,
+    _reservation: Reservation,
     registered: PageRange,
     door: &'static Door,
     next: usize,
@@ -45,7 +45,7 @@ impl Scratch {
             none => none.insert(Area::new(door)?),
         };
         if area.next + ROUND > CAPACITY {
-            mmap::discard(area.reservation.start(), area.next * PAGE_SIZE);
+            door.discard(area.registered.start(), area.next * PAGE_SIZE);
             area.next = 0;
         }
         Ok(())
@@ -57,7 +57,7 @@ impl Scratch {
         if pages == PAGES_PER_BLOCK {
             area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
         }
-        let at = area.reservation.start() + area.next * PAGE_SIZE;
+        let at = area.registered.start() + area.next * PAGE_SIZE;
         area.next += pages;
         debug_assert!(area.next <= CAPACITY, "a round discarded more than it ensured");
         at
@@ -67,18 +67,19 @@ impl Scratch {
 impl Area {
     fn new(door: &'static Door) -> Result<Self> {
         let failed = |errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno);
-        let reservation = Reservation::congruent(0, CAPACITY * PAGE_SIZE).map_err(failed)?;
-        reservation.dont_fork();
-        let registered = PageRange::new(reservation.start(), reservation.start() + CAPACITY * PAGE_SIZE)
+        let like = PageRange::new(BLOCK_SIZE, BLOCK_SIZE + CAPACITY * PAGE_SIZE)
             .ok_or_else(|| Error::invalid("scratch area", "the area wraps"))?;
-        door.uffd().register(registered, RegisterMode::MISSING).map_err(failed)?;
-        Ok(Self { reservation, registered, door, next: 0 })
+        let reservation = Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
+        let registered = reservation.range();
+        door.register(registered, Role::Window).map_err(failed)?;
+        Ok(Self { _reservation: reservation, registered, door, next: 0 })
     }
 }
 
 impl Drop for Area {
     fn drop(&mut self) {
-        let _ = self.door.uffd().unregister(self.registered);
+        // Before the reservation is unmapped, which would else post an event and wait for its reader.
+        self.door.unregister(self.registered);
     }
 }
 

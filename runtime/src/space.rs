@@ -11,10 +11,11 @@
 //! A region is published *before* it is registered and unpublished *after* it is unregistered, so that no fault can come
 //! for an address that nobody knows (hazards G6).
 
+use core::ops::ControlFlow;
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex as StdMutex, OnceLock, PoisonError};
 
-use crate::addr::PageRange;
+use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::{DeviceId, MAX_DEVICES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
@@ -23,39 +24,13 @@ use crate::sync::Gate;
 pub(crate) use crate::sync::GateGuard;
 use crate::sys::arc::{MapArc, MapSlice};
 pub(crate) use crate::sys::gated::Gated;
-use crate::sys::uffd::{Features, Uffd};
+pub(crate) use crate::door::Door;
+use crate::door::index_of;
+use crate::sys::maps::{Maps, Vma};
+use crate::sys::mmap::MapArray;
+use crate::sys::pagemap::{PageState, Pagemap};
 use crate::window::Window;
-use crate::{inline, monitor, sys};
-
-/// A userfaultfd and how faults on it are delivered. It lives as long as the process.
-#[derive(Debug)]
-pub(crate) struct Door {
-    uffd: Uffd,
-    delivery: Delivery,
-}
-
-impl Door {
-    pub(crate) fn uffd(&self) -> &Uffd {
-        &self.uffd
-    }
-
-    pub(crate) fn delivery(&self) -> Delivery {
-        self.delivery
-    }
-
-    /// Whether pages can be moved, or must be copied.
-    pub(crate) fn has_move(&self) -> bool {
-        self.uffd.features().contains(Features::MOVE)
-    }
-
-    /// Index of this door, below 2.
-    pub(crate) fn index(&self) -> usize {
-        match self.delivery {
-            Delivery::Inline => 0,
-            Delivery::Thread => 1,
-        }
-    }
-}
+use crate::{inline, monitor};
 
 /// What an address belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,26 +61,82 @@ pub(crate) struct AddressSpace {
     control: StdMutex<()>,
     devices: AtomicU8,
     forked: AtomicBool,
+    pagemap: Pagemap,
+    maps: Maps,
+    /// A block of zeros to copy from: never written, so it costs no memory.
+    zeros: MapArray<u8>,
 }
 
 static SPACE: OnceLock<AddressSpace> = OnceLock::new();
 
 impl AddressSpace {
+    fn new() -> std::io::Result<Self> {
+        crate::sys::membarrier::init()?;
+        Ok(Self {
+            gate: Gate::new(),
+            places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
+            doors: [const { OnceLock::new() }; 2],
+            control: StdMutex::new(()),
+            devices: AtomicU8::new(0),
+            forked: AtomicBool::new(false),
+            pagemap: Pagemap::open()?,
+            maps: Maps::open()?,
+            zeros: MapArray::zeroed(BLOCK_SIZE)?,
+        })
+    }
+
+    /// Address of a block of zeros.
+    pub(crate) fn zeros(&self) -> usize {
+        self.zeros.as_ptr().addr()
+    }
+
+    /// Whether something is mapped at the page of `addr`: a page that is present, or swapped out. Markers do not count.
+    pub(crate) fn is_populated(&self, addr: usize) -> bool {
+        let Ok(state) = self.pagemap.page(addr) else { return false };
+        state.contains(PageState::PRESENT) || (state.contains(PageState::SWAPPED) && !state.contains(PageState::WRITE_PROTECTED))
+    }
+
+    /// How many of the `max` pages from `addr` on are empty before the first that is not.
+    pub(crate) fn nr_empty(&self, addr: usize, max: usize) -> usize {
+        let Some(range) = PageRange::from_pages(addr, max) else { return 0 };
+        let mut end = range.end();
+        let _ = self.pagemap.walk(range, |extent| {
+            end = extent.range.start();
+            ControlFlow::Break(())
+        });
+        (end - addr) / PAGE_SIZE
+    }
+
+    /// How many of the `max` pages from `addr` on are populated before the first that is not.
+    pub(crate) fn nr_populated(&self, addr: usize, max: usize) -> usize {
+        let Some(range) = PageRange::from_pages(addr, max) else { return 0 };
+        let mut end = addr;
+        let _ = self.pagemap.walk(range, |extent| {
+            if extent.range.start() != end {
+                return ControlFlow::Break(());
+            }
+            end = extent.range.end();
+            ControlFlow::Continue(())
+        });
+        (end - addr) / PAGE_SIZE
+    }
+
+    /// The mapping at `addr`.
+    pub(crate) fn vma(&self, addr: usize) -> Option<Vma> {
+        self.maps.covering(addr).ok().flatten()
+    }
+
+    pub(crate) fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
     /// The address space, made on first use. For control paths.
     pub(crate) fn get(operation: &'static str) -> Result<&'static Self> {
         let space = match SPACE.get() {
             Some(space) => space,
             None => {
-                let places = Gated::new(MapSlice::empty())
-                    .map_err(|errno| Error::new(operation, ErrorKind::OutOfMemory).errno(errno))?;
-                SPACE.get_or_init(|| Self {
-                    gate: Gate::new(),
-                    places,
-                    doors: [const { OnceLock::new() }; 2],
-                    control: StdMutex::new(()),
-                    devices: AtomicU8::new(0),
-                    forked: AtomicBool::new(false),
-                })
+                let made = Self::new().map_err(|e| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0)))?;
+                SPACE.get_or_init(|| made)
             }
         };
         if space.forked.load(Ordering::Relaxed) {
@@ -135,10 +166,7 @@ impl AddressSpace {
 
     /// The door of this delivery, opened on first use.
     pub(crate) fn door(&'static self, operation: &'static str, delivery: Delivery, transparent: bool) -> Result<&'static Door> {
-        let slot = &self.doors[match delivery {
-            Delivery::Inline => 0,
-            Delivery::Thread => 1,
-        }];
+        let slot = &self.doors[index_of(delivery)];
         if let Some(door) = slot.get() {
             return check_transparent(operation, door, transparent);
         }
@@ -146,7 +174,7 @@ impl AddressSpace {
         if let Some(door) = slot.get() {
             return check_transparent(operation, door, transparent);
         }
-        let door = Door { uffd: sys::uffd::Uffd::open(delivery, transparent).map_err(|e| e.for_operation(operation))?, delivery };
+        let door = Door::open(operation, delivery)?;
         let door = slot.get_or_init(|| door);
         // Windows fault by SIGBUS handling too where a span was overrun, so the handler serves both doors.
         inline::install(operation)?;
@@ -178,7 +206,7 @@ impl AddressSpace {
         let start = place.range.start();
         let mut overlaps = false;
         let result = self.places.update(&self.gate, |places| {
-            overlaps = places.iter().any(|p| p.range.overlaps(&place.range));
+            overlaps = places.iter().any(|p| p.range.overlaps(place.range));
             let at = places.partition_point(|p| p.range.start() < start);
             if overlaps {
                 return Err(libc::EEXIST);
@@ -242,7 +270,7 @@ impl AddressSpace {
 }
 
 fn check_transparent(operation: &'static str, door: &'static Door, transparent: bool) -> Result<&'static Door> {
-    if transparent && !door.uffd().handles_kernel_faults() {
+    if transparent && !door.is_transparent() {
         let why = "this process may not handle faults of the kernel: give it CAP_SYS_PTRACE, access to /dev/userfaultfd, or \
                    set the sysctl vm.unprivileged_userfaultfd=1; or use pin() around system calls";
         return Err(Error::new(operation, ErrorKind::Unsupported(why.into())));

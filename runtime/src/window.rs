@@ -16,9 +16,8 @@ use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::DeviceId;
 use crate::error::{Error, ErrorKind, Result};
 use crate::region::{Region, RegionKind};
-use crate::space::Door;
-use crate::sys::mmap::Reservation;
-use crate::sys::uffd::RegisterMode;
+use crate::door::{Door, Role};
+use crate::sys::mmap::{self, Advice, Reservation};
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -38,22 +37,21 @@ impl Window {
         if region.kind() == RegionKind::InPlace || region.len_bytes() == 0 {
             return Ok(Self { base: region.base(), reservation: None, registered: None, door, device });
         }
-        let start = region.addr() & !(PAGE_SIZE - 1);
-        let end = region.end().next_multiple_of(PAGE_SIZE);
         let failed = |errno| Error::new("map", ErrorKind::OutOfMemory).at(region.addr()).errno(errno);
-        let reservation = Reservation::congruent(start, end - start).map_err(failed)?;
-        let base = reservation.start().wrapping_sub(start).wrapping_add(region.base());
-        reservation.dont_fork();
+        let like = PageRange::containing(region.addr(), region.len_bytes())
+            .ok_or_else(|| Error::invalid("map", "the range wraps"))?;
+        let reservation = Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
+        let base = reservation.range().start().wrapping_sub(like.start()).wrapping_add(region.base());
         if region.options().huge_pages {
-            reservation.huge_pages();
+            // Advice: without huge pages a block moves page by page.
+            let _ = mmap::advise(reservation.range(), Advice::HugePage);
         }
         let mut window = Self { base, reservation: Some(reservation), registered: None, door, device };
         if let Some(body) = region.body() {
             let offset = base.wrapping_sub(region.base());
             let body = PageRange::new(body.start().wrapping_add(offset), body.end().wrapping_add(offset))
                 .ok_or_else(|| Error::invalid("map", "the window wraps"))?;
-            door.uffd()
-                .register(body, RegisterMode::MISSING)
+            door.register(body, Role::Window)
                 .map_err(|errno| Error::new("register window", ErrorKind::System).at(body.start()).errno(errno))?;
             window.registered = Some(body);
         }
@@ -84,7 +82,7 @@ impl Drop for Window {
     fn drop(&mut self) {
         // Unregistered first: unmapping a registered range would post an event and wait for its reader.
         if let Some(body) = self.registered.take() {
-            let _ = self.door.uffd().unregister(body);
+            self.door.unregister(body);
         }
         self.reservation = None;
     }

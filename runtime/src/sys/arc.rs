@@ -8,10 +8,14 @@ use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering, fence};
 
-use super::mmap::map_anonymous;
+
+/// Maps at least `len_bytes` of zero-filled memory. `Err` gives the errno.
+fn map_anonymous(len_bytes: usize) -> Result<NonNull<u8>, i32> {
+    super::mmap::map_anonymous(len_bytes).map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))
+}
 
 #[repr(C)]
-struct Shared<T: ?Sized> {
+pub(crate) struct Shared<T: ?Sized> {
     count: AtomicUsize,
     mapped_bytes: usize,
     value: T,

@@ -26,3 +26,20 @@ mod tests {
         assert!((5_000_000..60_000_000_000).contains(&elapsed), "{elapsed}");
     }
 }
+
+/// Sleeps until the monotonic clock shows `at_ns`. Fault path: one system call, async-signal-safe.
+pub(crate) fn sleep_until(at_ns: u64) {
+    let at = libc::timespec {
+        tv_sec: libc::time_t::try_from(at_ns / 1_000_000_000).unwrap_or(libc::time_t::MAX),
+        tv_nsec: i64::try_from(at_ns % 1_000_000_000).unwrap_or(0),
+    };
+    // SAFETY: `at` is a valid timespec; the remaining time is not asked for. An early return is no harm: callers look again.
+    unsafe {
+        libc::clock_nanosleep(
+            libc::CLOCK_MONOTONIC,
+            libc::TIMER_ABSTIME,
+            &raw const at,
+            core::ptr::null_mut(),
+        )
+    };
+}

@@ -15,7 +15,7 @@ use super::check;
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 
 /// Maps `len_bytes` of zero-filled private anonymous memory, without reserving swap for it.
-fn map_anonymous(len_bytes: usize) -> io::Result<NonNull<u8>> {
+pub(super) fn map_anonymous(len_bytes: usize) -> io::Result<NonNull<u8>> {
     // SAFETY: without MAP_FIXED the kernel picks a range that nothing uses.
     let address = unsafe {
         libc::mmap(
@@ -174,6 +174,57 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         // SAFETY: the mapping is this value's own; whoever holds an address in it holds, by this
         // type's contract, the value too.
+        unsafe { unmap(self.range.start(), self.range.len_bytes()) };
+    }
+}
+
+/// Pages for an application's data: read-write, zero at first, inherited by a forked child as any memory.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    range: PageRange,
+}
+
+impl Memory {
+    /// `len_bytes` bytes (a multiple of a page) whose start is a multiple of `align`, a page or a block.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn aligned(len_bytes: usize, align: usize) -> io::Result<Self> {
+        let no_room = || io::Error::from_raw_os_error(libc::ENOMEM);
+        let padded_len = len_bytes
+            .checked_add(align - PAGE_SIZE)
+            .ok_or_else(no_room)?;
+        let base = map_anonymous(padded_len)?.as_ptr().expose_provenance();
+        let start = base.next_multiple_of(align);
+        let end = start + len_bytes;
+        // SAFETY: the head of the mapping just made; nothing uses it.
+        unsafe { unmap(base, start - base) };
+        // SAFETY: its tail, likewise.
+        unsafe { unmap(end, base + padded_len - end) };
+        Ok(Self {
+            range: PageRange::new(start, end).ok_or_else(no_room)?,
+        })
+    }
+
+    /// Asks for transparent huge pages.
+    pub(crate) fn huge_pages(&self) {
+        // Advice: where it is refused the memory works all the same.
+        let _ = advise(self.range, Advice::HugePage);
+    }
+
+    /// Its first byte, with provenance over all of it.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        let start = std::ptr::with_exposed_provenance_mut(self.range.start());
+        // SAFETY: a mapping never starts at address zero.
+        unsafe { NonNull::new_unchecked(start) }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this value's own; whoever holds an address in it holds, by this type's contract, the
+        // value too.
         unsafe { unmap(self.range.start(), self.range.len_bytes()) };
     }
 }

@@ -25,9 +25,12 @@
 //! descriptor makes in it, and the kernel refuses a destination that is not registered. Only MOVE,
 //! which empties a *source* the kernel does not check, asks again at each call.
 
+pub(crate) mod arc;
 pub(crate) mod clock;
 pub(crate) mod disable;
+pub(crate) mod flight;
 pub(crate) mod futex;
+pub(crate) mod gated;
 pub(crate) mod maps;
 pub(crate) mod membarrier;
 pub(crate) mod mmap;

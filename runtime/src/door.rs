@@ -1,0 +1,159 @@
+//! [`Door`]: a userfaultfd, how faults on it are delivered, and the movements it can make.
+//!
+//! There are at most two per process, one per [`Delivery`], and they live as long as the process: closing a uffd releases
+//! every waiter to read zeros (design rule 2). Each has its own regions, windows and scratch areas, for a page can only be
+//! moved safely within one userfaultfd (hazards M1).
+
+use crate::addr::PageRange;
+use crate::error::{Error, ErrorKind, Result};
+use crate::options::Delivery;
+use crate::sys::mmap;
+use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(crate) struct Door {
+    uffd: Uffd,
+    delivery: Delivery,
+}
+
+/// What a range is registered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The body of a region: missing and write-protect faults.
+    Body,
+    /// A window or scratch area: missing faults, none of which should ever come.
+    Window,
+}
+
+impl Door {
+    /// Opens a userfaultfd for `delivery`, with faults of the kernel where this process may have them.
+    pub(crate) fn open(operation: &'static str, delivery: Delivery) -> Result<Self> {
+        let mut wanted = Features::PAGEFAULT_FLAG_WP | Features::MOVE | Features::POISON;
+        match delivery {
+            Delivery::Inline => wanted |= Features::SIGBUS,
+            Delivery::Thread => wanted |= Features::EXACT_ADDRESS | Features::THREAD_ID,
+        }
+        let scopes: &[FaultScope] = match delivery {
+            // In SIGBUS mode the kernel's own accesses fail in any case.
+            Delivery::Inline => &[FaultScope::UserMode],
+            Delivery::Thread => &[FaultScope::UserAndKernel, FaultScope::UserMode],
+        };
+        let mut refused = None;
+        for &scope in scopes {
+            match Uffd::open(scope, wanted) {
+                Ok(uffd) => return Self::checked(operation, uffd, delivery),
+                Err(error) => refused = Some(error),
+            }
+        }
+        let why = refused.map_or_else(String::new, |e| e.to_string());
+        Err(Error::new(operation, ErrorKind::Unsupported(format!("no userfaultfd: {why}; run `accel-sim doctor` for what would help"))))
+    }
+
+    fn checked(operation: &'static str, uffd: Uffd, delivery: Delivery) -> Result<Self> {
+        let mut needed = Features::PAGEFAULT_FLAG_WP;
+        if delivery == Delivery::Inline {
+            needed |= Features::SIGBUS;
+        }
+        if !uffd.enabled().contains(needed) {
+            let missing = needed - uffd.enabled();
+            let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
+            return Err(Error::new(operation, ErrorKind::Unsupported(why)));
+        }
+        Ok(Self { uffd, delivery })
+    }
+
+    pub(crate) fn uffd(&self) -> &Uffd {
+        &self.uffd
+    }
+
+    pub(crate) fn delivery(&self) -> Delivery {
+        self.delivery
+    }
+
+    /// Whether pages can be moved, or must be copied.
+    pub(crate) fn has_move(&self) -> bool {
+        self.uffd.enabled().contains(Features::MOVE)
+    }
+
+    /// Whether system calls that touch an absent page wait for it instead of failing.
+    pub(crate) fn is_transparent(&self) -> bool {
+        self.delivery == Delivery::Thread && self.uffd.scope() == FaultScope::UserAndKernel
+    }
+
+    /// Index of this door, below 2.
+    pub(crate) fn index(&self) -> usize {
+        index_of(self.delivery)
+    }
+
+    /// Takes charge of the faults of `range`. `Err` gives the errno.
+    pub(crate) fn register(&self, range: PageRange, role: Role) -> Result<(), i32> {
+        let mode = match role {
+            Role::Body => Mode::MISSING | Mode::WP,
+            Role::Window => Mode::MISSING,
+        };
+        // SAFETY: a body is memory that a mirror has borrowed or that its maker answers for (`mirror_raw`), published
+        // before this call, so that its faults are resolved; a window or scratch area is our own reservation.
+        unsafe { self.uffd.register(range, mode) }.map(drop).map_err(|e| e.raw_os_error().unwrap_or(libc::EINVAL))
+    }
+
+    /// Gives the faults of `range` back to the kernel.
+    pub(crate) fn unregister(&self, range: PageRange) {
+        // Fails only where part of the range is no longer what it was; then the rest has no faults of ours either.
+        let _ = self.uffd.unregister(range);
+    }
+
+    /// Moves `len` bytes of pages.
+    pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Moved {
+        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
+        // `register` answers for.
+        unsafe { self.uffd.move_pages(dst, src, Wake::Yes) }
+    }
+
+    /// Fills `len` bytes of missing pages with copies.
+    pub(crate) fn copy(&self, dst: usize, src: usize, len: usize, protect: Protect) -> Moved {
+        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        self.uffd.copy(dst, src, protect, Wake::Yes)
+    }
+
+    /// Fills `len` bytes of missing pages with the shared page of zeros.
+    pub(crate) fn zeropage(&self, dst: usize, len: usize) -> Moved {
+        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        self.uffd.zeropage(dst, Wake::Yes)
+    }
+
+    /// Write-protects present pages.
+    pub(crate) fn protect(&self, at: usize, len: usize) -> Stop {
+        PageRange::new(at, at + len).map_or(Stop::Invalid, |range| self.uffd.write_protect(range))
+    }
+
+    /// Lifts write-protection, and clears markers.
+    pub(crate) fn unprotect(&self, at: usize, len: usize) -> Stop {
+        PageRange::new(at, at + len).map_or(Stop::Invalid, |range| self.uffd.write_unprotect(range, Wake::Yes))
+    }
+
+    /// Wakes who waits for faults in the range.
+    pub(crate) fn wake(&self, at: usize, len: usize) {
+        if let Some(range) = PageRange::new(at, at + len) {
+            self.uffd.wake(range);
+        }
+    }
+
+    /// Drops pages by `madvise`: only for scratch areas outside every lock, and where there is no MOVE.
+    pub(crate) fn discard(&self, at: usize, len: usize) {
+        if let Some(range) = PageRange::new(at, at + len) {
+            // SAFETY: `crate::movement` and `crate::scratch` discard only stale copies, in windows and scratch areas that
+            // are ours, or a CPU page whose current contents a device holds.
+            let _ = unsafe { mmap::discard(range) };
+        }
+    }
+}
+
+/// Index of the door for `delivery`, below 2.
+pub(crate) fn index_of(delivery: Delivery) -> usize {
+    match delivery {
+        Delivery::Inline => 0,
+        Delivery::Thread => 1,
+    }
+}

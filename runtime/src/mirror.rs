@@ -1,0 +1,399 @@
+//! Mirroring: [`mirror`], [`mirror_ref`], [`mirror_raw`], and what they give back.
+//!
+//! # Why this is sound
+//! 1. A [`Mirror`] holds the address and a `PhantomData` of the borrow, never the `&mut [T]` itself: moving a reference
+//!    into a function would claim that nobody else writes meanwhile, and a device may. The pointer is taken from the borrow
+//!    once.
+//! 2. CPU reads need `&self`, CPU writes `&mut self`, and so do views: `view()` borrows from `&`, `view_mut()` from `&mut`.
+//!    A launch lives no longer than its views. So a program in which the CPU and a kernel race for plain data does not
+//!    compile; [`Mirror::share`] is the explicit opt-in, and gives relaxed atomics only.
+//! 3. `T: Pod`: a device may leave any bits.
+//! 4. A page that is away is not unmapped memory: touching it faults and brings it home. So a leaked mirror stays correct
+//!    memory for loads and stores.
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::ops::{ControlFlow, RangeBounds};
+use core::ptr::NonNull;
+
+use bytemuck::Pod;
+
+use crate::addr::PageRange;
+use crate::door::Role;
+use crate::error::{Error, ErrorKind, Result};
+use crate::evict;
+use crate::options::Options;
+use crate::pin::{self, Pin};
+use crate::region::{Region, RegionKind};
+use crate::scratch::Scratch;
+use crate::share::Shared;
+use crate::space::AddressSpace;
+use crate::stats::{Cause, Stats};
+use crate::sys::arc::MapArc;
+use crate::sys::signal::AsyncSignalsBlocked;
+use crate::view::{View, ViewMut};
+
+/// Mirrors a slice with the default [`Options`]: from here on devices can work on it, at the same addresses.
+///
+/// ```
+/// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+/// let mut data = vec![1u64; 100_000];
+/// let mut mirror = svm::mirror(&mut data)?;
+/// mirror.as_mut_slice()[7] = 42;
+/// mirror.close()?;
+/// assert_eq!(data[7], 42);
+/// # Ok::<(), svm::Error>(())
+/// ```
+///
+/// # Errors
+/// No userfaultfd here (the text says what would help), memory that overlaps another mirror, or no room for bookkeeping.
+pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
+    mirror_with(slice, &Options::default())
+}
+
+/// Mirrors a slice.
+///
+/// # Errors
+/// As [`mirror`].
+pub fn mirror_with<'a, T: Pod>(slice: &'a mut [T], options: &Options) -> Result<Mirror<'a, T>> {
+    let ptr = NonNull::from(&mut *slice).cast::<T>();
+    let raw = Raw::new("mirror", ptr.as_ptr().expose_provenance(), size_of_val(slice), options)?;
+    Ok(Mirror { raw, ptr, len: slice.len(), _borrow: PhantomData })
+}
+
+/// Mirrors an input: devices get copies of it, and it is never moved, protected or registered, since nobody can write it.
+///
+/// # Errors
+/// As [`mirror`].
+pub fn mirror_ref<T: Pod>(slice: &[T]) -> Result<MirrorRef<'_, T>> {
+    mirror_ref_with(slice, &Options::default())
+}
+
+/// [`mirror_ref`] with options.
+///
+/// # Errors
+/// As [`mirror`].
+pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<MirrorRef<'a, T>> {
+    let addr = slice.as_ptr().expose_provenance();
+    let raw = Raw::input(addr, size_of_val(slice), options)?;
+    Ok(MirrorRef { raw, slice })
+}
+
+/// Mirrors memory that is no slice: of an `mmap`, or of another language.
+///
+/// # Errors
+/// As [`mirror`], and for a null pointer or a range that wraps.
+///
+/// # Safety
+/// The memory is readable and writable for as long as the mirror lives, unless it is unmapped, moved or protected by system
+/// calls, which devices then observe as faults. Whoever else accesses it while kernels write it does so by atomics, or
+/// synchronises with their launches.
+pub unsafe fn mirror_raw(ptr: *mut u8, len_bytes: usize, options: &Options) -> Result<Mirror<'static, u8>> {
+    let Some(start) = NonNull::new(ptr) else { return Err(Error::invalid("mirror", "the pointer is null")) };
+    let addr = ptr.expose_provenance();
+    if addr.checked_add(len_bytes).is_none() {
+        return Err(Error::invalid("mirror", "the range wraps around the address space").at(addr));
+    }
+    let raw = Raw::new("mirror", addr, len_bytes, options)?;
+    Ok(Mirror { raw, ptr: start, len: len_bytes, _borrow: PhantomData })
+}
+
+/// Mirrors pages that a [`Buffer`](crate::Buffer) owns, as `len` elements.
+pub(crate) fn mirror_raw_typed<T: Pod>(
+    start: NonNull<u8>,
+    len_bytes: usize,
+    len: usize,
+    options: &Options,
+) -> Result<Mirror<'static, T>> {
+    let raw = Raw::new("buffer", start.as_ptr().expose_provenance(), len_bytes, options)?;
+    Ok(Mirror { raw, ptr: start.cast(), len, _borrow: PhantomData })
+}
+
+/// A region and the duty to close it.
+#[derive(Debug)]
+pub(crate) struct Raw {
+    region: MapArc<Region>,
+    /// Whether the region ends with this handle, or belongs to a mirror that this one looks through.
+    owner: bool,
+    open: bool,
+}
+
+impl Raw {
+    fn new(operation: &'static str, addr: usize, len_bytes: usize, options: &Options) -> Result<Self> {
+        let _signals = AsyncSignalsBlocked::new();
+        let space = AddressSpace::get(operation)?;
+        let door = space.door(operation, options.delivery, options.transparent_syscalls)?;
+        let kind = kind_of(space, addr, len_bytes);
+        let region = Region::new(addr, len_bytes, kind, true, door, options)?;
+        let open = |region| Self { region, owner: true, open: true };
+        let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
+            return Ok(open(region));
+        };
+        space.publish_region(&region)?;
+        match door.register(body, Role::Body) {
+            Ok(()) => Ok(open(region)),
+            Err(errno) => {
+                space.unpublish_region(&region);
+                match errno {
+                    // Another userfaultfd has it, or it is of a kind that cannot be registered: it stays where it is.
+                    libc::EBUSY | libc::EINVAL | libc::EPERM => {
+                        let region = Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
+                        Ok(open(region))
+                    }
+                    libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory).at(addr).errno(errno)),
+                    _ => Err(Error::new(operation, ErrorKind::System).at(addr).errno(errno)),
+                }
+            }
+        }
+    }
+
+    fn input(addr: usize, len_bytes: usize, options: &Options) -> Result<Self> {
+        let _signals = AsyncSignalsBlocked::new();
+        let space = AddressSpace::get("mirror_ref")?;
+        if let Some(region) = space.region_containing(addr, len_bytes) {
+            return Ok(Self { region, owner: false, open: true });
+        }
+        let door = space.door("mirror_ref", options.delivery, options.transparent_syscalls)?;
+        let region = Region::new(addr, len_bytes, RegionKind::Input, false, door, options)?;
+        Ok(Self { region, owner: true, open: true })
+    }
+
+    pub(crate) fn region(&self) -> &MapArc<Region> {
+        &self.region
+    }
+
+    /// Brings everything home and ends the region. Numbered as the teardown in ARCHITECTURE.md.
+    fn close(&mut self) -> Result<()> {
+        if !core::mem::replace(&mut self.open, false) || !self.owner {
+            return Ok(());
+        }
+        let _signals = AsyncSignalsBlocked::new();
+        let space = AddressSpace::global();
+        if !space.is_usable() {
+            return Ok(());
+        }
+        let region = &self.region;
+        // 1. No new update begins, and whoever waits to begin one is told.
+        region.hub().release();
+        // 2. Every page home, every window empty.
+        let mut scratch = Scratch::new(space)?;
+        let devices = {
+            let gate = space.gate().enter();
+            region.devices(&gate).clone()
+        };
+        let mut result = Ok(());
+        for device in devices.iter().flatten() {
+            result = result.and(evict::release_region(&**device, region, &mut scratch, Cause::Drop));
+        }
+        if result.is_err() {
+            // Contents are stuck in a window: the uffd and the window stay, so that a touch faults instead of reading zeros.
+            core::mem::forget(region.clone());
+            return result;
+        }
+        // 3. The kernel has the faults again; 4. nobody finds the region; 5. nobody refers to it any more.
+        if let (RegionKind::Managed, Some(body)) = (region.kind(), region.body()) {
+            region.door().unregister(body);
+            space.unpublish_region(region);
+            region.wait_landed();
+        }
+        // 6. The windows go.
+        for device in devices.iter().flatten() {
+            space.unpublish_window(device.window());
+            device.unmap();
+        }
+        if devices.iter().any(Option::is_some) {
+            crate::device::retry_no_memory(|| {
+                region.devices_cell().update(space.gate(), |_| Ok([const { None }; crate::block::MAX_DEVICES]))
+            });
+        }
+        result
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        // What could not be brought home stays reachable through the window; `close` reports it.
+        let _ = self.close();
+    }
+}
+
+/// What kind of region the memory makes.
+fn kind_of(space: &AddressSpace, addr: usize, len_bytes: usize) -> RegionKind {
+    let Some(pages) = PageRange::containing(addr, len_bytes) else { return RegionKind::InPlace };
+    let marker = 0u8;
+    let stack = (&raw const marker).addr();
+    let mut movable = true;
+    let walked = space.maps().walk(pages, |vma| {
+        // A thread whose own stack page is away may not even be able to run its handler (hazards S3).
+        movable &= vma.kind.is_anonymous() && !vma.shared && vma.writable && !vma.range.contains_addr(stack);
+        if movable { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    });
+    if movable && walked.is_ok() { RegionKind::Managed } else { RegionKind::InPlace }
+}
+
+/// A mirrored slice: the borrow of it, for as long as devices may use it.
+///
+/// Dropping it brings every page home. `mem::forget` leaves correct memory: pages come home when they are touched.
+pub struct Mirror<'a, T: Pod> {
+    raw: Raw,
+    ptr: NonNull<T>,
+    len: usize,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: a `Mirror` is an `&mut [T]` in every respect but its validity for the optimiser; the runtime's own state behind
+// it is `Sync`.
+unsafe impl<T: Pod + Send> Send for Mirror<'_, T> {}
+// SAFETY: `&Mirror` gives `&[T]` and read views, as `&&mut [T]` gives `&[T]`.
+unsafe impl<T: Pod + Sync> Sync for Mirror<'_, T> {}
+
+impl<'a, T: Pod> Mirror<'a, T> {
+    /// The elements, for reading on the CPU.
+    #[must_use]
+    pub fn as_slice(&self) -> &[T] {
+        // SAFETY: `ptr` and `len` are those of the borrowed slice, which is initialised. No kernel writes it meanwhile:
+        // write views borrow from `&mut self`.
+        unsafe { core::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// The elements, for writing on the CPU.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> &mut [T] {
+        // SAFETY: as in `as_slice`, and `&mut self` excludes every view.
+        unsafe { core::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Lends the elements to kernels that read them.
+    #[must_use]
+    pub fn view(&self) -> View<'_, T> {
+        View::new(self.raw.region(), self.ptr.as_ptr().addr(), self.len)
+    }
+
+    /// Lends the elements to kernels that read and write them.
+    #[must_use]
+    pub fn view_mut(&mut self) -> ViewMut<'_, T> {
+        ViewMut::new(self.raw.region(), self.ptr.as_ptr().addr(), self.len)
+    }
+
+    /// Opens the elements to both sides at once, by relaxed atomic accesses only.
+    #[must_use]
+    pub fn share(&mut self) -> Shared<'_, T> {
+        Shared::new(self.raw.region(), self.ptr, self.len)
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Whether the memory is of a kind that cannot move (a file mapping, a stack, somebody else's userfaultfd): devices
+    /// then access it where it is.
+    #[must_use]
+    pub fn is_in_place(&self) -> bool {
+        self.raw.region().kind() == RegionKind::InPlace
+    }
+
+    /// Says that devices mostly read (true): they get duplicates at once. Or takes that back. Changes time, never results.
+    pub fn advise_read_mostly(&self, yes: bool) {
+        self.raw.region().set_read_mostly(yes);
+    }
+
+    /// Brings the pages of `elements` home and keeps them there while the guard lives, so that system calls can use them.
+    ///
+    /// # Errors
+    /// The range is out of bounds, or a page could not be brought home.
+    pub fn pin(&self, elements: impl RangeBounds<usize>) -> Result<Pin<'_>> {
+        pin::pin(self.raw.region(), self.ptr.as_ptr().addr(), size_of::<T>(), self.len, elements)
+    }
+
+    /// What was done with this memory so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.raw.region().stats(&AddressSpace::global().gate().enter())
+    }
+
+    /// Brings every page home and ends the mirror, as dropping does, and says whether that worked.
+    ///
+    /// # Errors
+    /// A page could not be brought home; it stays reachable, by faults.
+    pub fn close(mut self) -> Result<()> {
+        self.raw.close()
+    }
+
+    /// [`close`](Self::close), and the slice back.
+    ///
+    /// # Errors
+    /// As [`close`](Self::close).
+    pub fn into_inner(mut self) -> Result<&'a mut [T]> {
+        self.raw.close()?;
+        // SAFETY: `ptr` and `len` are those of the `&'a mut [T]` that made the mirror, which ends here.
+        Ok(unsafe { core::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) })
+    }
+}
+
+impl<T: Pod> fmt::Debug for Mirror<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mirror").field("region", self.raw.region()).field("len", &self.len).finish()
+    }
+}
+
+/// A mirrored input. Devices get copies of it.
+///
+/// Of a slice that lies in a [`Mirror`] or [`Buffer`](crate::Buffer), it is a view through that mirror.
+pub struct MirrorRef<'a, T: Pod> {
+    raw: Raw,
+    slice: &'a [T],
+}
+
+impl<T: Pod> MirrorRef<'_, T> {
+    /// The elements.
+    #[must_use]
+    pub fn as_slice(&self) -> &[T] {
+        self.slice
+    }
+
+    /// Lends the elements to kernels.
+    #[must_use]
+    pub fn view(&self) -> View<'_, T> {
+        View::new(self.raw.region(), self.slice.as_ptr().addr(), self.slice.len())
+    }
+
+    /// Number of elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.slice.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.slice.is_empty()
+    }
+
+    /// What was done with this memory so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.raw.region().stats(&AddressSpace::global().gate().enter())
+    }
+
+    /// Ends the mirror, as dropping does, and says whether that worked.
+    ///
+    /// # Errors
+    /// A window could not be emptied.
+    pub fn close(mut self) -> Result<()> {
+        self.raw.close()
+    }
+}
+
+impl<T: Pod> fmt::Debug for MirrorRef<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MirrorRef").field("region", self.raw.region()).field("len", &self.slice.len()).finish()
+    }
+}

@@ -1,0 +1,144 @@
+//! [`Pin`]: pages that are home and stay home, as `get_user_pages` keeps them in the kernel.
+//!
+//! A pin marks its pages first, so that from then on devices access them in place; then it brings home what is away,
+//! un-protects what is shared and populates what nobody has touched, so that the kernel can read and write all of it.
+
+use core::fmt;
+use core::ops::{Bound, Range, RangeBounds};
+
+use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
+use crate::device::{Invalidation, Keep};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fault::{self, Flight};
+use crate::mask::PageMask;
+use crate::movement::{Mover, Stall};
+use crate::region::{Region, RegionKind};
+use crate::space::AddressSpace;
+use crate::stats::Cause;
+use crate::sys::arc::MapArc;
+use crate::sys::process;
+use crate::sys::signal::AsyncSignalsBlocked;
+
+/// Keeps pages home while it lives. Made by [`Mirror::pin`](crate::Mirror::pin).
+#[must_use = "the pages stay home only while the guard lives"]
+pub struct Pin<'a> {
+    region: &'a MapArc<Region>,
+    /// Page indices from the region's base; empty if nothing can move anyway.
+    pages: Range<usize>,
+}
+
+pub(crate) fn pin<'a>(
+    region: &'a MapArc<Region>,
+    addr: usize,
+    element_size: usize,
+    len: usize,
+    elements: impl RangeBounds<usize>,
+) -> Result<Pin<'a>> {
+    let start = match elements.start_bound() {
+        Bound::Included(&n) => n,
+        Bound::Excluded(&n) => n + 1,
+        Bound::Unbounded => 0,
+    };
+    let end = match elements.end_bound() {
+        Bound::Included(&n) => n + 1,
+        Bound::Excluded(&n) => n,
+        Bound::Unbounded => len,
+    };
+    if start > end || end > len {
+        return Err(Error::invalid("pin", "the range is out of bounds").at(addr));
+    }
+    let none = Pin { region, pages: 0..0 };
+    let bytes = addr + start * element_size..addr + end * element_size;
+    let (Some(body), RegionKind::Managed) = (region.body(), region.kind()) else { return Ok(none) };
+    let Some(pages) = PageRange::containing(bytes.start, bytes.len()).and_then(|p| p.intersect(body)) else {
+        return Ok(none);
+    };
+    let _signals = AsyncSignalsBlocked::new();
+    let pages = (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
+    region.add_pin(pages.clone());
+    // From here on dropping the guard takes back whatever was done.
+    let pin = Pin { region, pages };
+    for (block, mask) in blocks(&pin.pages) {
+        pin_block(region, block, mask)?;
+    }
+    Ok(pin)
+}
+
+/// The blocks that a range of page indices touches, with its pages in each.
+fn blocks(pages: &Range<usize>) -> impl Iterator<Item = (usize, PageMask)> + use<> {
+    let pages = pages.clone();
+    (pages.start / PAGES_PER_BLOCK..pages.end.div_ceil(PAGES_PER_BLOCK)).map(move |block| {
+        let origin = block * PAGES_PER_BLOCK;
+        let (start, end) = (pages.start.max(origin), pages.end.min(origin + PAGES_PER_BLOCK));
+        (block, PageMask::range(start - origin..end - origin))
+    })
+}
+
+fn pin_block(region: &Region, block: usize, pages: PageMask) -> Result<()> {
+    loop {
+        match try_pin_block(region, block, pages) {
+            Ok(true) => return Ok(()),
+            Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
+            Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
+                return Err(Error::new("pin", ErrorKind::Unmapped).at(region.addr_of(block, page)));
+            }
+        }
+    }
+}
+
+fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool, Stall> {
+    let space = AddressSpace::global();
+    let gate = space.gate().enter();
+    let mut state = region.lock_block(block);
+    state.set_pinned(pages, true);
+    let bounds = pages.bounds().unwrap_or(0..1);
+    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };
+    let inv = Invalidation::new(block, pages, Keep::Nothing);
+    let holders = state.holders(&pages);
+    if !holders.is_empty() && !fault::invalidate(region, &gate, holders, &inv) {
+        let flight = Flight::begin(region);
+        drop(state);
+        drop(gate);
+        fault::wait_quiesced(space, flight.region(), holders, &inv);
+        return Ok(false);
+    }
+    let mut mover = Mover::new(region, block, &mut state);
+    loop {
+        let away = mover.state.away() & pages;
+        let Some(page) = away.first_from(0) else { break };
+        let Some(holder) = mover.state.holder_of(page) else { return Err(Stall::Lost(page)) };
+        let run = (away & mover.state.frames(holder)).run_around(page);
+        fault::move_home(&mut mover, region, &gate, page, &run, Cause::Explicit)?;
+    }
+    for run in (mover.state.shared() & pages).runs() {
+        mover.unprotect(run)?;
+    }
+    for run in pages.runs() {
+        mover.populate_host(run)?;
+    }
+    drop(bracket);
+    Ok(true)
+}
+
+impl Drop for Pin<'_> {
+    fn drop(&mut self) {
+        if self.pages.is_empty() || !AddressSpace::global().is_usable() {
+            return;
+        }
+        let _signals = AsyncSignalsBlocked::new();
+        let region = self.region;
+        region.remove_pin(&self.pages, |run| {
+            for (block, mask) in blocks(&run) {
+                let _gate = AddressSpace::global().gate().enter();
+                region.lock_block(block).set_pinned(mask, false);
+            }
+        });
+    }
+}
+
+impl fmt::Debug for Pin<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pin").field("pages", &self.pages).finish_non_exhaustive()
+    }
+}
+

@@ -1,0 +1,42 @@
+//! What a device's own threads need of the runtime.
+
+use core::fmt;
+
+use crate::sys::membarrier;
+use crate::sys::signal::AsyncSignalsBlocked;
+
+/// Masks asynchronous signals on this thread while it lives.
+///
+/// A device's worker takes the device lock and, through [`Range`](crate::Range), locks of the runtime. A signal handler that
+/// interrupted it there and touched mirrored memory would wait for those very locks. So every worker begins with this, and
+/// keeps it for its life.
+#[must_use = "signals are unmasked again when it is dropped"]
+pub struct WorkerThread {
+    _signals: AsyncSignalsBlocked,
+}
+
+/// Makes the calling thread fit to be a device's worker. See [`WorkerThread`].
+pub fn worker_thread() -> WorkerThread {
+    WorkerThread { _signals: AsyncSignalsBlocked::new() }
+}
+
+/// A barrier on every running thread of the process, paid for by the caller alone.
+///
+/// Pairs with a compiler fence on the other side: each thread's accesses before its fence are visible to the caller after
+/// this returns, or the thread's accesses after its fence see what the caller did before. `membarrier(2)`,
+/// `PRIVATE_EXPEDITED`; where the kernel has none, [`light_barrier`] is a full fence and this one too.
+pub fn heavy_barrier() {
+    membarrier::heavy();
+}
+
+/// The cheap side of [`heavy_barrier`]: a compiler fence, where the kernel has `membarrier(2)`.
+#[inline]
+pub fn light_barrier() {
+    membarrier::light();
+}
+
+impl fmt::Debug for WorkerThread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerThread").finish_non_exhaustive()
+    }
+}
