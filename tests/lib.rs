@@ -1,1 +1,23 @@
-//! Members of the workspace live here as flat files; see Cargo.toml.
+//! What the integration tests share: a watchdog, and a small device written as a driver author would write one, against
+//! `svm::Device` and the public range API alone.
+
+#![cfg(target_os = "linux")]
+
+pub mod device;
+pub mod watchdog;
+
+pub use device::{Dummy, TestDevice};
+pub use watchdog::Watchdog;
+
+/// Whether this machine lets the process have a userfaultfd; says so if not, so that a skipped test is seen.
+#[must_use]
+pub fn usable() -> bool {
+    match svm::Buffer::<u8>::zeroed(1) {
+        Ok(_) => true,
+        Err(error) if error.is_unsupported() => {
+            println!("SKIPPED: {error}");
+            false
+        }
+        Err(error) => panic!("{error}"),
+    }
+}

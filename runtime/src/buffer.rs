@@ -8,14 +8,15 @@ use bytemuck::Pod;
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::mirror::{Mirror, mirror_raw_typed};
-use crate::options::Options;
+use crate::options::{Granule, Options};
 use crate::pin::Pin;
 use crate::share::Shared;
 use crate::stats::Stats;
 use crate::sys::mmap::Memory;
 use crate::view::{View, ViewMut};
 
-/// A mirrored array in pages of its own: `'static`, aligned to a page, or to a huge page from 2 MiB on, zero at first.
+/// A mirrored array in pages of its own: `'static`, zero at first, aligned to a page, to 64 KiB if it is as
+/// large, and to a huge page from 2 MiB on.
 ///
 /// No neighbour shares its pages, so there are no edges, and it can be moved into a launch that outlives the caller.
 ///
@@ -59,7 +60,8 @@ impl<T: Pod> Buffer<T> {
         const { assert!(align_of::<T>() <= PAGE_SIZE, "a buffer's elements are aligned to a page at most") };
         let no_room = |errno| Error::new("buffer", ErrorKind::OutOfMemory).errno(errno);
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| no_room(libc::ENOMEM))?;
-        let align = if bytes >= BLOCK_SIZE { BLOCK_SIZE } else { PAGE_SIZE };
+        // Aligned as the largest granule that fits, so that no granule is cut.
+        let align = [BLOCK_SIZE, Granule::Big.bytes()].into_iter().find(|&a| bytes >= a).unwrap_or(PAGE_SIZE);
         let padded = bytes.max(1).checked_next_multiple_of(PAGE_SIZE).ok_or_else(|| no_room(libc::ENOMEM))?;
         let memory = Memory::aligned(padded, align).map_err(|e| no_room(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         if options.huge_pages {

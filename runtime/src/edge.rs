@@ -10,7 +10,7 @@ use core::ops::Range;
 
 use crate::addr::PAGE_SIZE;
 use crate::device::{Device, Mapped, MappedRef};
-use crate::error::{Access, Error, ErrorKind, Result};
+use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 use crate::region::RegionKind;
 use crate::sync::Mutex;
 use crate::sys::process;
@@ -59,9 +59,12 @@ impl<D: Device> MappedRef<D> {
     /// pages that a device holds duplicate them.
     ///
     /// # Errors
-    /// The edge's mapping is gone.
+    /// The edge's mapping is gone, or a write to an input.
     pub fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
         let region = self.shared_region();
+        if access == Access::Write && !region.is_writable() {
+            return Err(DeviceFault::new(region.addr(), access, DeviceFaultKind::Protection).into());
+        }
         {
             let mut users = self.edges().users.lock();
             if *users == 0 {

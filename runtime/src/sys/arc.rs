@@ -89,16 +89,6 @@ impl<T: ?Sized> MapArc<T> {
         // SAFETY: `shared` is initialised and stays mapped while any clone lives; only shared references are made.
         unsafe { self.shared.as_ref() }
     }
-
-    /// The address of the value, its identity.
-    pub(crate) fn addr(&self) -> usize {
-        self.shared.as_ptr().cast::<()>().addr()
-    }
-
-    /// Whether both are the same value.
-    pub(crate) fn ptr_eq<U: ?Sized>(&self, other: &MapArc<U>) -> bool {
-        self.addr() == other.addr()
-    }
 }
 
 impl<T: ?Sized> Clone for MapArc<T> {

@@ -1,0 +1,60 @@
+//! A hang becomes a failure, with the stacks of all threads, within a minute.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+/// Aborts the process if it is not dropped in time.
+#[derive(Debug)]
+#[must_use = "the watchdog watches while it lives"]
+pub struct Watchdog {
+    done: Arc<AtomicBool>,
+}
+
+impl Watchdog {
+    /// Watches for 50 seconds.
+    pub fn new(name: &'static str) -> Self {
+        Self::with_timeout(name, Duration::from_secs(50))
+    }
+
+    /// Watches for `timeout`.
+    pub fn with_timeout(name: &'static str, timeout: Duration) -> Self {
+        let done = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&done);
+        std::thread::spawn(move || {
+            let start = Instant::now();
+            while start.elapsed() < timeout {
+                if seen.load(Ordering::Relaxed) {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            eprintln!("watchdog: {name} has not finished after {timeout:?}; threads:");
+            print_threads();
+            std::process::abort();
+        });
+        Self { done }
+    }
+}
+
+/// Where each thread is in the kernel; and by gdb, where there is one, in user space.
+fn print_threads() {
+    let pid = std::process::id();
+    if let Ok(tasks) = std::fs::read_dir("/proc/self/task") {
+        for task in tasks.flatten() {
+            let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            let (comm, wchan) = (read("comm"), read("wchan"));
+            eprintln!("  {} {} in {wchan}", task.file_name().display(), comm.trim());
+        }
+    }
+    let script = ["-p", &pid.to_string(), "-batch", "-ex", "handle SIGBUS nostop noprint pass", "-ex", "thread apply all bt 12"];
+    if let Ok(out) = std::process::Command::new("gdb").args(script).output() {
+        eprintln!("{}", String::from_utf8_lossy(&out.stdout));
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+    }
+}
