@@ -419,23 +419,19 @@ impl<D: Device> Round<'_, D> {
         self.finish(&gate, &mut state, want, &plan, (before, needed), scratch, commit)
     }
 
-    /// What to fault in, the wanted pages and what lies beside them, and what that takes. Where device memory is too
-    /// small for the company, the wanted pages go alone.
+    /// What to fault in, the wanted pages and what lies beside them, and what that takes.
     fn plan(&self, state: &BlockState) -> (PageMask, Plan) {
-        let beside = (granules_of(self.want, self.region.granule()) & self.region.body_mask(self.block))
-            - state.gone()
-            - state.in_place()
-            - state.held_by_devices(Some(self.id()));
-        let on_read = self.region.on_read();
-        let residency = self.mapped.residency();
-        let free = residency.capacity().saturating_sub(residency.resident());
+        let beside = self.company() - state.gone() - state.in_place() - state.held_by_devices(Some(self.id()));
         let all = self.want | beside;
-        let plan = state.plan(self.id(), all, self.access, on_read);
-        let fill = plan.take | plan.duplicate | plan.from_device;
-        if (fill - state.resident(self.id())).count() <= free || all.count() <= residency.capacity() / 4 {
-            return (all, plan);
-        }
-        (self.want, state.plan(self.id(), self.want, self.access, on_read))
+        (all, state.plan(self.id(), all, self.access, self.region.on_read()))
+    }
+
+    /// The granules around the wanted pages, cut down where device memory is small: a fault for one page must not claim
+    /// more than a quarter of it.
+    fn company(&self) -> PageMask {
+        let quarter = (self.mapped.residency().capacity() / 4).max(1);
+        let granule = self.region.granule().min(1 << quarter.ilog2());
+        granules_of(self.want, granule) & self.region.body_mask(self.block)
     }
 
     fn invalidations(&self, plan: &Plan) -> [Invalidation; 2] {
@@ -599,8 +595,7 @@ impl<D: Device> Round<'_, D> {
     /// A round on memory that nobody writes: copy what is not there yet.
     fn run_input<T>(&self, state: &mut BlockState, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
         let id = self.id();
-        let near = granules_of(self.want, self.region.granule()) & self.region.body_mask(self.block);
-        let all = if near.count() <= self.mapped.residency().capacity() / 4 { near | self.want } else { self.want };
+        let all = self.want | self.company();
         let fill = all - state.frames(id);
         let needed = fill.count();
         if !self.mapped.residency().reserve(needed) {

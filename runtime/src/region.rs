@@ -270,8 +270,12 @@ impl Region {
         }
     }
 
-    /// Totals of this region and of what its devices did to it.
+    /// Totals of this region and of what its devices did to it. Waits for faults in progress: a thread is woken by the
+    /// system call that serves it, a moment before its fault is counted.
     pub(crate) fn stats(&self, gate: &GateGuard<'_>) -> Stats {
+        for block in self.blocks.iter() {
+            drop(block.lock());
+        }
         let mut stats = self.counters.snapshot();
         for mapped in self.devices(gate).iter().flatten() {
             stats += mapped.counters().snapshot();
