@@ -2,7 +2,7 @@
 //!
 //! | module | what of Linux |
 //! |---|---|
-//! | [`uffd`] | userfaultfd: handshake, registration, the fault-path ioctls, events |
+//! | [`uffd`], [`event`] | userfaultfd: handshake, registration, the fault-path ioctls; messages |
 //! | [`signal`] | the SIGBUS handler and its chain; masking asynchronous signals |
 //! | [`pagemap`] | which pages are present, write-protected, swapped (PAGEMAP_SCAN) |
 //! | [`maps`] | which mapping covers an address (PROCMAP_QUERY) |
@@ -17,17 +17,19 @@
 //! outcomes as small `Copy` values. Everything else here is *control path* and returns
 //! [`std::io::Error`].
 //!
-//! # What the types promise
+//! # What is unsafe
 //!
-//! The kernel lets one process write its own memory through an ioctl as freely as through a pointer,
-//! so ioctls are as unsafe as the pointer would be. The proof is asked for once, at
-//! [`uffd::Uffd::register`]: whoever registers memory answers for every later change that the
-//! descriptor makes in it, and the kernel refuses a destination that is not registered. Only MOVE,
-//! which empties a *source* the kernel does not check, asks again at each call.
+//! Through an ioctl a process writes its own memory as freely as through a pointer, so what fills,
+//! empties or poisons a page is as unsafe as the pointer would be. The proof is given once, at
+//! [`uffd::Uffd::register`], whose caller answers for every later change the descriptor makes in the
+//! range; the later calls need only be inside such a range. The kernel does not check that for us: to
+//! COPY and ZEROPAGE a range registered with *any* userfaultfd is good (a test shows it). Protecting,
+//! waking and looking change no contents, and are safe.
 
 pub(crate) mod arc;
 pub(crate) mod clock;
 pub(crate) mod disable;
+pub(crate) mod event;
 pub(crate) mod flight;
 pub(crate) mod futex;
 pub(crate) mod gated;
@@ -37,6 +39,8 @@ pub(crate) mod mmap;
 pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod signal;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod uffd;
 
 use std::io;
