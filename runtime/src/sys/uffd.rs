@@ -29,7 +29,7 @@
 //!
 //! | | COPY, ZEROPAGE, POISON | MOVE | WRITEPROTECT |
 //! |---|---|---|---|
-//! | [`Exists`](Stop::Exists) | page present, or a marker | destination not empty | |
+//! | [`Exists`](Stop::Exists) | page present; a marker, but for COPY, which overwrites it | destination not empty, or a marker | |
 //! | [`NotPresent`](Stop::NotPresent) | no such mapping, or not registered here | source hole, or as left | part of it not registered |
 //! | [`Changing`](Stop::Changing) | an event is pending: let go of everything, retry later | same | same |
 //! | [`Busy`](Stop::Busy) | | not exclusively owned, pinned, split failed | |
@@ -627,8 +627,11 @@ impl Uffd {
         Stop::from_errno(unsafe { ioctl(self.as_fd(), UFFDIO_WRITEPROTECT, &mut arg) })
     }
 
-    /// Makes the missing pages of a range lethal: each access is a SIGBUS with BUS_MCEERR_AR. Fault
-    /// path.
+    /// Makes the missing pages of a range lethal: each access is a SIGBUS. Fault path.
+    ///
+    /// Its code is BUS_MCEERR_AR where the kernel has CONFIG_MEMORY_FAILURE; without, it is the same
+    /// BUS_ADRERR as of a missing page, and only the runtime's own state tells the two apart. COPY
+    /// overwrites the poison.
     ///
     /// # Safety
     ///
