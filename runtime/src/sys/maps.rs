@@ -323,3 +323,186 @@ fn kind_of(inode: u64, name: &[u8]) -> Kind {
         _ => Kind::Special,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::mmap::Reservation;
+    use super::*;
+
+    fn both() -> [Maps; 2] {
+        let (first, mut second) = (Maps::open().unwrap(), Maps::open().unwrap());
+        second.query = false;
+        [first, second]
+    }
+
+    /// A mapping of the test's own, between two that are not accessible, so that it can't be merged.
+    struct Fenced(Reservation);
+
+    impl Fenced {
+        fn new() -> Self {
+            let like = PageRange::from_pages(PAGE_SIZE, 4).unwrap();
+            let fenced = Self(Reservation::congruent_to(like).unwrap());
+            for page in [0, 3] {
+                fenced.protect(page, libc::PROT_NONE);
+            }
+            fenced
+        }
+
+        fn protect(&self, page: usize, protection: libc::c_int) {
+            assert!(page < 4);
+            let at = self.0.as_ptr().wrapping_add(page * PAGE_SIZE);
+            // SAFETY: a page of the test's own that nobody accesses.
+            let result = unsafe { libc::mprotect(at.cast(), PAGE_SIZE, protection) };
+            assert_eq!(result, 0);
+        }
+
+        fn pages(&self, first: usize, nr: usize) -> PageRange {
+            PageRange::from_pages(self.0.range().start() + first * PAGE_SIZE, nr).unwrap()
+        }
+    }
+
+    #[test]
+    fn an_anonymous_mapping_is_described_both_ways() {
+        let memory = Fenced::new();
+        let expected = Vma {
+            range: memory.pages(1, 2),
+            readable: true,
+            writable: true,
+            executable: false,
+            shared: false,
+            kind: Kind::Anonymous,
+        };
+        let at = memory.pages(2, 1).start() + 5;
+        for maps in both() {
+            assert_eq!(maps.covering(at).unwrap(), Some(expected));
+        }
+        memory.protect(1, libc::PROT_READ);
+        let halves = [
+            Vma {
+                range: memory.pages(1, 1),
+                writable: false,
+                ..expected
+            },
+            Vma {
+                range: memory.pages(2, 1),
+                ..expected
+            },
+        ];
+        for maps in both() {
+            let mut seen = Vec::new();
+            maps.walk(memory.pages(1, 2), |vma| {
+                seen.push(vma);
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+            assert_eq!(seen, halves);
+        }
+    }
+
+    #[test]
+    fn both_ways_agree_on_every_mapping() {
+        let [query, text] = both();
+        if !query.has_query() {
+            return;
+        }
+        // The main thread's stack, the heap, code, and the kernel's own, as they come. Other tests map
+        // and unmap meanwhile: a mapping counts if both see it, and enough must.
+        let mut agreed = 0;
+        let mut kinds = Vec::new();
+        let mut addr = 0;
+        while let Some(vma) = query.covering_or_next(addr).unwrap() {
+            let start = vma.range.start();
+            if let Some(other) = text.covering(start).unwrap()
+                && query.covering(start).unwrap() == Some(vma)
+                && other.range == vma.range
+            {
+                assert_eq!(other, vma);
+                agreed += 1;
+                kinds.push(vma.kind);
+            }
+            addr = vma.range.end();
+        }
+        assert!(agreed > 8, "{agreed}");
+        for kind in [Kind::File, Kind::Stack, Kind::Heap, Kind::Special] {
+            assert!(kinds.contains(&kind), "{kind:?} is missing from {kinds:?}");
+        }
+    }
+
+    #[test]
+    fn an_address_that_nothing_covers_has_a_next_mapping() {
+        // Below vm.mmap_min_addr nothing can be mapped without privilege, and nothing is.
+        for maps in both() {
+            assert_eq!(maps.covering(PAGE_SIZE).unwrap(), None);
+            let next = maps.covering_or_next(PAGE_SIZE).unwrap().unwrap();
+            assert!(next.range.start() > PAGE_SIZE);
+            assert_eq!(maps.covering_or_next(usize::MAX - 1).unwrap(), None);
+        }
+    }
+
+    #[test]
+    fn shared_memory_is_not_anonymous() {
+        // SAFETY: a new mapping.
+        let at = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGE_SIZE,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        assert_ne!(at, libc::MAP_FAILED);
+        for maps in both() {
+            let vma = maps.covering(at.addr()).unwrap().unwrap();
+            assert!(vma.shared && !vma.writable && !vma.kind.is_anonymous());
+        }
+        // SAFETY: nobody uses it.
+        unsafe { libc::munmap(at, PAGE_SIZE) };
+    }
+
+    #[test]
+    fn lines_are_parsed() {
+        #[track_caller]
+        fn check(line: &[u8], expected: Option<(usize, usize, &str, Kind)>) {
+            let parsed = parse_line(line).map(|vma| {
+                let letter = |is, letter| if is { letter } else { '-' };
+                let perms: String = [
+                    letter(vma.readable, 'r'),
+                    letter(vma.writable, 'w'),
+                    letter(vma.executable, 'x'),
+                    if vma.shared { 's' } else { 'p' },
+                ]
+                .iter()
+                .collect();
+                (vma.range.start(), vma.range.end(), perms, vma.kind)
+            });
+            let expected = expected.map(|(s, e, perms, kind)| (s, e, perms.to_owned(), kind));
+            assert_eq!(parsed, expected);
+        }
+        check(
+            b"1000-3000 rw-p 00000000 00:00 0 ",
+            Some((0x1000, 0x3000, "rw-p", Kind::Anonymous)),
+        );
+        check(
+            b"1000-3000 r-xs 00001000 fe:01 77                  /a b/\xFF",
+            Some((0x1000, 0x3000, "r-xs", Kind::File)),
+        );
+        check(
+            b"1000-3000 rw-p 00000000 00:0f 9 /anon_hugepage (deleted)",
+            Some((0x1000, 0x3000, "rw-p", Kind::Hugetlb)),
+        );
+        for (name, kind) in [
+            ("[heap]", Kind::Heap),
+            ("[stack]", Kind::Stack),
+            ("[anon:arena 1]", Kind::Anonymous),
+            ("[vdso]", Kind::Special),
+        ] {
+            let line = format!("1000-3000 ---p 00000000 00:00 0 {name}");
+            check(line.as_bytes(), Some((0x1000, 0x3000, "---p", kind)));
+        }
+        check(b"", None);
+        check(b"1000 rw-p", None);
+        check(b"3000-1000 rw-p 00000000 00:00 0", None);
+    }
+}

@@ -319,3 +319,170 @@ fn state_from_entry(entry: u64) -> PageState {
     }
     state
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::mmap::{Advice, Reservation, advise};
+    use super::super::uffd::{FaultScope, Features, Mode, Protect, Stop, Uffd, Wake};
+    use super::*;
+    use crate::addr::PAGE_SIZE;
+
+    /// Every page's state, by one way or the other.
+    fn states(pagemap: &Pagemap, range: PageRange) -> Vec<PageState> {
+        let mut states = vec![PageState::empty(); range.nr_pages()];
+        pagemap
+            .walk(range, |extent| {
+                assert!(range.contains(extent.range) && !extent.state.is_empty());
+                for page in extent.range.pages() {
+                    states[(page - range.start()) / PAGE_SIZE] = extent.state;
+                }
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        states
+    }
+
+    /// Both ways of reading; the second is forced.
+    fn both() -> [Pagemap; 2] {
+        let (first, mut second) = (Pagemap::open().unwrap(), Pagemap::open().unwrap());
+        second.scan = false;
+        [first, second]
+    }
+
+    fn small_pages(nr_pages: usize) -> Reservation {
+        let like = PageRange::from_pages(PAGE_SIZE, nr_pages).unwrap();
+        let memory = Reservation::congruent_to(like).unwrap();
+        advise(memory.range(), Advice::NoHugePage).unwrap();
+        memory
+    }
+
+    fn populate(memory: &Reservation, page: usize) {
+        assert!(page < memory.range().nr_pages());
+        // SAFETY: in bounds of memory that is the test's own.
+        unsafe { memory.as_ptr().wrapping_add(page * PAGE_SIZE).write(1) };
+    }
+
+    #[test]
+    fn both_ways_see_the_same_more_extents_than_a_batch() {
+        let memory = small_pages(8 * BATCH);
+        // Every third page, so that there are far more extents than one scan returns.
+        for page in (0..8 * BATCH).step_by(3) {
+            populate(&memory, page);
+        }
+        let expected: Vec<_> = (0..8 * BATCH)
+            .map(|page| match page % 3 {
+                0 => PageState::PRESENT,
+                _ => PageState::empty(),
+            })
+            .collect();
+        for pagemap in both() {
+            assert_eq!(states(&pagemap, memory.range()), expected);
+            let hole = PageRange::from_pages(memory.range().start() + PAGE_SIZE, 2).unwrap();
+            assert!(pagemap.is_empty(hole).unwrap());
+            assert!(!pagemap.is_empty(memory.range()).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_walk_ends_when_told() {
+        let memory = small_pages(6);
+        for page in [0, 2, 4] {
+            populate(&memory, page);
+        }
+        for pagemap in both() {
+            let mut visits = 0;
+            pagemap
+                .walk(memory.range(), |_| {
+                    visits += 1;
+                    if visits == 2 {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                })
+                .unwrap();
+            assert_eq!(visits, 2);
+        }
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_empty() {
+        let range = PageRange::from_pages(PAGE_SIZE, 4).unwrap();
+        let top = PageRange::from_pages(usize::MAX - 8 * PAGE_SIZE + 1, 4).unwrap();
+        for pagemap in both() {
+            assert!(pagemap.is_empty(range).unwrap());
+            // Not a user address: no entry, or an error, but no page.
+            assert!(pagemap.is_empty(top).unwrap_or(true));
+        }
+    }
+
+    #[test]
+    fn marks_of_write_protection_are_seen_both_ways() {
+        let wanted = Features::PAGEFAULT_FLAG_WP | Features::SIGBUS;
+        let uffd = Uffd::open(FaultScope::UserMode, wanted).unwrap();
+        if !uffd.enabled().contains(Features::PAGEFAULT_FLAG_WP) {
+            return;
+        }
+        let memory = small_pages(4);
+        let source = small_pages(1);
+        populate(&source, 0);
+        for page in [0, 1] {
+            populate(&memory, page);
+        }
+        let page = |n| PageRange::from_pages(memory.range().start() + n * PAGE_SIZE, 1).unwrap();
+        // SAFETY: the memory is the test's own; only raw pointers lead there.
+        unsafe { uffd.register(memory.range(), Mode::MISSING | Mode::WP) }.unwrap();
+        assert_eq!(uffd.write_protect(page(1)), Stop::Complete);
+        let start = source.range().start();
+        // SAFETY: registered just now.
+        let copied = unsafe { uffd.copy(page(2), start, Protect::Yes, Wake::No) };
+        assert!(copied.is_complete());
+        let protected = PageState::PRESENT | PageState::WRITE_PROTECTED;
+        let expected = [PageState::PRESENT, protected, protected, PageState::empty()];
+        for pagemap in both() {
+            assert_eq!(states(&pagemap, memory.range()), expected);
+        }
+        uffd.unregister(memory.range()).unwrap();
+    }
+
+    #[test]
+    fn zero_and_file_pages_are_told_apart() {
+        let [scan, read] = both();
+        let memory = small_pages(1);
+        // SAFETY: the test's own memory; a read maps the page of zeros.
+        let zero = unsafe { memory.as_ptr().read_volatile() };
+        assert_eq!(zero, 0);
+        let start = memory.range().start();
+        assert_eq!(
+            read.page(start).unwrap() & PageState::PRESENT,
+            PageState::PRESENT
+        );
+        if scan.has_scan() {
+            let expected = PageState::PRESENT | PageState::ZERO;
+            assert_eq!(scan.page(start).unwrap(), expected);
+        }
+        // Code is a file's.
+        let code = both as *const () as usize;
+        for pagemap in both() {
+            let expected = PageState::PRESENT | PageState::FILE;
+            assert_eq!(pagemap.page(code).unwrap() & expected, expected);
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_seen_where_there_are_any() {
+        let like = PageRange::from_pages(crate::addr::BLOCK_SIZE, 512).unwrap();
+        let memory = Reservation::congruent_to(like).unwrap();
+        let pagemap = Pagemap::open().unwrap();
+        // "never" in sysfs, or no free memory that lies right: then there is nothing to see.
+        if advise(memory.range(), Advice::HugePage).is_err() || !pagemap.has_scan() {
+            return;
+        }
+        populate(&memory, 0);
+        if advise(memory.range(), Advice::Collapse).is_ok() {
+            let states = states(&pagemap, memory.range());
+            let expected = PageState::PRESENT | PageState::HUGE;
+            assert!(states.iter().all(|&state| state == expected), "{states:?}");
+        }
+    }
+}
