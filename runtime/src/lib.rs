@@ -5,7 +5,7 @@
 pub mod addr;
 mod block;
 mod buffer;
-
+pub mod capabilities;
 mod device;
 mod door;
 mod edge;

@@ -13,6 +13,13 @@ pub(crate) fn gettid() -> u32 {
     tid.cast_unsigned()
 }
 
+/// The kernel's page size.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(0)
+}
+
 /// Lets another thread run. Fault path.
 pub(crate) fn sched_yield() {
     // SAFETY: no preconditions; on Linux it can't fail.
