@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::disable::Disabled;
-use super::{ioctl, iowr};
+use super::{ioctl, iowr, reopen};
 use crate::addr::{PAGE_SIZE, PageRange};
 
 /// What a mapping is made of.
@@ -76,6 +76,8 @@ struct ProcmapQuery {
     build_id_addr: u64,
 }
 
+const PATH: &str = "/proc/self/maps";
+
 const PROCMAP_QUERY: u32 = iowr::<ProcmapQuery>(b'f', 17);
 const _: () = assert!(PROCMAP_QUERY == 0xC068_6611);
 
@@ -104,12 +106,21 @@ impl Maps {
     /// No /proc, or no descriptor left.
     pub(crate) fn open() -> io::Result<Self> {
         let mut maps = Self {
-            file: File::open("/proc/self/maps")?,
+            file: File::open(PATH)?,
             query: true,
         };
         maps.query = !Disabled::current().contains(Disabled::PROCMAP_QUERY)
             && matches!(maps.query_ioctl(0), Ok(Some(_)));
         Ok(maps)
+    }
+
+    /// In the child of a fork: makes it show this process's mappings. Async-signal-safe.
+    ///
+    /// # Errors
+    ///
+    /// As [`Maps::open`]; it then still shows the parent's.
+    pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
+        reopen(&self.file, PATH)
     }
 
     /// Whether PROCMAP_QUERY is in use.

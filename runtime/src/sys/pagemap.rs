@@ -7,11 +7,11 @@
 use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use super::disable::Disabled;
-use super::{check, iowr};
+use super::{check, iowr, reopen};
 use crate::addr::{PAGE_SHIFT, PageRange};
 
 bitflags::bitflags! {
@@ -71,6 +71,8 @@ struct PageRegion {
     categories: u64,
 }
 
+const PATH: &str = "/proc/self/pagemap";
+
 const PAGEMAP_SCAN: u32 = iowr::<PmScanArg>(b'f', 16);
 const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 const _: () = assert!(size_of::<PageRegion>() == 24);
@@ -101,7 +103,7 @@ impl Pagemap {
     /// No /proc, or no descriptor left.
     pub(crate) fn open() -> io::Result<Self> {
         let mut pagemap = Self {
-            file: File::open("/proc/self/pagemap")?,
+            file: File::open(PATH)?,
             scan: true,
         };
         let stack = 0_u8;
@@ -112,6 +114,15 @@ impl Pagemap {
                     .is_ok()
             });
         Ok(pagemap)
+    }
+
+    /// In the child of a fork: makes it show this process's page table. Async-signal-safe.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pagemap::open`]; it then still shows the parent's.
+    pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
+        reopen(&self.file, PATH)
     }
 
     /// Whether PAGEMAP_SCAN is in use. If not, ZERO and HUGE are never reported.
@@ -244,7 +255,7 @@ impl Pagemap {
                 // Beyond the highest user address there is nothing.
                 break;
             }
-            for entry in chunk[..read].as_chunks::<8>().0 {
+            for entry in chunk.get(..read).unwrap_or_default().as_chunks::<8>().0 {
                 let state = state_from_entry(u64::from_ne_bytes(*entry));
                 let next = addr + (1 << PAGE_SHIFT);
                 match &mut open {
@@ -279,8 +290,7 @@ impl Pagemap {
 /// # Safety
 ///
 /// `arg.vec` must be valid for writes of `arg.vec_len` regions.
-unsafe fn scan(fd: std::os::fd::BorrowedFd<'_>, arg: &mut PmScanArg) -> io::Result<usize> {
-    use std::os::fd::AsRawFd;
+unsafe fn scan(fd: BorrowedFd<'_>, arg: &mut PmScanArg) -> io::Result<usize> {
     let arg: *mut PmScanArg = arg;
     // SAFETY: by contract, and see the caller.
     let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, arg) };

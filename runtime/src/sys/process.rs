@@ -176,6 +176,13 @@ mod tests {
 
     #[test]
     fn copies_stop_where_memory_does() {
+        let name = test_name!("copies_stop_where_memory_does");
+        if let Some(ended) = in_child(name, &[], copy_both_ways) {
+            ended.assert_passed();
+        }
+    }
+
+    fn copy_both_ways() {
         let source = MapArray::<u8>::from_fn(2 * PAGE_SIZE, |i| i as u8).unwrap();
         let start = source.as_ptr().expose_provenance();
         let mut buffer = [0_u8; 100];
@@ -196,6 +203,13 @@ mod tests {
 
     #[test]
     fn a_copy_from_a_missing_page_fails_and_raises_nothing() {
+        let name = test_name!("a_copy_from_a_missing_page_fails_and_raises_nothing");
+        if let Some(ended) = in_child(name, &[], copy_from_a_missing_page) {
+            ended.assert_passed();
+        }
+    }
+
+    fn copy_from_a_missing_page() {
         let uffd = Uffd::open(FaultScope::UserMode, Features::empty()).unwrap();
         let like = PageRange::from_pages(PAGE_SIZE, 2).unwrap();
         let memory = Reservation::congruent_to(like).unwrap();

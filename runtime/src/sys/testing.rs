@@ -40,7 +40,7 @@ impl Ended {
 }
 
 /// Runs `body` in a new process, which is this test binary, told to run the test `name` alone with
-/// `variables` in its environment. `name` is the calling test's full path, and the call is all that the
+/// `variables` in its environment (and no SVM_DISABLE but one among them). `name` is the calling test's full path, and the call is all that the
 /// test does before it looks at the result; in the child the call returns `None`.
 ///
 /// A child that takes 30 seconds is killed, which fails the assertions above.
@@ -52,6 +52,7 @@ pub(crate) fn in_child(name: &str, variables: &[(&str, &str)], body: fn()) -> Op
     let mut child = Command::new(std::env::current_exe().expect("the test binary has a path"))
         .args(["--exact", name, "--nocapture", "--test-threads=1"])
         .env(CHILD, name)
+        .env_remove(super::disable::VARIABLE)
         .envs(variables.iter().copied())
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -55,7 +55,8 @@ use userfaultfd_sys::{
 
 use super::disable::Disabled;
 use super::event::{Doorbell, Ready};
-use super::{check, ioctl, iowr};
+use super::process::abort_with_message;
+use super::{check, ioctl, iowr, replace_fd};
 use crate::addr::PageRange;
 
 bitflags::bitflags! {
@@ -420,6 +421,33 @@ impl Uffd {
             enabled,
             scope,
         })
+    }
+
+    /// In the child of a fork: lets go of the parent's userfaultfd.
+    ///
+    /// O_CLOEXEC does not keep a forked child from the descriptor, whose ioctls act on the *parent's*
+    /// memory (hazard F2). Afterwards the value holds an inert descriptor: ioctls answer
+    /// `Other(ENOTTY)`, nothing is ever readable, and dropping is harmless. Async-signal-safe; aborts
+    /// where not even that can be had, for the alternative is to corrupt another process.
+    ///
+    /// # Safety
+    ///
+    /// The caller is a forked child with memory of its own: to close the descriptor of one's own memory
+    /// makes what is missing there read as zeros.
+    pub(crate) unsafe fn disown_in_child(&self) {
+        // SAFETY: eventfd takes no pointers.
+        let inert = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        let replaced = check(libc::c_long::from(inert)).and_then(|_| {
+            // SAFETY: made just now, and nobody else knows it.
+            let inert = unsafe { OwnedFd::from_raw_fd(inert) };
+            replace_fd(self.as_fd(), inert.as_fd())
+        });
+        if let Err(error) = replaced {
+            abort_with_message(format_args!(
+                "a forked child can't let go of its parent's userfaultfd (errno {:?})",
+                error.raw_os_error()
+            ));
+        }
     }
 
     /// What the kernel has, whether enabled or not, less what `SVM_DISABLE` takes away.
