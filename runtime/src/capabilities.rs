@@ -4,7 +4,7 @@
 //! had, in words a user can act on. Printing it is what `accel-sim doctor` does:
 //!
 //! ```
-//! let capabilities = svm::capabilities::Capabilities::probe();
+//! let capabilities = svm::Capabilities::probe();
 //! println!("{capabilities}");
 //! # assert!(capabilities.to_string().contains("userfaultfd"));
 //! ```
@@ -198,6 +198,11 @@ impl Capabilities {
         self.iter()
             .find(|(each, _)| *each == capability)
             .map_or(UNKNOWN, |(_, support)| support)
+    }
+
+    /// Whether memory can be mirrored at all.
+    pub fn is_usable(&self) -> bool {
+        self.has(Capability::Userfaultfd)
     }
 
     /// Whether the runtime will use it.
@@ -576,6 +581,7 @@ instead: a page that is lost ends the process with a message
                 for each in disabled {
                     assert_eq!(*capabilities.support(each), Support::Disabled);
                 }
+                assert!(!capabilities.is_usable());
                 let expected = Support::No("no userfaultfd".into());
                 assert_eq!(*capabilities.support(Capability::Move), expected);
             };
