@@ -139,10 +139,11 @@ impl Capability {
     pub fn since(self) -> &'static str {
         match self {
             Self::Userfaultfd | Self::KernelFaults => "4.3",
-            Self::Events | Self::ForkEvents | Self::SharedMemory | Self::Hugetlb => "4.11",
+            Self::Events | Self::ForkEvents => "4.11",
             Self::Sigbus | Self::ThreadId | Self::Membarrier => "4.14",
             Self::WriteProtect => "5.7",
             Self::ExactAddress => "5.18",
+            Self::SharedMemory | Self::Hugetlb => "5.19",
             Self::Poison => "6.6",
             Self::WriteProtectAsync | Self::PagemapScan => "6.7",
             Self::Move => "6.8",

@@ -232,7 +232,8 @@ impl Maps {
 
     /// Looks through the text for the first mapping that ends above `addr`.
     fn parse_text(&self, addr: usize) -> io::Result<Option<Vma>> {
-        let mut buffer = [0_u8; 4096];
+        // Small, with the line: an alternate signal stack may be 8 KiB in all.
+        let mut buffer = [0_u8; 512];
         let mut line = Line::default();
         let mut offset = 0;
         loop {
@@ -260,16 +261,19 @@ impl Maps {
     }
 }
 
+/// Room for a line up to the start of its name, which begins in column 73.
+const LINE_LEN: usize = 128;
+
 /// The first bytes of a line of /proc/pid/maps: all but the tail of a long path.
 struct Line {
-    bytes: [u8; 256],
+    bytes: [u8; LINE_LEN],
     len: usize,
 }
 
 impl Default for Line {
     fn default() -> Self {
         Self {
-            bytes: [0; 256],
+            bytes: [0; LINE_LEN],
             len: 0,
         }
     }

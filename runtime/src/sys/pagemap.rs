@@ -84,8 +84,11 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
-/// Extents fetched by one call of [`Pagemap::walk`]: 1.5 KiB of stack.
-const BATCH: usize = 64;
+/// Extents fetched by one PAGEMAP_SCAN. An alternate signal stack may be 8 KiB, of which the kernel's
+/// frame takes up to half: these are 768 bytes of it.
+const BATCH: usize = 32;
+/// Words fetched by one read of the file: 512 bytes of stack.
+const READ_BATCH: usize = 64;
 
 /// The process's page table, as the kernel shows it.
 #[derive(Debug)]
@@ -241,7 +244,7 @@ impl Pagemap {
         range: PageRange,
         mut visit: impl FnMut(Extent) -> ControlFlow<()>,
     ) -> io::Result<()> {
-        let mut buffer = [0_u8; 4096];
+        let mut buffer = [0_u8; READ_BATCH * 8];
         let mut open: Option<Extent> = None;
         let mut addr = range.start();
         while addr < range.end() {
