@@ -178,39 +178,42 @@ impl Maps {
         Ok(())
     }
 
+    /// One PROCMAP_QUERY (two for a file with a long path).
     fn query_ioctl(&self, addr: usize) -> io::Result<Option<Vma>> {
-        let Some(vma) = self.query_named(addr, &mut [])? else {
-            return Ok(None);
-        };
         let mut name = [0; NAME_LEN];
-        // Without an inode it is the process's own or the kernel's; the name tells which. A file's name
-        // may be longer than the buffer, which would fail the query.
-        let named = if vma.inode == 0 {
-            self.query_named(addr, &mut name)?.unwrap_or(vma)
-        } else {
-            vma
+        let (query, has_long_name) = match self.query_named(addr, &mut name) {
+            // What does not fit is a file's path; nothing else has so long a name.
+            Err(libc::ENAMETOOLONG) => (self.query_named(addr, &mut []), true),
+            result => (result, false),
+        };
+        let query = match query {
+            Ok(query) => query,
+            Err(libc::ENOENT) => return Ok(None),
+            Err(errno) => return Err(io::Error::from_raw_os_error(errno)),
+        };
+        let Some(range) = PageRange::new(query.vma_start as usize, query.vma_end as usize) else {
+            return Ok(None);
         };
         let name = name.split(|&byte| byte == 0).next().unwrap_or_default();
-        let Some(range) = PageRange::new(named.vma_start as usize, named.vma_end as usize) else {
-            return Ok(None);
-        };
-        let has = |flag| named.vma_flags & flag != 0;
+        let has = |flag| query.vma_flags & flag != 0;
         Ok(Some(Vma {
             range,
             readable: has(VMA_READABLE),
             writable: has(VMA_WRITABLE),
             executable: has(VMA_EXECUTABLE),
             shared: has(VMA_SHARED),
-            kind: if named.vma_page_size > PAGE_SIZE as u64 {
+            kind: if query.vma_page_size > PAGE_SIZE as u64 {
                 Kind::Hugetlb
+            } else if has_long_name {
+                Kind::File
             } else {
-                kind_of(named.inode, name)
+                kind_of(query.inode, name)
             },
         }))
     }
 
-    /// One PROCMAP_QUERY; the name goes into `name` if that is not empty.
-    fn query_named(&self, addr: usize, name: &mut [u8]) -> io::Result<Option<ProcmapQuery>> {
+    /// PROCMAP_QUERY itself; the name goes into `name` if that is not empty. `Err` gives the errno.
+    fn query_named(&self, addr: usize, name: &mut [u8]) -> Result<ProcmapQuery, i32> {
         let mut query = ProcmapQuery {
             size: size_of::<ProcmapQuery>() as u64,
             query_flags: COVERING_OR_NEXT_VMA,
@@ -224,9 +227,8 @@ impl Maps {
         // SAFETY: PROCMAP_QUERY reads and writes a ProcmapQuery, asserted by its number above, and
         // writes at most `vma_name_size` bytes to `vma_name_addr`, which is `name`.
         match unsafe { ioctl(self.file.as_fd(), PROCMAP_QUERY, &mut query) } {
-            0 => Ok(Some(query)),
-            libc::ENOENT => Ok(None),
-            errno => Err(io::Error::from_raw_os_error(errno)),
+            0 => Ok(query),
+            errno => Err(errno),
         }
     }
 
@@ -471,6 +473,29 @@ mod tests {
         for maps in both() {
             let vma = maps.covering(at.addr()).unwrap().unwrap();
             assert!(vma.shared && !vma.writable && !vma.kind.is_anonymous());
+        }
+        // SAFETY: nobody uses it.
+        unsafe { libc::munmap(at, PAGE_SIZE) };
+    }
+
+    #[test]
+    fn a_file_with_a_long_path_is_a_file() {
+        let name = "x".repeat(NAME_LEN);
+        let name = std::ffi::CString::new(name).unwrap();
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        assert!(fd >= 0);
+        // SAFETY: made just now, and nobody else knows it.
+        let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+        file.set_len(PAGE_SIZE as u64).unwrap();
+        let private = libc::MAP_PRIVATE;
+        let (prot, none) = (libc::PROT_READ, std::ptr::null_mut());
+        // SAFETY: a new mapping.
+        let at = unsafe { libc::mmap(none, PAGE_SIZE, prot, private, fd, 0) };
+        assert_ne!(at, libc::MAP_FAILED);
+        for maps in both() {
+            let vma = maps.covering(at.addr()).unwrap().unwrap();
+            assert_eq!((vma.kind, vma.shared), (Kind::File, false));
         }
         // SAFETY: nobody uses it.
         unsafe { libc::munmap(at, PAGE_SIZE) };
