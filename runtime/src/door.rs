@@ -114,13 +114,16 @@ impl Door {
     /// Fills `len` bytes of missing pages with copies.
     pub(crate) fn copy(&self, dst: usize, src: usize, len: usize, protect: Protect) -> Moved {
         let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
-        self.uffd.copy(dst, src, protect, Wake::Yes)
+        // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
+        // door's descriptor, and which `register` answers for.
+        unsafe { self.uffd.copy(dst, src, protect, Wake::Yes) }
     }
 
     /// Fills `len` bytes of missing pages with the shared page of zeros.
     pub(crate) fn zeropage(&self, dst: usize, len: usize) -> Moved {
         let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
-        self.uffd.zeropage(dst, Wake::Yes)
+        // SAFETY: as `copy`.
+        unsafe { self.uffd.zeropage(dst, Wake::Yes) }
     }
 
     /// Write-protects present pages.

@@ -5,7 +5,7 @@
 pub mod addr;
 mod block;
 mod buffer;
-
+pub mod capabilities;
 mod device;
 mod door;
 mod edge;
@@ -35,6 +35,7 @@ mod worker;
 
 pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
+pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
     AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, Mapped, MappedRef,
     PageBits, RegionRef, WouldBlock, attach,

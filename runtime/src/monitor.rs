@@ -101,7 +101,9 @@ fn settle(door: &Door, fault: CpuFault, attempt: Attempt, aside: &mut Vec<Aside>
         // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
         Attempt::Done(Verdict::NotOurs | Verdict::Window) => {
             if let Some(range) = crate::addr::PageRange::containing(page, 1) {
-                if !door.uffd().poison(range, Wake::Yes).is_complete() {
+                // SAFETY: a fault is read from the descriptor that its page is registered with.
+                let poisoned = unsafe { door.uffd().poison(range, Wake::Yes) };
+                if !poisoned.is_complete() {
                     door.wake(page, PAGE_SIZE);
                 }
             }

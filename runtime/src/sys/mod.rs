@@ -2,7 +2,7 @@
 //!
 //! | module | what of Linux |
 //! |---|---|
-//! | [`uffd`] | userfaultfd: handshake, registration, the fault-path ioctls, events |
+//! | [`uffd`], [`event`] | userfaultfd: handshake, registration, the fault-path ioctls; messages |
 //! | [`signal`] | the SIGBUS handler and its chain; masking asynchronous signals |
 //! | [`pagemap`] | which pages are present, write-protected, swapped (PAGEMAP_SCAN) |
 //! | [`maps`] | which mapping covers an address (PROCMAP_QUERY) |
@@ -17,17 +17,19 @@
 //! outcomes as small `Copy` values. Everything else here is *control path* and returns
 //! [`std::io::Error`].
 //!
-//! # What the types promise
+//! # What is unsafe
 //!
-//! The kernel lets one process write its own memory through an ioctl as freely as through a pointer,
-//! so ioctls are as unsafe as the pointer would be. The proof is asked for once, at
-//! [`uffd::Uffd::register`]: whoever registers memory answers for every later change that the
-//! descriptor makes in it, and the kernel refuses a destination that is not registered. Only MOVE,
-//! which empties a *source* the kernel does not check, asks again at each call.
+//! Through an ioctl a process writes its own memory as freely as through a pointer, so what fills,
+//! empties or poisons a page is as unsafe as the pointer would be. The proof is given once, at
+//! [`uffd::Uffd::register`], whose caller answers for every later change the descriptor makes in the
+//! range; the later calls need only be inside such a range. The kernel does not check that for us: to
+//! COPY and ZEROPAGE a range registered with *any* userfaultfd is good (a test shows it). Protecting,
+//! waking and looking change no contents, and are safe.
 
 pub(crate) mod arc;
 pub(crate) mod clock;
 pub(crate) mod disable;
+pub(crate) mod event;
 pub(crate) mod flight;
 pub(crate) mod futex;
 pub(crate) mod gated;
@@ -37,9 +39,16 @@ pub(crate) mod mmap;
 pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod signal;
+#[cfg(test)]
+pub(crate) mod testing;
 pub(crate) mod uffd;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+
+// Addresses go to the kernel as 64-bit numbers, and windows need room.
+const _: () = assert!(usize::BITS == 64);
 
 /// The calling thread's `errno`, as the last failed libc call left it. Fault path.
 #[inline]
@@ -82,11 +91,25 @@ const fn iowr<T>(kind: u8, nr: u8) -> u32 {
 /// `request` must read and write at most a `T` through its argument, and what it does beyond that
 /// must be sound.
 #[inline]
-unsafe fn ioctl<T>(fd: std::os::fd::BorrowedFd<'_>, request: u32, arg: &mut T) -> i32 {
-    use std::os::fd::AsRawFd;
+unsafe fn ioctl<T>(fd: BorrowedFd<'_>, request: u32, arg: &mut T) -> i32 {
     let arg: *mut T = arg;
     // SAFETY: `fd` is open, for it is borrowed; `arg` is valid for reads and writes of a `T`, which
     // by this function's contract is all that the request accesses through it; so are its effects.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), request as libc::Ioctl, arg) };
     if result == -1 { errno() } else { 0 }
+}
+
+/// Makes the descriptor number of `old` refer to what `new` does; what it referred to is closed in this
+/// process. Async-signal-safe.
+fn replace_fd(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: dup3 takes no pointers. Both descriptors are open; the owner of `old` goes on owning a
+    // descriptor of that number.
+    let fd = unsafe { libc::dup3(new.as_raw_fd(), old.as_raw_fd(), libc::O_CLOEXEC) };
+    check(libc::c_long::from(fd)).map(drop)
+}
+
+/// Opens a file of /proc/self again where it was inherited from the parent, whose memory it shows. For
+/// the child handler of a fork.
+fn reopen(file: &File, path: &str) -> io::Result<()> {
+    replace_fd(file.as_fd(), File::open(path)?.as_fd())
 }

@@ -7,11 +7,11 @@
 use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use super::disable::Disabled;
-use super::{check, iowr};
+use super::{check, iowr, reopen};
 use crate::addr::{PAGE_SHIFT, PageRange};
 
 bitflags::bitflags! {
@@ -71,6 +71,8 @@ struct PageRegion {
     categories: u64,
 }
 
+const PATH: &str = "/proc/self/pagemap";
+
 const PAGEMAP_SCAN: u32 = iowr::<PmScanArg>(b'f', 16);
 const _: () = assert!(PAGEMAP_SCAN == 0xC060_6610);
 const _: () = assert!(size_of::<PageRegion>() == 24);
@@ -82,8 +84,11 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 const PAGE_IS_HUGE: u64 = 1 << 6;
 
-/// Extents fetched by one call of [`Pagemap::walk`]: 1.5 KiB of stack.
-const BATCH: usize = 64;
+/// Extents fetched by one PAGEMAP_SCAN. An alternate signal stack may be 8 KiB, of which the kernel's
+/// frame takes up to half: these are 768 bytes of it.
+const BATCH: usize = 32;
+/// Words fetched by one read of the file: 512 bytes of stack.
+const READ_BATCH: usize = 64;
 
 /// The process's page table, as the kernel shows it.
 #[derive(Debug)]
@@ -101,7 +106,7 @@ impl Pagemap {
     /// No /proc, or no descriptor left.
     pub(crate) fn open() -> io::Result<Self> {
         let mut pagemap = Self {
-            file: File::open("/proc/self/pagemap")?,
+            file: File::open(PATH)?,
             scan: true,
         };
         let stack = 0_u8;
@@ -112,6 +117,15 @@ impl Pagemap {
                     .is_ok()
             });
         Ok(pagemap)
+    }
+
+    /// In the child of a fork: makes it show this process's page table. Async-signal-safe.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pagemap::open`]; it then still shows the parent's.
+    pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
+        reopen(&self.file, PATH)
     }
 
     /// Whether PAGEMAP_SCAN is in use. If not, ZERO and HUGE are never reported.
@@ -230,7 +244,7 @@ impl Pagemap {
         range: PageRange,
         mut visit: impl FnMut(Extent) -> ControlFlow<()>,
     ) -> io::Result<()> {
-        let mut buffer = [0_u8; 4096];
+        let mut buffer = [0_u8; READ_BATCH * 8];
         let mut open: Option<Extent> = None;
         let mut addr = range.start();
         while addr < range.end() {
@@ -244,7 +258,7 @@ impl Pagemap {
                 // Beyond the highest user address there is nothing.
                 break;
             }
-            for entry in chunk[..read].as_chunks::<8>().0 {
+            for entry in chunk.get(..read).unwrap_or_default().as_chunks::<8>().0 {
                 let state = state_from_entry(u64::from_ne_bytes(*entry));
                 let next = addr + (1 << PAGE_SHIFT);
                 match &mut open {
@@ -279,8 +293,7 @@ impl Pagemap {
 /// # Safety
 ///
 /// `arg.vec` must be valid for writes of `arg.vec_len` regions.
-unsafe fn scan(fd: std::os::fd::BorrowedFd<'_>, arg: &mut PmScanArg) -> io::Result<usize> {
-    use std::os::fd::AsRawFd;
+unsafe fn scan(fd: BorrowedFd<'_>, arg: &mut PmScanArg) -> io::Result<usize> {
     let arg: *mut PmScanArg = arg;
     // SAFETY: by contract, and see the caller.
     let filled = unsafe { libc::ioctl(fd.as_raw_fd(), PAGEMAP_SCAN as libc::Ioctl, arg) };
@@ -318,4 +331,171 @@ fn state_from_entry(entry: u64) -> PageState {
         state.set(PageState::WRITE_PROTECTED, bit(57));
     }
     state
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mmap::{Advice, Reservation, advise};
+    use super::super::uffd::{FaultScope, Features, Mode, Protect, Stop, Uffd, Wake};
+    use super::*;
+    use crate::addr::PAGE_SIZE;
+
+    /// Every page's state, by one way or the other.
+    fn states(pagemap: &Pagemap, range: PageRange) -> Vec<PageState> {
+        let mut states = vec![PageState::empty(); range.nr_pages()];
+        pagemap
+            .walk(range, |extent| {
+                assert!(range.contains(extent.range) && !extent.state.is_empty());
+                for page in extent.range.pages() {
+                    states[(page - range.start()) / PAGE_SIZE] = extent.state;
+                }
+                ControlFlow::Continue(())
+            })
+            .unwrap();
+        states
+    }
+
+    /// Both ways of reading; the second is forced.
+    fn both() -> [Pagemap; 2] {
+        let (first, mut second) = (Pagemap::open().unwrap(), Pagemap::open().unwrap());
+        second.scan = false;
+        [first, second]
+    }
+
+    fn small_pages(nr_pages: usize) -> Reservation {
+        let like = PageRange::from_pages(PAGE_SIZE, nr_pages).unwrap();
+        let memory = Reservation::congruent_to(like).unwrap();
+        advise(memory.range(), Advice::NoHugePage).unwrap();
+        memory
+    }
+
+    fn populate(memory: &Reservation, page: usize) {
+        assert!(page < memory.range().nr_pages());
+        // SAFETY: in bounds of memory that is the test's own.
+        unsafe { memory.as_ptr().wrapping_add(page * PAGE_SIZE).write(1) };
+    }
+
+    #[test]
+    fn both_ways_see_the_same_more_extents_than_a_batch() {
+        let memory = small_pages(8 * BATCH);
+        // Every third page, so that there are far more extents than one scan returns.
+        for page in (0..8 * BATCH).step_by(3) {
+            populate(&memory, page);
+        }
+        let expected: Vec<_> = (0..8 * BATCH)
+            .map(|page| match page % 3 {
+                0 => PageState::PRESENT,
+                _ => PageState::empty(),
+            })
+            .collect();
+        for pagemap in both() {
+            assert_eq!(states(&pagemap, memory.range()), expected);
+            let hole = PageRange::from_pages(memory.range().start() + PAGE_SIZE, 2).unwrap();
+            assert!(pagemap.is_empty(hole).unwrap());
+            assert!(!pagemap.is_empty(memory.range()).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_walk_ends_when_told() {
+        let memory = small_pages(6);
+        for page in [0, 2, 4] {
+            populate(&memory, page);
+        }
+        for pagemap in both() {
+            let mut visits = 0;
+            pagemap
+                .walk(memory.range(), |_| {
+                    visits += 1;
+                    if visits == 2 {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                })
+                .unwrap();
+            assert_eq!(visits, 2);
+        }
+    }
+
+    #[test]
+    fn what_is_not_mapped_is_empty() {
+        let range = PageRange::from_pages(PAGE_SIZE, 4).unwrap();
+        let top = PageRange::from_pages(usize::MAX - 8 * PAGE_SIZE + 1, 4).unwrap();
+        for pagemap in both() {
+            assert!(pagemap.is_empty(range).unwrap());
+            // Not a user address: no entry, or an error, but no page.
+            assert!(pagemap.is_empty(top).unwrap_or(true));
+        }
+    }
+
+    #[test]
+    fn marks_of_write_protection_are_seen_both_ways() {
+        let wanted = Features::PAGEFAULT_FLAG_WP | Features::SIGBUS;
+        let uffd = Uffd::open(FaultScope::UserMode, wanted).unwrap();
+        if !uffd.enabled().contains(Features::PAGEFAULT_FLAG_WP) {
+            return;
+        }
+        let memory = small_pages(4);
+        let source = small_pages(1);
+        populate(&source, 0);
+        for page in [0, 1] {
+            populate(&memory, page);
+        }
+        let page = |n| PageRange::from_pages(memory.range().start() + n * PAGE_SIZE, 1).unwrap();
+        // SAFETY: the memory is the test's own; only raw pointers lead there.
+        unsafe { uffd.register(memory.range(), Mode::MISSING | Mode::WP) }.unwrap();
+        assert_eq!(uffd.write_protect(page(1)), Stop::Complete);
+        let start = source.range().start();
+        // SAFETY: registered just now.
+        let copied = unsafe { uffd.copy(page(2), start, Protect::Yes, Wake::No) };
+        assert!(copied.is_complete());
+        let protected = PageState::PRESENT | PageState::WRITE_PROTECTED;
+        let expected = [PageState::PRESENT, protected, protected, PageState::empty()];
+        for pagemap in both() {
+            assert_eq!(states(&pagemap, memory.range()), expected);
+        }
+        uffd.unregister(memory.range()).unwrap();
+    }
+
+    #[test]
+    fn zero_and_file_pages_are_told_apart() {
+        let [scan, read] = both();
+        let memory = small_pages(1);
+        // SAFETY: the test's own memory; a read maps the page of zeros.
+        let zero = unsafe { memory.as_ptr().read_volatile() };
+        assert_eq!(zero, 0);
+        let start = memory.range().start();
+        assert_eq!(
+            read.page(start).unwrap() & PageState::PRESENT,
+            PageState::PRESENT
+        );
+        if scan.has_scan() {
+            let expected = PageState::PRESENT | PageState::ZERO;
+            assert_eq!(scan.page(start).unwrap(), expected);
+        }
+        // Code is a file's.
+        let code = both as *const () as usize;
+        for pagemap in both() {
+            let expected = PageState::PRESENT | PageState::FILE;
+            assert_eq!(pagemap.page(code).unwrap() & expected, expected);
+        }
+    }
+
+    #[test]
+    fn huge_pages_are_seen_where_there_are_any() {
+        let like = PageRange::from_pages(crate::addr::BLOCK_SIZE, 512).unwrap();
+        let memory = Reservation::congruent_to(like).unwrap();
+        let pagemap = Pagemap::open().unwrap();
+        // "never" in sysfs, or no free memory that lies right: then there is nothing to see.
+        if advise(memory.range(), Advice::HugePage).is_err() || !pagemap.has_scan() {
+            return;
+        }
+        populate(&memory, 0);
+        if advise(memory.range(), Advice::Collapse).is_ok() {
+            let states = states(&pagemap, memory.range());
+            let expected = PageState::PRESENT | PageState::HUGE;
+            assert!(states.iter().all(|&state| state == expected), "{states:?}");
+        }
+    }
 }

@@ -13,6 +13,13 @@ pub(crate) fn gettid() -> u32 {
     tid.cast_unsigned()
 }
 
+/// The kernel's page size.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: no preconditions.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).unwrap_or(0)
+}
+
 /// Lets another thread run. Fault path.
 pub(crate) fn sched_yield() {
     // SAFETY: no preconditions; on Linux it can't fail.
@@ -127,6 +134,19 @@ impl fmt::Write for StackText {
     }
 }
 
+/// Writes to stderr with write(2), as far as that works.
+pub(crate) fn write_stderr(mut bytes: &[u8]) {
+    while !bytes.is_empty() {
+        // SAFETY: `bytes` is valid for reads of its length.
+        let written =
+            unsafe { libc::write(libc::STDERR_FILENO, bytes.as_ptr().cast(), bytes.len()) };
+        match usize::try_from(written) {
+            Ok(written) if written > 0 => bytes = bytes.get(written..).unwrap_or_default(),
+            _ => break,
+        }
+    }
+}
+
 /// Writes `svm: <message>` to stderr with write(2), and aborts. Fault path: formatting integers and
 /// strings does not allocate, and no lock of the standard streams is taken.
 #[cold]
@@ -141,15 +161,125 @@ pub(crate) fn abort_with_message(message: fmt::Arguments<'_>) -> ! {
     if let Some(slot) = text.bytes.get_mut(last) {
         *slot = b'\n';
     }
-    let mut rest = text.bytes.get(..=last).unwrap_or_default();
-    while !rest.is_empty() {
-        // SAFETY: `rest` is valid for reads of its length.
-        let written = unsafe { libc::write(libc::STDERR_FILENO, rest.as_ptr().cast(), rest.len()) };
-        match usize::try_from(written) {
-            Ok(written) if written > 0 => rest = rest.get(written..).unwrap_or_default(),
-            _ => break,
-        }
-    }
+    write_stderr(text.bytes.get(..=last).unwrap_or_default());
     // SAFETY: no preconditions.
     unsafe { libc::abort() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::mmap::{MapArray, Reservation};
+    use super::super::testing::{in_child, test_name};
+    use super::super::uffd::{FaultScope, Features, Mode, Uffd};
+    use super::*;
+    use crate::addr::{PAGE_SIZE, PageRange};
+
+    #[test]
+    fn copies_stop_where_memory_does() {
+        let name = test_name!("copies_stop_where_memory_does");
+        if let Some(ended) = in_child(name, &[], copy_both_ways) {
+            ended.assert_passed();
+        }
+    }
+
+    fn copy_both_ways() {
+        let source = MapArray::<u8>::from_fn(2 * PAGE_SIZE, |i| i as u8).unwrap();
+        let start = source.as_ptr().expose_provenance();
+        let mut buffer = [0_u8; 100];
+        // SAFETY: the buffer is valid for 100 bytes.
+        let copied = unsafe { copy_from(buffer.as_mut_ptr(), start + 5, 100) };
+        assert_eq!(copied.unwrap(), 100);
+        assert_eq!(buffer[..], source[5..105]);
+        // SAFETY: as above; and page 1 is not mapped.
+        let error = unsafe { copy_from(buffer.as_mut_ptr(), PAGE_SIZE, 100) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        let mut target = MapArray::<u8>::zeroed(PAGE_SIZE).unwrap();
+        let at = target.as_mut_ptr().expose_provenance();
+        // SAFETY: both ends are the test's own.
+        let copied = unsafe { copy_to(at + 7, buffer.as_ptr(), 100) };
+        assert_eq!(copied.unwrap(), 100);
+        assert_eq!(target[7..107], buffer);
+    }
+
+    #[test]
+    fn a_copy_from_a_missing_page_fails_and_raises_nothing() {
+        let name = test_name!("a_copy_from_a_missing_page_fails_and_raises_nothing");
+        if let Some(ended) = in_child(name, &[], copy_from_a_missing_page) {
+            ended.assert_passed();
+        }
+    }
+
+    fn copy_from_a_missing_page() {
+        let uffd = Uffd::open(FaultScope::UserMode, Features::empty()).unwrap();
+        let like = PageRange::from_pages(PAGE_SIZE, 2).unwrap();
+        let memory = Reservation::congruent_to(like).unwrap();
+        let start = memory.range().start();
+        // SAFETY: the first page is the test's own.
+        unsafe { memory.as_ptr().write_bytes(3, PAGE_SIZE) };
+        // SAFETY: the memory is the test's own; nobody touches the missing page but by system calls.
+        unsafe { uffd.register(memory.range(), Mode::MISSING) }.unwrap();
+        let mut buffer = [0_u8; 20];
+        // SAFETY: the buffer is valid for 20 bytes.
+        let copied = unsafe { copy_from(buffer.as_mut_ptr(), start + PAGE_SIZE - 10, 20) };
+        // Short where the kernel reports it byte by byte, refused where only whole pieces count.
+        match copied {
+            Ok(copied) => assert_eq!((copied, &buffer[..10]), (10, &[3; 10][..])),
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EFAULT)),
+        }
+        // SAFETY: as above.
+        let error = unsafe { copy_from(buffer.as_mut_ptr(), start + PAGE_SIZE, 20) }.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        uffd.unregister(memory.range()).unwrap();
+    }
+
+    #[test]
+    fn an_abort_says_why() {
+        let body = || abort_with_message(format_args!("page {:#x} is {}", 0x1000, "x".repeat(600)));
+        if let Some(ended) = in_child(test_name!("an_abort_says_why"), &[], body) {
+            ended.assert_killed_by(libc::SIGABRT);
+            let line = ended.stderr.lines().find(|line| line.starts_with("svm: "));
+            let line = line.expect("a message");
+            assert!(line.starts_with("svm: page 0x1000 is xxx"), "{line}");
+            assert_eq!(line.len(), 511, "cut off to fit, newline included");
+        }
+    }
+
+    #[test]
+    fn fork_handlers_run_on_both_sides() {
+        use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
+        static CALLS: AtomicU32 = AtomicU32::new(0);
+        extern "C" fn prepare() {
+            CALLS.fetch_add(1, SeqCst);
+        }
+        extern "C" fn parent() {
+            CALLS.fetch_add(10, SeqCst);
+        }
+        extern "C" fn child() {
+            CALLS.fetch_add(100, SeqCst);
+        }
+        let body = || {
+            at_fork(prepare, parent, child).unwrap();
+            // SAFETY: the child calls only what is async-signal-safe.
+            if unsafe { libc::fork() } == 0 {
+                // SAFETY: no preconditions.
+                unsafe { libc::_exit(CALLS.load(SeqCst) as i32) };
+            }
+            let mut status = 0;
+            // SAFETY: `status` is valid for writes.
+            unsafe { libc::wait(&raw mut status) };
+            assert_eq!(libc::WEXITSTATUS(status), 101);
+            assert_eq!(CALLS.load(SeqCst), 11);
+        };
+        let name = test_name!("fork_handlers_run_on_both_sides");
+        if let Some(ended) = in_child(name, &[], body) {
+            ended.assert_passed();
+        }
+    }
+
+    #[test]
+    fn threads_have_ids() {
+        let own = gettid();
+        sched_yield();
+        assert_ne!(own, std::thread::spawn(gettid).join().unwrap());
+    }
 }

@@ -13,9 +13,9 @@
 //! 3. `errno` is as before when it returns.
 //! 4. A SIGBUS *inside our resolver* is our own bug, and would deadlock on the locks it holds: it aborts
 //!    with a message. A SIGBUS inside a chained handler is a fault like any other.
-//! 5. Only a fault with `BUS_ADRERR` is offered to the resolver, for that is what uffd raises. What the
-//!    resolver declines, and everything else (poison, misalignment, a truncated file, kill(2)), goes to
-//!    whatever was installed before, under the mask and flags it asked for, so that it can't tell it is
+//! 5. Only a fault with `BUS_ADRERR` is offered to the resolver, for that is what uffd raises. (So are
+//!    accesses beyond the end of a file; and to poison, on kernels without CONFIG_MEMORY_FAILURE.) What
+//!    the resolver declines, and everything else (poison, misalignment, kill(2)), goes to whatever was installed before, under the mask and flags it asked for, so that it can't tell it is
 //!    chained. Where that was the default, the default is restored, and the instruction faults again: the
 //!    core dump shows it where it was. An ignored SIGBUS is honoured where one was *sent*; one that was
 //!    *raised* by an instruction can't be ignored, and the kernel does not either.
@@ -540,3 +540,6 @@ pub(crate) fn async_signals_blocked() -> bool {
         // SAFETY: the set is initialised and the number valid.
         .all(|signal| unsafe { libc::sigismember(&raw const mask, signal) } == 1)
 }
+
+#[cfg(test)]
+mod tests;

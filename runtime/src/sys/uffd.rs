@@ -1,4 +1,5 @@
-//! userfaultfd: handshake, registration, the fault-path ioctls, events.
+//! userfaultfd: handshake, registration, and the fault-path ioctls. What is read from it is in
+//! [`super::event`].
 //!
 //! # Life of a descriptor
 //!
@@ -28,7 +29,7 @@
 //!
 //! | | COPY, ZEROPAGE, POISON | MOVE | WRITEPROTECT |
 //! |---|---|---|---|
-//! | [`Exists`](Stop::Exists) | page present, or a marker | destination not empty | |
+//! | [`Exists`](Stop::Exists) | page present; a marker, but for COPY, which overwrites it | destination not empty, or a marker | |
 //! | [`NotPresent`](Stop::NotPresent) | no such mapping, or not registered here | source hole, or as left | part of it not registered |
 //! | [`Changing`](Stop::Changing) | an event is pending: let go of everything, retry later | same | same |
 //! | [`Busy`](Stop::Busy) | | not exclusively owned, pinned, split failed | |
@@ -44,19 +45,18 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use userfaultfd::{IoctlFlags, RegisterMode};
 use userfaultfd_sys::{
-    UFFD_API, UFFD_EVENT_FORK, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMAP, UFFD_EVENT_REMOVE,
-    UFFD_EVENT_UNMAP, UFFD_PAGEFAULT_FLAG_WP, UFFD_PAGEFAULT_FLAG_WRITE, UFFD_USER_MODE_ONLY,
-    UFFDIO_API, UFFDIO_COPY, UFFDIO_COPY_MODE_DONTWAKE, UFFDIO_COPY_MODE_WP, UFFDIO_WAKE,
-    UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE, UFFDIO_WRITEPROTECT_MODE_WP,
-    UFFDIO_ZEROPAGE, UFFDIO_ZEROPAGE_MODE_DONTWAKE, uffd_msg, uffdio_api, uffdio_copy,
-    uffdio_range, uffdio_writeprotect, uffdio_zeropage,
+    UFFD_API, UFFD_USER_MODE_ONLY, UFFDIO_API, UFFDIO_COPY, UFFDIO_COPY_MODE_DONTWAKE,
+    UFFDIO_COPY_MODE_WP, UFFDIO_WAKE, UFFDIO_WRITEPROTECT, UFFDIO_WRITEPROTECT_MODE_DONTWAKE,
+    UFFDIO_WRITEPROTECT_MODE_WP, UFFDIO_ZEROPAGE, UFFDIO_ZEROPAGE_MODE_DONTWAKE, uffdio_api,
+    uffdio_copy, uffdio_range, uffdio_writeprotect, uffdio_zeropage,
 };
 
 use super::disable::Disabled;
-use super::{check, errno, ioctl, iowr};
+pub(crate) use super::event::{Doorbell, Event, EventBuffer, Ready};
+use super::process::abort_with_message;
+use super::{check, ioctl, iowr, replace_fd};
 use crate::addr::PageRange;
 
 bitflags::bitflags! {
@@ -258,7 +258,6 @@ const _: () = assert!(UFFDIO_COPY == iowr::<uffdio_copy>(0xAA, 0x03) && UFFDIO_C
 const _: () = assert!(UFFDIO_ZEROPAGE == iowr::<uffdio_zeropage>(0xAA, 0x04));
 const _: () = assert!(UFFDIO_WRITEPROTECT == 0xC018_AA06);
 const _: () = assert!(UFFDIO_WRITEPROTECT == iowr::<uffdio_writeprotect>(0xAA, 0x06));
-const _: () = assert!(size_of::<uffd_msg>() == 32);
 
 /// `_IO(0xAA, 0)` on /dev/userfaultfd: a new descriptor (6.1).
 const USERFAULTFD_IOC_NEW: u32 = 0xAA00;
@@ -424,6 +423,33 @@ impl Uffd {
         })
     }
 
+    /// In the child of a fork: lets go of the parent's userfaultfd.
+    ///
+    /// O_CLOEXEC does not keep a forked child from the descriptor, whose ioctls act on the *parent's*
+    /// memory (hazard F2). Afterwards the value holds an inert descriptor: ioctls answer
+    /// `Other(ENOTTY)`, nothing is ever readable, and dropping is harmless. Async-signal-safe; aborts
+    /// where not even that can be had, for the alternative is to corrupt another process.
+    ///
+    /// # Safety
+    ///
+    /// The caller is a forked child with memory of its own: to close the descriptor of one's own memory
+    /// makes what is missing there read as zeros.
+    pub(crate) unsafe fn disown_in_child(&self) {
+        // SAFETY: eventfd takes no pointers.
+        let inert = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        let replaced = check(libc::c_long::from(inert)).and_then(|_| {
+            // SAFETY: made just now, and nobody else knows it.
+            let inert = unsafe { OwnedFd::from_raw_fd(inert) };
+            replace_fd(self.as_fd(), inert.as_fd())
+        });
+        if let Err(error) = replaced {
+            abort_with_message(format_args!(
+                "a forked child can't let go of its parent's userfaultfd (errno {:?})",
+                error.raw_os_error()
+            ));
+        }
+    }
+
     /// What the kernel has, whether enabled or not, less what `SVM_DISABLE` takes away.
     pub(crate) fn available(&self) -> Features {
         self.available
@@ -505,8 +531,18 @@ impl Uffd {
 
     /// Fills the missing pages of `dst` with a copy of the memory at `src`, each appearing complete.
     /// Fault path, if `src` is not itself missing and waited for (hazard W5).
+    ///
+    /// # Safety
+    ///
+    /// `dst` lies in what the caller of [`Uffd::register`] registered with `self`.
     #[inline]
-    pub(crate) fn copy(&self, dst: PageRange, src: usize, protect: Protect, wake: Wake) -> Moved {
+    pub(crate) unsafe fn copy(
+        &self,
+        dst: PageRange,
+        src: usize,
+        protect: Protect,
+        wake: Wake,
+    ) -> Moved {
         let mode = match protect {
             Protect::No => 0,
             Protect::Yes => UFFDIO_COPY_MODE_WP,
@@ -522,9 +558,8 @@ impl Uffd {
                 mode,
                 copy: 0,
             };
-            // SAFETY: UFFDIO_COPY reads and writes a uffdio_copy. The kernel checks that `dst` is
-            // registered with this descriptor, so `register`'s caller answers for what appears there;
-            // it reads `src` as a system call does, with EFAULT where it can't.
+            // SAFETY: UFFDIO_COPY reads and writes a uffdio_copy. What appears at `dst` is answered for
+            // by contract; `src` is read as a system call does it, with EFAULT where that can't be.
             let errno = unsafe { ioctl(self.as_fd(), UFFDIO_COPY, &mut arg) };
             (errno, arg.copy)
         })
@@ -532,8 +567,12 @@ impl Uffd {
 
     /// Fills the missing pages of `dst` with zeros (the shared zero page, where the kernel can).
     /// Fault path.
+    ///
+    /// # Safety
+    ///
+    /// `dst` lies in what the caller of [`Uffd::register`] registered with `self`.
     #[inline]
-    pub(crate) fn zeropage(&self, dst: PageRange, wake: Wake) -> Moved {
+    pub(crate) unsafe fn zeropage(&self, dst: PageRange, wake: Wake) -> Moved {
         let mode = match wake {
             Wake::Yes => 0,
             Wake::No => UFFDIO_ZEROPAGE_MODE_DONTWAKE,
@@ -559,8 +598,9 @@ impl Uffd {
     ///
     /// # Safety
     ///
-    /// `src` and the `dst.len_bytes()` bytes from there are the caller's to empty: registered by a
-    /// caller that answers for it as for [`Uffd::register`], or a mapping nobody has references into.
+    /// `dst` lies in what the caller of [`Uffd::register`] registered with `self`. `src` and the
+    /// `dst.len_bytes()` bytes from there are the caller's to empty: registered likewise, or a mapping
+    /// that nobody has references into.
     #[inline]
     pub(crate) unsafe fn move_pages(&self, dst: PageRange, src: usize, wake: Wake) -> Moved {
         let mode = match wake {
@@ -575,8 +615,8 @@ impl Uffd {
                 mode,
                 moved: 0,
             };
-            // SAFETY: UFFDIO_MOVE reads and writes a UffdioMove, asserted by its number above. `dst`
-            // is checked by the kernel and answered for by `register`'s caller; `src` by contract.
+            // SAFETY: UFFDIO_MOVE reads and writes a UffdioMove, asserted by its number above. Both
+            // ranges are answered for by contract.
             let errno = unsafe { ioctl(self.as_fd(), UFFDIO_MOVE, &mut arg) };
             (errno, arg.moved)
         })
@@ -615,10 +655,17 @@ impl Uffd {
         Stop::from_errno(unsafe { ioctl(self.as_fd(), UFFDIO_WRITEPROTECT, &mut arg) })
     }
 
-    /// Makes the missing pages of a range lethal: each access is a SIGBUS with BUS_MCEERR_AR. Fault
-    /// path.
+    /// Makes the missing pages of a range lethal: each access is a SIGBUS. Fault path.
+    ///
+    /// Its code is BUS_MCEERR_AR where the kernel has CONFIG_MEMORY_FAILURE; without, it is the same
+    /// BUS_ADRERR as of a missing page, and only the runtime's own state tells the two apart. COPY
+    /// overwrites the poison.
+    ///
+    /// # Safety
+    ///
+    /// `range` lies in what the caller of [`Uffd::register`] registered with `self`.
     #[inline]
-    pub(crate) fn poison(&self, range: PageRange, wake: Wake) -> Moved {
+    pub(crate) unsafe fn poison(&self, range: PageRange, wake: Wake) -> Moved {
         let mode = match wake {
             Wake::Yes => 0,
             Wake::No => UFFDIO_POISON_MODE_DONTWAKE,
@@ -629,8 +676,8 @@ impl Uffd {
                 mode,
                 updated: 0,
             };
-            // SAFETY: UFFDIO_POISON reads and writes a UffdioPoison, asserted by its number above; it
-            // acts on missing pages that `register`'s caller answers for.
+            // SAFETY: UFFDIO_POISON reads and writes a UffdioPoison, asserted by its number above; its
+            // effect on missing pages is answered for by contract.
             let errno = unsafe { ioctl(self.as_fd(), UFFDIO_POISON, &mut arg) };
             (errno, arg.updated)
         })
@@ -643,7 +690,7 @@ impl Uffd {
     pub(crate) fn poll(&self, doorbell: &Doorbell, timeout: Option<std::time::Duration>) -> Ready {
         let mut fds = [
             PollFd::new(self.as_fd(), PollFlags::POLLIN),
-            PollFd::new(doorbell.0.as_fd(), PollFlags::POLLIN),
+            PollFd::new(doorbell.as_fd(), PollFlags::POLLIN),
         ];
         let timeout = timeout.map_or(PollTimeout::NONE, |timeout| {
             PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX)
@@ -697,200 +744,5 @@ fn into_io(error: userfaultfd::Error) -> io::Error {
 const _: () = assert!(IoctlFlags::COPY.bits() == Ioctls::COPY.bits());
 const _: () = assert!(IoctlFlags::WRITE_PROTECT.bits() == Ioctls::WRITEPROTECT.bits());
 
-/// What [`Uffd::poll`] saw.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Ready {
-    /// A fault or an event waits to be read.
-    pub(crate) message: bool,
-    /// The doorbell was rung.
-    pub(crate) doorbell: bool,
-    /// The descriptor will never again deliver anything.
-    pub(crate) broken: bool,
-}
-
-/// An eventfd that wakes a thread out of [`Uffd::poll`].
-#[derive(Debug)]
-pub(crate) struct Doorbell(EventFd);
-
-impl Doorbell {
-    /// Control path.
-    ///
-    /// # Errors
-    ///
-    /// `EMFILE` and the like.
-    pub(crate) fn new() -> io::Result<Self> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        Ok(Self(EventFd::from_value_and_flags(0, flags)?))
-    }
-
-    /// Rings. Fault path: one write(2). It stays rung until [`Doorbell::silence`].
-    pub(crate) fn ring(&self) {
-        // Fails only where it is rung 2^64 - 2 times already.
-        let _ = self.0.write(1);
-    }
-
-    /// Stops the ringing, and tells whether there was any.
-    pub(crate) fn silence(&self) -> bool {
-        self.0.read().is_ok()
-    }
-}
-
-/// What was read from a descriptor.
-#[derive(Debug)]
-pub(crate) enum Event {
-    /// A thread waits for a page.
-    PageFault {
-        /// The page, or with EXACT_ADDRESS the address.
-        addr: usize,
-        /// Whether it wanted to write.
-        write: bool,
-        /// Whether the page is there, but write-protected.
-        wp: bool,
-        /// The thread, with THREAD_ID; else 0.
-        tid: u32,
-    },
-    /// madvise *is about to* drop these pages; its caller goes on now that this is read.
-    Remove(PageRange),
-    /// These pages are unmapped.
-    Unmap(PageRange),
-    /// The pages of a range are elsewhere.
-    Remap {
-        /// Where they were.
-        from: usize,
-        /// Where they are.
-        to: usize,
-        /// How many bytes (of the old range).
-        len: usize,
-    },
-    /// The process forked; the child's descriptor.
-    Fork(OwnedFd),
-    /// A message this version does not know, or one that makes no sense.
-    Unknown(u8),
-}
-
-/// A buffer of messages, and the iterator over them. Reading and decoding do not allocate.
-///
-/// With more than one message room is made for several *events* to be read at once, whose callers then
-/// all go on; where an event must be applied before the next is read (hazard G5) `N` is 1.
-pub(crate) struct EventBuffer<const N: usize> {
-    messages: [uffd_msg; N],
-    /// `messages[next..filled]` are read and not yet given out.
-    next: usize,
-    filled: usize,
-}
-
-impl<const N: usize> EventBuffer<N> {
-    /// An empty buffer.
-    pub(crate) const fn new() -> Self {
-        // SAFETY: uffd_msg is integers and unions of integers, for which all bytes zero is a value.
-        let message = unsafe { std::mem::zeroed::<uffd_msg>() };
-        Self {
-            messages: [message; N],
-            next: 0,
-            filled: 0,
-        }
-    }
-
-    /// Reads what is there, up to `N` messages, and returns how many. Zero: nothing is there (it is
-    /// not an error that somebody else was faster). What an earlier `fill` left is dropped.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` before the handshake; nothing a caller could act on.
-    pub(crate) fn fill(&mut self, uffd: &Uffd) -> io::Result<usize> {
-        self.by_ref().for_each(drop);
-        // SAFETY: the buffer is valid for writes of its size, and any bytes are a value of uffd_msg.
-        let bytes = unsafe {
-            libc::read(
-                uffd.as_fd().as_raw_fd(),
-                self.messages.as_mut_ptr().cast(),
-                size_of_val(&self.messages),
-            )
-        };
-        let Ok(bytes) = usize::try_from(bytes) else {
-            return match errno() {
-                libc::EAGAIN | libc::EINTR => Ok(0),
-                errno => Err(io::Error::from_raw_os_error(errno)),
-            };
-        };
-        // The kernel returns whole messages only.
-        self.filled = bytes / size_of::<uffd_msg>();
-        self.next = 0;
-        Ok(self.filled)
-    }
-}
-
-impl<const N: usize> Iterator for EventBuffer<N> {
-    type Item = Event;
-
-    fn next(&mut self) -> Option<Event> {
-        if self.next == self.filled {
-            return None;
-        }
-        let message = *self.messages.get(self.next)?;
-        self.next += 1;
-        Some(decode(message))
-    }
-}
-
-impl<const N: usize> Drop for EventBuffer<N> {
-    fn drop(&mut self) {
-        // A fork event that nobody took owns a descriptor.
-        self.for_each(drop);
-    }
-}
-
-impl<const N: usize> fmt::Debug for EventBuffer<N> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EventBuffer")
-            .field("unread", &(self.filled - self.next))
-            .finish_non_exhaustive()
-    }
-}
-
-/// Decodes a message. It must be given each message once: a fork event's descriptor is owned by the
-/// result.
-fn decode(message: uffd_msg) -> Event {
-    let arg = message.arg;
-    match message.event {
-        UFFD_EVENT_PAGEFAULT => {
-            // SAFETY: the kernel fills this member for this event, and every member is plain
-            // integers, so that any bytes are a value of it.
-            let fault = unsafe { arg.pagefault };
-            // SAFETY: the union has one member.
-            let tid = unsafe { fault.feat.ptid };
-            Event::PageFault {
-                addr: fault.address as usize,
-                write: fault.flags & UFFD_PAGEFAULT_FLAG_WRITE != 0,
-                wp: fault.flags & UFFD_PAGEFAULT_FLAG_WP != 0,
-                tid,
-            }
-        }
-        UFFD_EVENT_FORK => {
-            // SAFETY: as above.
-            let fork = unsafe { arg.fork };
-            // SAFETY: reading the event installed this descriptor, and by this function's contract
-            // nobody else takes it.
-            Event::Fork(unsafe { OwnedFd::from_raw_fd(fork.ufd.cast_signed()) })
-        }
-        UFFD_EVENT_REMAP => {
-            // SAFETY: as above.
-            let remap = unsafe { arg.remap };
-            Event::Remap {
-                from: remap.from as usize,
-                to: remap.to as usize,
-                len: remap.len as usize,
-            }
-        }
-        kind @ (UFFD_EVENT_REMOVE | UFFD_EVENT_UNMAP) => {
-            // SAFETY: as above; both events fill this member.
-            let remove = unsafe { arg.remove };
-            match PageRange::new(remove.start as usize, remove.end as usize) {
-                Some(range) if kind == UFFD_EVENT_REMOVE => Event::Remove(range),
-                Some(range) => Event::Unmap(range),
-                None => Event::Unknown(kind),
-            }
-        }
-        kind => Event::Unknown(kind),
-    }
-}
+#[cfg(test)]
+mod tests;
