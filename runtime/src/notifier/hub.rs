@@ -9,9 +9,9 @@ use crate::sync::Mutex;
 #[cfg(loom)]
 use crate::sync::ideal::Mutex;
 use crate::sync::mutation::{Mutation, mutated};
-use crate::sync::shim::Backoff;
 use crate::sync::shim::atomic::AtomicU64;
 use crate::sync::shim::atomic::Ordering::Relaxed;
+use crate::sync::shim::{Backoff, model_has_failed};
 use crate::sync::{Deadline, Futex, Woken};
 use core::fmt;
 use core::ops::Deref;
@@ -53,11 +53,11 @@ impl RangeWord {
         }
     }
 
-    /// Makes every token of the range bad. Under the hub's lock, hence no read-modify-write.
+    /// Makes every token of the range bad. Under the hub's lock.
     fn bump(&self) {
         // Relaxed: whoever compares holds the device lock, and so sees this or takes the lock before the callback does (M1
         // and M2 in the module's text).
-        self.seq.store(self.seq.load(Relaxed) + 2, Relaxed);
+        self.seq.fetch_add(2, Relaxed);
     }
 
     /// Under the hub's lock; to be followed by a wake.
@@ -181,7 +181,7 @@ impl<H: Deref<Target = Hub>> Bracket<H> {
 
 impl<H: Deref<Target = Hub>> Drop for Bracket<H> {
     fn drop(&mut self) {
-        if !mutated(Mutation::HubSkipsEnd) {
+        if !mutated(Mutation::HubSkipsEnd) && !model_has_failed() {
             self.hub.end_slot(self.slot);
         }
     }
@@ -286,7 +286,9 @@ impl<H: Deref<Target = Hub>> Subscription<H> {
 
 impl<H: Deref<Target = Hub>> Drop for Subscription<H> {
     fn drop(&mut self) {
-        self.hub.remove_range(self.key);
+        if !model_has_failed() {
+            self.hub.remove_range(self.key);
+        }
     }
 }
 

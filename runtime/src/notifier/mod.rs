@@ -5,10 +5,14 @@ mod active;
 mod hub;
 mod interval;
 mod listener;
+#[cfg(all(test, loom))]
+mod models;
 mod storage;
 #[cfg(all(test, not(loom)))]
 mod tests;
 mod tree;
+#[cfg(all(test, loom))]
+mod wrong;
 
 pub use hub::{BeginError, Bracket, Counters, Full, Hub, RangeKey, Subscription, Token};
 pub use interval::Interval;

@@ -15,9 +15,13 @@
 //! `--cfg loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
 //! *this* code, not of a copy.
 
+#[cfg(all(test, loom))]
+pub(crate) mod checker;
 mod deadline;
 mod futex;
 mod gate;
+#[cfg(all(test, loom))]
+mod models;
 mod mutex;
 mod wait;
 
@@ -39,7 +43,105 @@ pub(crate) mod shim {
     }
     #[cfg(loom)]
     pub(crate) mod atomic {
-        pub(crate) use loom::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+        //! Loom's atomics, made to conflict.
+        //!
+        //! To decide which schedules can differ, loom 0.7 keeps for each atomic the *last* access alone, and takes two loads
+        //! not to conflict. A thread that loads and then stores has itself as the last access before its store, and a
+        //! load by another thread before that is forgotten: the schedule in which that load comes in between, or after, is
+        //! never tried. (The mutation `HubEventReadLate` was missed so.) Here each access first writes to a companion that is
+        //! read by nobody, so that any two accesses conflict and the last one is enough. The write is relaxed and orders
+        //! nothing; loads still return every value that the memory model allows.
+
+        pub(crate) use loom::sync::atomic::{Ordering, fence};
+        use std::fmt;
+
+        macro_rules! atomic {
+            ($name:ident, $value:ty) => {
+                pub(crate) struct $name {
+                    value: loom::sync::atomic::$name,
+                    touched: loom::sync::atomic::AtomicBool,
+                }
+
+                #[allow(dead_code, reason = "each has what one of them needs")]
+                impl $name {
+                    pub(crate) fn new(value: $value) -> Self {
+                        Self {
+                            value: loom::sync::atomic::$name::new(value),
+                            touched: loom::sync::atomic::AtomicBool::new(false),
+                        }
+                    }
+
+                    fn touch(&self) -> &loom::sync::atomic::$name {
+                        self.touched.store(true, Ordering::Relaxed);
+                        &self.value
+                    }
+
+                    pub(crate) fn load(&self, order: Ordering) -> $value {
+                        self.touch().load(order)
+                    }
+
+                    pub(crate) fn store(&self, value: $value, order: Ordering) {
+                        self.touch().store(value, order);
+                    }
+
+                    pub(crate) fn swap(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().swap(value, order)
+                    }
+
+                    pub(crate) fn fetch_add(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().fetch_add(value, order)
+                    }
+
+                    pub(crate) fn fetch_sub(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().fetch_sub(value, order)
+                    }
+
+                    pub(crate) fn fetch_and(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().fetch_and(value, order)
+                    }
+
+                    pub(crate) fn fetch_or(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().fetch_or(value, order)
+                    }
+
+                    pub(crate) fn fetch_xor(&self, value: $value, order: Ordering) -> $value {
+                        self.touch().fetch_xor(value, order)
+                    }
+
+                    pub(crate) fn compare_exchange(
+                        &self,
+                        current: $value,
+                        new: $value,
+                        success: Ordering,
+                        failure: Ordering,
+                    ) -> Result<$value, $value> {
+                        self.touch()
+                            .compare_exchange(current, new, success, failure)
+                    }
+
+                    pub(crate) fn compare_exchange_weak(
+                        &self,
+                        current: $value,
+                        new: $value,
+                        success: Ordering,
+                        failure: Ordering,
+                    ) -> Result<$value, $value> {
+                        self.touch()
+                            .compare_exchange_weak(current, new, success, failure)
+                    }
+                }
+
+                impl fmt::Debug for $name {
+                    /// Not an access of the model's.
+                    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.debug_struct(stringify!($name)).finish_non_exhaustive()
+                    }
+                }
+            };
+        }
+
+        atomic!(AtomicU32, u32);
+        atomic!(AtomicU64, u64);
     }
 
     #[cfg(loom)]
@@ -77,6 +179,12 @@ pub(crate) mod shim {
     pub(crate) fn fence_for_model() {
         #[cfg(loom)]
         atomic::fence(atomic::Ordering::SeqCst);
+    }
+
+    /// Whether the model has failed and its threads are being taken down: what is dropped then can do nothing any more.
+    #[inline(always)]
+    pub(crate) fn model_has_failed() -> bool {
+        cfg!(loom) && std::thread::panicking()
     }
 
     /// Lets the holder of something briefly held go on: first by spinning, then by giving up the processor.

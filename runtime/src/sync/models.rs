@@ -1,0 +1,277 @@
+//! The primitives under the model checker: each model names what it shows.
+
+use super::checker::{Watched, expect_failure, models, reached};
+use super::mutation::{Mutation, with_mutation};
+use super::shim::atomic::AtomicU32;
+use super::shim::atomic::Ordering::Relaxed;
+use super::{Deadline, Gate, Mutex, WaitQueue};
+use loom::thread;
+use std::sync::Arc;
+
+/// Mutual exclusion, ordering, and no sleeper left behind: three lockers.
+fn mutex_excludes() {
+    let lock = Arc::new(Mutex::new(0));
+    let lockers: Vec<_> = (0..2)
+        .map(|_| {
+            let lock = Arc::clone(&lock);
+            thread::spawn(move || *lock.lock() += 1)
+        })
+        .collect();
+    *lock.lock() += 1;
+    lockers
+        .into_iter()
+        .for_each(|locker| locker.join().unwrap());
+    assert_eq!(*lock.lock(), 3, "a locker's write was lost");
+    assert!(!lock.is_locked());
+}
+
+/// A locker that gives up leaves the lock usable for the others.
+fn mutex_gives_up() {
+    let lock = Arc::new(Mutex::new(0));
+    let lockers: Vec<_> = [Deadline::PASSED, Deadline::NEVER]
+        .into_iter()
+        .map(|deadline| {
+            let lock = Arc::clone(&lock);
+            thread::spawn(move || {
+                lock.lock_until(deadline).map_or(0, |mut value| {
+                    *value += 1;
+                    1
+                })
+            })
+        })
+        .collect();
+    let tried = lock.try_lock().map_or(0, |mut value| {
+        *value += 1;
+        1
+    });
+    let taken: u32 = lockers
+        .into_iter()
+        .map(|locker| locker.join().unwrap())
+        .sum();
+    assert_eq!(*lock.lock(), tried + taken);
+    assert!(taken >= 1, "the one that waits for ever gets it");
+    reached(if taken == 1 { "gave up" } else { "got it" });
+}
+
+/// No wake-up is lost: two waiters for one condition, made true in two steps by two threads.
+fn wait_queue_wakes() {
+    let shared = Arc::new((WaitQueue::new(), AtomicU32::new(0)));
+    let wakers: Vec<_> = (0..2)
+        .map(|_| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                shared.1.fetch_add(1, Relaxed);
+                shared.0.wake_all();
+            })
+        })
+        .collect();
+    assert!(
+        shared
+            .0
+            .wait_until(Deadline::NEVER, || shared.1.load(Relaxed) == 2)
+    );
+    wakers.into_iter().for_each(|waker| waker.join().unwrap());
+}
+
+/// Two sleepers, one waker.
+fn wait_queue_wakes_all() {
+    let shared = Arc::new((WaitQueue::new(), AtomicU32::new(0)));
+    let waiter = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            shared
+                .0
+                .wait_until(Deadline::NEVER, || shared.1.load(Relaxed) == 1)
+        })
+    };
+    let waker = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            shared.1.store(1, Relaxed);
+            shared.0.wake_all();
+        })
+    };
+    assert!(
+        shared
+            .0
+            .wait_until(Deadline::NEVER, || shared.1.load(Relaxed) == 1)
+    );
+    assert!(waiter.join().unwrap());
+    waker.join().unwrap();
+}
+
+/// Closed means alone, both ways: no section reads while the closer writes, and each sees what the other wrote.
+fn gate_closes() {
+    let shared = Arc::new((Gate::new(), Watched::new(0)));
+    let sections: Vec<_> = (0..2)
+        .map(|shard| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let _section = shared.0.enter_in(shard);
+                shared.1.read()
+            })
+        })
+        .collect();
+    {
+        let _closed = shared.0.close();
+        shared.1.write(1);
+    }
+    for section in sections {
+        reached(
+            ["read before the closer", "read after the closer"][section.join().unwrap() as usize],
+        );
+    }
+}
+
+/// A section's writes are seen by the closer.
+fn gate_hands_over() {
+    let shared = Arc::new((Gate::new(), Watched::new(0)));
+    let section = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let _section = shared.0.enter_in(1);
+            shared.1.write(1);
+        })
+    };
+    let seen = {
+        let _closed = shared.0.close();
+        shared.1.read()
+    };
+    section.join().unwrap();
+    reached(["closed before the section", "closed after the section"][seen as usize]);
+}
+
+/// Two closers exclude each other, and a section both.
+fn gate_has_one_closer() {
+    let shared = Arc::new((Gate::new(), Watched::new(0)));
+    let closer = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let _closed = shared.0.close();
+            shared.1.write(1);
+        })
+    };
+    let section = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let _section = shared.0.enter_in(0);
+            shared.1.read();
+        })
+    };
+    {
+        let _closed = shared.0.close();
+        shared.1.write(2);
+    }
+    closer.join().unwrap();
+    section.join().unwrap();
+}
+
+/// What was unpublished is free after a grace period: a section reads the array that is current, the updater publishes another,
+/// waits, and takes the old one back.
+fn gate_grace_period() {
+    let shared = Arc::new((
+        Gate::new(),
+        AtomicU32::new(0),
+        [Watched::new(10), Watched::new(11)],
+    ));
+    let sections: Vec<_> = (0..2)
+        .map(|shard| {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let _section = shared.0.enter_in(shard);
+                let current = shared.1.load(Relaxed);
+                assert_eq!(
+                    shared.2[current as usize].read(),
+                    10 + current,
+                    "read after it was freed"
+                );
+                reached(["read the old", "read the new"][current as usize]);
+            })
+        })
+        .collect();
+    shared.1.store(1, Relaxed);
+    shared.0.synchronize();
+    shared.2[0].write(0);
+    sections
+        .into_iter()
+        .for_each(|section| section.join().unwrap());
+}
+
+/// The same, twice: the second grace period uses the phase that the first one left, and ends in a close.
+fn gate_grace_periods_follow() {
+    let shared = Arc::new((
+        Gate::new(),
+        AtomicU32::new(0),
+        [Watched::new(10), Watched::new(11), Watched::new(12)],
+    ));
+    let section = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let _section = shared.0.enter_in(0);
+            let current = shared.1.load(Relaxed);
+            assert_eq!(
+                shared.2[current as usize].read(),
+                10 + current,
+                "read after it was freed"
+            );
+            reached(["read the old", "read the new", "read the newest"][current as usize]);
+        })
+    };
+    for next in 1..3 {
+        shared.1.store(next, Relaxed);
+        shared.0.synchronize();
+        shared.2[next as usize - 1].write(0);
+    }
+    {
+        let _closed = shared.0.close();
+        shared.2[2].write(0);
+        shared.2[2].write(12);
+    }
+    section.join().unwrap();
+}
+
+models! {
+    mutex_excludes reaches []
+    mutex_gives_up reaches ["gave up", "got it"]
+    wait_queue_wakes reaches []
+    wait_queue_wakes_all reaches []
+    gate_closes reaches ["read before the closer", "read after the closer"]
+    gate_hands_over reaches ["closed before the section", "closed after the section"]
+    gate_has_one_closer reaches []
+    gate_grace_period reaches ["read the old", "read the new"]
+    gate_grace_periods_follow reaches ["read the old", "read the new", "read the newest"]
+}
+
+/// Each mutation of the primitives, the reason for which the checker rejects it, and the model that does.
+#[test]
+fn mutations_are_caught() {
+    const RACE: &str = "Causality violation";
+    const STUCK: &str = "deadlock";
+    let list: [(Mutation, &str, fn()); 12] = [
+        (Mutation::MutexLockRelaxed, RACE, mutex_excludes),
+        (Mutation::MutexUnlockRelaxed, RACE, mutex_excludes),
+        (Mutation::MutexForgetsSleepers, STUCK, mutex_excludes),
+        (Mutation::WakeWithoutFence, STUCK, wait_queue_wakes),
+        (Mutation::WaitWithoutSecondLook, STUCK, wait_queue_wakes),
+        (Mutation::GateEnterWithoutSecondLook, RACE, gate_closes),
+        (Mutation::GateEnterWithoutFence, RACE, gate_closes),
+        (Mutation::GateCloseWithoutFence, RACE, gate_closes),
+        (Mutation::GateLeaveRelaxed, RACE, gate_hands_over),
+        (Mutation::GateLeaveWithoutWake, STUCK, gate_closes),
+        (
+            Mutation::GateSynchronizeWithoutWait,
+            RACE,
+            gate_grace_period,
+        ),
+        (
+            Mutation::GateEnterWithoutSecondLook,
+            RACE,
+            gate_grace_periods_follow,
+        ),
+    ];
+    for (mutation, reason, model) in list {
+        with_mutation(mutation, || {
+            expect_failure(&format!("{mutation:?}"), reason, model)
+        });
+    }
+}
