@@ -10,7 +10,8 @@ use crate::input::{Format, rmat};
 
 /// A simulated accelerator that works on the memory of its process, page by page, where it lies.
 ///
-/// Exit status: 0 when the result is verified, 1 when it is not or could not be computed, 2 for bad input.
+/// Exit status: 0 when the result is verified, 1 when it is not or could not be computed, 2 for bad
+/// input.
 #[derive(Debug, Parser)]
 #[command(name = "accel-sim", version)]
 pub(crate) struct Cli {

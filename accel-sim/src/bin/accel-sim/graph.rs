@@ -6,8 +6,9 @@
 //! out_degrees  n       how many ways a node's rank is split; 0 marks a dangling node
 //! ```
 //!
-//! Parallel edges stay parallel and self-loops stay: CSR is the input's edge list, sorted by target, nothing lost. The
-//! arrays are the caller's, since in a run they are memory that the device will share.
+//! Parallel edges stay parallel and self-loops stay: CSR is the input's edge list, sorted by
+//! target, nothing lost. The arrays are the caller's, since in a run they are memory that the
+//! device will share.
 
 use crate::input::{Edges, Node};
 
@@ -23,7 +24,8 @@ pub(crate) struct CsrMut<'a> {
 }
 
 impl CsrMut<'_> {
-    /// Sorts the edges by target (a counting sort, stable, linear time), whatever the arrays held before.
+    /// Sorts the edges by target (a counting sort, stable, linear time), whatever the arrays held
+    /// before.
     ///
     /// # Panics
     /// If an array has not the length the graph asks for.

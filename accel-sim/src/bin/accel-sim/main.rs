@@ -7,12 +7,13 @@
 //! accel-sim doctor
 //! ```
 //!
-//! A run goes one way: an [`input`] is read or generated, laid out in memory that the device shares, worked on by one of
-//! the [`kernels`], judged against an [`oracle`] that shares no code with it, and told in a [`report`]. [`workload`] is
-//! that way, once for each of the three.
+//! A run goes one way: an [`input`] is read or generated, laid out in memory that the device
+//! shares, worked on by one of the [`kernels`], judged against an [`oracle`] that shares no code
+//! with it, and told in a [`report`]. [`workload`] is that way, once for each of the three.
 //!
-//! Exit status: 0 if the result is verified, 1 if it is not or could not be computed, 2 if the input or the command line
-//! is bad. The report goes to standard output, complaints and progress to standard error; progress only to a terminal.
+//! Exit status: 0 if the result is verified, 1 if it is not or could not be computed, 2 if the
+//! input or the command line is bad. The report goes to standard output, complaints and progress to
+//! standard error; progress only to a terminal.
 
 mod cli;
 mod graph;

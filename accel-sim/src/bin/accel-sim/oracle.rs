@@ -1,7 +1,8 @@
 //! The right answers, found another way.
 //!
-//! An oracle shares no code and no data structure with the kernel it judges. PageRank here *pushes* along the plain edge
-//! list where the kernel *pulls* along a CSR, and it is sequential, in memory no device has ever seen.
+//! An oracle shares no code and no data structure with the kernel it judges. PageRank here *pushes*
+//! along the plain edge list where the kernel *pulls* along a CSR, and it is sequential, in memory
+//! no device has ever seen.
 
 use crate::input::{Edges, Node};
 
@@ -63,9 +64,9 @@ impl PageRank {
 
     /// How far apart (L1) two correct computations may end.
     ///
-    /// An iteration is a contraction by `damping`, so one that stops when it moves by no more than `tolerance` is within
-    /// `tolerance * damping / (1 - damping)` of the fixed point, and two such within twice that; to which comes what
-    /// rounding in a different order may add.
+    /// An iteration is a contraction by `damping`, so one that stops when it moves by no more than
+    /// `tolerance` is within `tolerance * damping / (1 - damping)` of the fixed point, and two such
+    /// within twice that; to which comes what rounding in a different order may add.
     pub(crate) fn slack(&self) -> f64 {
         const ROUNDING: f64 = 1e-9;
         2.0 * self.tolerance * self.damping / (1.0 - self.damping) + ROUNDING
@@ -129,7 +130,7 @@ pub(crate) struct Walk {
 
 impl Walk {
     /// Visits one more node.
-    pub(crate) fn visit(&mut self, payload: u64) {
+    fn visit(&mut self, payload: u64) {
         self.steps += 1;
         self.sum = self.sum.wrapping_add(payload);
         self.order = (self.order.rotate_left(5) ^ payload).wrapping_mul(0x0100_0000_01b3);
@@ -149,7 +150,8 @@ impl Walk {
     }
 }
 
-/// How many elements of a saxpy are wrong, in integer arithmetic: inputs and results are whole numbers.
+/// How many elements of a saxpy are wrong, in integer arithmetic: inputs and results are whole
+/// numbers.
 pub(crate) fn saxpy_errors(a: f32, x: &[f32], y_before: &[f32], y: &[f32]) -> usize {
     let inputs = x.iter().zip(y_before);
     let expected = inputs.map(|(&x, &y)| a as i64 * x as i64 + y as i64);
@@ -211,14 +213,16 @@ mod tests {
         assert_near(&rank(4, &[(0, 1), (1, 2), (2, 3), (3, 0)]), &[0.25; 4]);
     }
 
-    /// By hand: b = (1 - d)/2 + d (a + b/2), a = (1 - d)/2 + d b/2, where b dangles. So a = 1/(2 + d).
+    /// By hand: b = (1 - d)/2 + d (a + b/2), a = (1 - d)/2 + d b/2, where b dangles. So a = 1/(2 +
+    /// d).
     #[test]
     fn a_dangling_node_gives_to_all() {
         let a = 1.0 / (2.0 + USUAL.damping);
         assert_near(&rank(2, &[(0, 1)]), &[a, 1.0 - a]);
     }
 
-    /// By hand: two leaves give all they have to the hub, the hub halves it; h = (1 - d)/3 + d (1 - h).
+    /// By hand: two leaves give all they have to the hub, the hub halves it; h = (1 - d)/3 + d (1 -
+    /// h).
     #[test]
     fn a_star_ranks_its_hub() {
         let d = USUAL.damping;

@@ -1,7 +1,9 @@
-//! What a run tells: counters in the layout people know from nvprof, where the time went, and whether it was right.
+//! What a run tells: counters in the layout people know from nvprof, where the time went, and
+//! whether it was right.
 //!
-//! Everything is plain data: a [`Summary`] is filled in by the workload, printed by [`Summary::render`] and written as
-//! JSON by [`Summary::write_json`]. A run is good when every [`Check`] passed; there is at least one, or it is not.
+//! Everything is plain data: a [`Summary`] is filled in by the workload, printed by
+//! [`Summary::render`] and written as JSON by [`Summary::write_json`]. A run is good when every
+//! [`Check`] passed; there is at least one, or it is not.
 
 use std::fmt::{self, Write as _};
 use std::io;
@@ -57,7 +59,8 @@ pub(crate) struct Ranked {
     pub(crate) in_edges: u64,
 }
 
-/// What the runtime and the accelerator counted, as of the end of verification: the CPU has read the result by then.
+/// What the runtime and the accelerator counted, as of the end of verification: the CPU has read
+/// the result by then.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Counters {
     /// Rounds of far faults that the device's reads took.
@@ -78,7 +81,8 @@ pub(crate) struct Counters {
     pub(crate) translation_misses: u64,
     /// Pages that changed owner, by way and cause.
     pub(crate) migrations: Vec<Migrations>,
-    /// Pages the device was given a read-only copy of. The CPU kept them too, so these are not migrations.
+    /// Pages the device was given a read-only copy of. The CPU kept them too, so these are not
+    /// migrations.
     pub(crate) duplications: Transfers,
 }
 

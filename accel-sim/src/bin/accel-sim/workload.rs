@@ -1,7 +1,8 @@
 //! The three workloads, each from its input to its summary.
 //!
-//! A kernel hands its result to a closure *while* the memory is still shared, so that the judge reads it where it lies
-//! and pages come home by the CPU's own faults; counters are taken after that.
+//! A kernel hands its result to a closure *while* the memory is still shared, so that the judge
+//! reads it where it lies and pages come home by the CPU's own faults; counters are taken after
+//! that.
 
 use std::io::IsTerminal;
 use std::thread;
@@ -48,7 +49,7 @@ fn graph(args: &Pagerank) -> Result<(String, Edges), input::Error> {
     }
     let seed = args.common.seed;
     let progress = progress_bar();
-    let edges = rmat::generate(args.rmat, seed, &progress);
+    let edges = rmat::generate(args.rmat, seed, &progress)?;
     Ok((format!("R-MAT, scale {}, seed {seed}", args.rmat), edges))
 }
 
@@ -107,11 +108,15 @@ fn converged(found: &Ranking<&[f64]>, settings: &PageRank) -> Check {
 
 /// `run saxpy`.
 pub(crate) fn saxpy<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summary> {
+    /// Two arrays of `f32`, and the oracle's own of both.
+    const PER_ELEMENT: u64 = 16;
+    array_fits_memory(args.n, PER_ELEMENT)?;
     let mut time = Time::default();
     let setup = setup(&args.common);
     let Ran { verdict, counters } =
         kernels::saxpy::run(args.n as usize, &setup, &mut time, |x, y| {
-            // The inputs once more, in memory of their own: the oracle trusts nothing that was shared.
+            // The inputs once more, in memory of their own: the oracle trusts nothing that was
+            // shared.
             let (mut x_before, mut y_before) = (vec![0.0; x.len()], vec![0.0; y.len()]);
             arrays::saxpy(args.common.seed, &mut x_before, &mut y_before);
             let overwritten = x
@@ -134,6 +139,9 @@ pub(crate) fn saxpy<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summa
 
 /// `run list`.
 pub(crate) fn list<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summary> {
+    /// A successor, and a node on the device.
+    const PER_NODE: u64 = 32;
+    array_fits_memory(args.n, PER_NODE)?;
     let mut time = Time::default();
     let next = timed(&mut time.parse, || {
         arrays::cycle(args.n as usize, args.common.seed)
@@ -149,6 +157,16 @@ pub(crate) fn list<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summar
     })?;
     let input = elements("a list in random order", args.n, "nodes");
     Ok(summary("list", input, setup, verdict, counters, time))
+}
+
+/// Turns away an array that could not be had.
+fn array_fits_memory(n: u32, bytes_each: u64) -> Result<(), input::Error> {
+    if input::fits_memory(u64::from(n) * bytes_each) {
+        return Ok(());
+    }
+    Err(input::Error::TooLarge {
+        what: format!("--n {n}"),
+    })
 }
 
 fn elements(name: &str, n: u32, of: &'static str) -> Input {
@@ -216,7 +234,8 @@ mod tests {
         max_iterations: 100,
     };
 
-    /// A PageRank that pulls along the CSR, on one thread: what the accelerator computes, by the simplest means.
+    /// A PageRank that pulls along the CSR, on one thread: what the accelerator computes, by the
+    /// simplest means.
     fn pull(edges: &Edges, settings: &PageRank) -> Ranking<Vec<f64>> {
         let n = edges.nr_nodes;
         let mut offsets = vec![0; n + 1];
@@ -282,7 +301,7 @@ mod tests {
     #[test]
     fn pushing_and_pulling_agree() {
         for (scale, seed) in [(0, 1), (4, 2), (10, 3)] {
-            let edges = rmat::generate(scale, seed, &ProgressBar::hidden());
+            let edges = rmat::generate(scale, seed, &ProgressBar::hidden()).unwrap();
             let found = pull(&edges, &SETTINGS);
             let (checks, top) = judged(&edges, &found);
             assert_eq!(failed(&checks), [""; 0], "{checks:?}");
@@ -293,7 +312,7 @@ mod tests {
 
     #[test]
     fn one_wrong_rank_is_found() {
-        let edges = rmat::generate(8, 1, &ProgressBar::hidden());
+        let edges = rmat::generate(8, 1, &ProgressBar::hidden()).unwrap();
         let right = pull(&edges, &SETTINGS);
         let spoil = |change: fn(&mut Ranking<Vec<f64>>)| {
             let mut found = Ranking {

@@ -8,7 +8,8 @@ use super::Node;
 /// The factor of saxpy.
 pub(crate) const SAXPY_A: f32 = 3.0;
 
-/// The largest value in saxpy's arrays. All are whole numbers, small enough for every result to be exact in an `f32`.
+/// The largest value in saxpy's arrays. All are whole numbers, small enough for every result to be
+/// exact in an `f32`.
 const SAXPY_LARGEST: u16 = 4095;
 
 /// Fills saxpy's two arrays.
@@ -20,7 +21,8 @@ pub(crate) fn saxpy(seed: u64, x: &mut [f32], y: &mut [f32]) {
     }
 }
 
-/// The successor of each of `n` nodes, such that all of them form one cycle in random order (Sattolo).
+/// The successor of each of `n` nodes, such that all of them form one cycle in random order
+/// (Sattolo).
 pub(crate) fn cycle(n: usize, seed: u64) -> Vec<Node> {
     let mut rng = Pcg64Mcg::seed_from_u64(seed);
     let mut next: Vec<Node> = (0..n as Node).collect();

@@ -7,8 +7,9 @@
 //! 4    99   0.5     1136073600
 //! ```
 //!
-//! Fields are separated by white space or commas. The first two are node ids, any unsigned 64-bit numbers; what follows
-//! (weights, times) must be numbers too, and is ignored. Ids are compacted in the order of their first appearance.
+//! Fields are separated by white space or commas. The first two are node ids, any unsigned 64-bit
+//! numbers; what follows (weights, times) must be numbers too, and is ignored. Ids are compacted in
+//! the order of their first appearance.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -1,8 +1,9 @@
 //! Cargo.lock as a graph: a node per package, an edge from each package to each that it depends on.
 //!
-//! Rank flows along the edges, so a package ranks high when many packages, or a few that rank high themselves, depend
-//! on it. The lock file's own rules for naming a dependency are kept: the name alone when it is unique in the file, then
-//! name and version, then name, version and source; older versions of the format always write all three.
+//! Rank flows along the edges, so a package ranks high when many packages, or a few that rank high
+//! themselves, depend on it. The lock file's own rules for naming a dependency are kept: the name
+//! alone when it is unique in the file, then name and version, then name, version and source; older
+//! versions of the format always write all three.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,6 +13,9 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::{Edges, Error, Labels, Node, excerpt};
+
+/// In bytes. The largest known are a few megabytes; what is larger than this is something else.
+pub(crate) const LARGEST: u64 = 256 << 20;
 
 /// The part of a lock file that is the graph.
 #[derive(Deserialize)]
@@ -52,6 +56,12 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Edges, Error> {
         line: line_of(text, at),
         what,
     };
+    if text.len() as u64 > LARGEST {
+        return Err(malformed(
+            0,
+            format!("no lock file is larger than {LARGEST} bytes"),
+        ));
+    }
     let file: Lockfile = toml::from_str(text).map_err(|error: toml::de::Error| {
         let Range { start, .. } = error.span().unwrap_or(0..0);
         malformed(start, error.message().to_owned())
@@ -63,7 +73,15 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Edges, Error> {
 
     let mut named: HashMap<&str, Vec<Node>> = HashMap::new();
     for (node, package) in packages.iter().enumerate() {
-        let namesakes = named.entry(&package.get_ref().name).or_default();
+        let Package { name, version, .. } = package.get_ref();
+        if !is_word(name) || !is_word(version) {
+            let label = excerpt(&package.get_ref().label());
+            return Err(malformed(
+                package.span().start,
+                format!("'{label}' is no package name and version"),
+            ));
+        }
+        let namesakes = named.entry(name).or_default();
         let same = |&other: &Node| {
             let (a, b) = (packages[other as usize].get_ref(), package.get_ref());
             (&a.version, &a.source) == (&b.version, &b.source)
@@ -115,6 +133,11 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Edges, Error> {
                 .collect(),
         ),
     })
+}
+
+/// Whether a name or version is one that dependencies can be split at, and a terminal can be shown.
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && !text.contains(|c: char| c.is_whitespace() || c.is_control())
 }
 
 /// Splits `name[ version[ (source)]]`.

@@ -8,12 +8,13 @@
 //! 3 2
 //! ```
 //!
-//! A graph is a square matrix; an entry (i, j) is an edge from i to j. A symmetric file stores one triangle, so each
-//! entry off the diagonal is two edges. Values are checked and ignored: ranks here are those of the structure.
+//! A graph is a square matrix; an entry (i, j) is an edge from i to j. A symmetric file stores one
+//! triangle, so each entry off the diagonal is two edges. Values are checked and ignored: ranks
+//! here are those of the structure.
 
 use std::io::BufRead;
 
-use super::{Edges, Error, Labels, Lines, Node, excerpt};
+use super::{Edges, Error, Labels, Lines, Node, excerpt, graph_fits_memory};
 
 /// How a file begins.
 pub(crate) const BANNER: &str = "%%MatrixMarket";
@@ -38,7 +39,8 @@ pub(crate) fn parse<R: BufRead>(mut lines: Lines<'_, R>) -> Result<Edges, Error>
     let (field, symmetry) = banner(&mut lines)?;
     let (nr_nodes, nr_entries) = size(&mut lines)?;
 
-    // The count in the header is a claim: room is taken for it only up to a point, then as entries really come.
+    // The count in the header is a claim: room is taken for it only up to a point, then as entries
+    // really come.
     const TRUSTED: u64 = 1 << 20;
     let mut list: Vec<(Node, Node)> = Vec::with_capacity(nr_entries.min(TRUSTED) as usize);
     let mut seen = 0;
@@ -79,7 +81,8 @@ pub(crate) fn parse<R: BufRead>(mut lines: Lines<'_, R>) -> Result<Edges, Error>
     })
 }
 
-/// Reads `%%MatrixMarket matrix coordinate FIELD SYMMETRY`, of which all but the first word may be in any case.
+/// Reads `%%MatrixMarket matrix coordinate FIELD SYMMETRY`, of which all but the first word may be
+/// in any case.
 fn banner<R: BufRead>(lines: &mut Lines<'_, R>) -> Result<(Field, Symmetry), Error> {
     let missing = format!("expected '{BANNER} matrix coordinate <field> <symmetry>'");
     if !lines.advance()? {
@@ -143,6 +146,14 @@ fn size<R: BufRead>(lines: &mut Lines<'_, R>) -> Result<(Node, u64), Error> {
         if rows == 0 {
             return Err(lines.malformed("an empty matrix"));
         }
+        if !graph_fits_memory(u64::from(rows), entries) {
+            return Err(Error::TooLarge {
+                what: format!(
+                    "{}: {rows} nodes and {entries} entries",
+                    lines.path.display()
+                ),
+            });
+        }
         return Ok((rows, entries));
     }
     Err(lines.malformed("the file ends before the size of the matrix"))
@@ -192,6 +203,14 @@ mod tests {
         )
         .unwrap();
         assert_eq!(edges.list, [(1, 0), (0, 1), (1, 1), (2, 0), (0, 2)]);
+    }
+
+    #[test]
+    fn what_a_header_claims_is_not_tried() {
+        let header = "%%MatrixMarket matrix coordinate pattern general\n";
+        let error = parse(&format!("{header}3 3 18446744073709551615\n")).unwrap_err();
+        let complaint = "a.mtx: 3 nodes and 18446744073709551615 entries: too large for the memory of this machine";
+        assert_eq!(error, complaint);
     }
 
     #[test]
@@ -288,8 +307,8 @@ mod tests {
             ),
             (
                 PATTERN,
-                "3 3 18446744073709551615\n",
-                "2: the file ends after 0 of the 18446744073709551615 entries announced".into(),
+                "3 3 3000000\n",
+                "2: the file ends after 0 of the 3000000 entries announced".into(),
             ),
             (
                 REAL,

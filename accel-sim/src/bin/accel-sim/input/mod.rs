@@ -1,7 +1,8 @@
 //! What the workloads run on: graphs from files or generated, and plain arrays ([`arrays`]).
 //!
-//! Each graph format has one file and ends in the same thing, an [`Edges`]: a number of nodes, a list of directed edges and
-//! what to call a node. Nothing here knows about ranks, mirrors or devices.
+//! Each graph format has one file and ends in the same thing, an [`Edges`]: a number of nodes, a
+//! list of directed edges and what to call a node. Nothing here knows about ranks, mirrors or
+//! devices.
 //!
 //! | format | file names | module |
 //! |---|---|---|
@@ -10,8 +11,9 @@
 //! | edge list | `*.el`, `*.edges`, `*.edgelist`, `*.txt`, `*.tsv`, `*.csv` | [`edge_list`] |
 //! | R-MAT generator | (no file) | [`rmat`] |
 //!
-//! Input is hostile until proven otherwise: every complaint names the file and, where there is one, the line; no number
-//! found in a file decides alone how much memory is taken.
+//! Input is hostile until proven otherwise: every complaint names the file and, where there is one,
+//! the line; a count found in a file is a claim, and what would not fit into memory is refused
+//! before it is tried.
 
 pub(crate) mod arrays;
 pub(crate) mod edge_list;
@@ -21,14 +23,15 @@ pub(crate) mod rmat;
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// A node's number: dense, from 0.
 pub(crate) type Node = u32;
 
-/// A directed graph as a list of edges, in the order of the input. Parallel edges and self-loops are kept.
+/// A directed graph as a list of edges, in the order of the input. Parallel edges and self-loops
+/// are kept.
 #[derive(Debug)]
 pub(crate) struct Edges {
     /// Nodes are `0..nr_nodes`; one without any edge counts too.
@@ -93,6 +96,11 @@ pub(crate) enum Error {
         /// What is wrong there.
         what: String,
     },
+    /// It asks for more than this machine has.
+    TooLarge {
+        /// What does.
+        what: String,
+    },
 }
 
 impl fmt::Display for Error {
@@ -106,6 +114,9 @@ impl fmt::Display for Error {
                 path.display()
             ),
             Error::Malformed { path, line, what } => write!(f, "{}:{line}: {what}", path.display()),
+            Error::TooLarge { what } => {
+                write!(f, "{what}: too large for the memory of this machine")
+            }
         }
     }
 }
@@ -137,7 +148,8 @@ impl Format {
     }
 }
 
-/// Reads a graph from a file. Without `format`, the file's name tells it, and failing that a Matrix Market banner.
+/// Reads a graph from a file. Without `format`, the file's name tells it, and failing that a Matrix
+/// Market banner.
 pub(crate) fn read(path: &Path, format: Option<Format>) -> Result<Edges, Error> {
     let unreadable = |source| Error::Unreadable {
         path: path.to_path_buf(),
@@ -161,12 +173,41 @@ pub(crate) fn read(path: &Path, format: Option<Format>) -> Result<Edges, Error> 
     };
     match format {
         Format::Lockfile => {
-            let text = io::read_to_string(reader).map_err(unreadable)?;
+            let text =
+                io::read_to_string(reader.take(lockfile::LARGEST + 1)).map_err(unreadable)?;
             lockfile::parse(path, &text)
         }
         Format::MatrixMarket => matrix_market::parse(Lines::new(path, reader)),
         Format::EdgeList => edge_list::parse(Lines::new(path, reader)),
     }
+}
+
+/// Whether the system would grant this much memory at all. It is asked, and the answer given back:
+/// enough to turn away what is absurd with a message, where going on would end in an abort.
+pub(crate) fn fits_memory(bytes: u64) -> bool {
+    let Ok(bytes) = usize::try_from(bytes) else {
+        return false;
+    };
+    let mut room: Vec<u8> = Vec::new();
+    let granted = room.try_reserve_exact(bytes).is_ok();
+    // An allocation nobody looks at is one the compiler may leave out.
+    std::hint::black_box(&room);
+    granted
+}
+
+/// Whether a graph of this size can be ranked here: as input, as the device sees it, and by the
+/// oracle.
+pub(crate) fn graph_fits_memory(nr_nodes: u64, nr_edges: u64) -> bool {
+    /// Ranks old and new on both sides, degrees, offsets.
+    const PER_NODE: u64 = 80;
+    /// The edge list, the CSR, linked edges.
+    const PER_EDGE: u64 = 32;
+    let nodes = nr_nodes.checked_mul(PER_NODE);
+    let edges = nr_edges.checked_mul(PER_EDGE);
+    let bytes = nodes
+        .zip(edges)
+        .and_then(|(nodes, edges)| nodes.checked_add(edges));
+    bytes.is_some_and(fits_memory)
 }
 
 /// The lines of a text file, one at a time in one reused buffer, each with its number.
@@ -187,15 +228,22 @@ impl<'p, R: BufRead> Lines<'p, R> {
         }
     }
 
-    /// Steps to the next line; false at the end of the file. The number then stays that of the last line.
+    /// Steps to the next line; false at the end of the file. The number then stays that of the last
+    /// line.
     pub(crate) fn advance(&mut self) -> Result<bool, Error> {
+        /// No format here has longer lines; a file that is no text at all may.
+        const LONGEST: u64 = 64 << 10;
         self.buffer.clear();
-        let read = self.reader.read_until(b'\n', &mut self.buffer);
+        let mut bounded = self.reader.by_ref().take(LONGEST);
+        let read = bounded.read_until(b'\n', &mut self.buffer);
         let read = read.map_err(|source| Error::Unreadable {
             path: self.path.to_path_buf(),
             source,
         })?;
         self.number += u64::from(read > 0);
+        if read as u64 == LONGEST && !self.buffer.ends_with(b"\n") {
+            return Err(self.malformed(format!("a line longer than {LONGEST} bytes")));
+        }
         Ok(read > 0)
     }
 
@@ -274,6 +322,22 @@ mod tests {
         assert!(lines.advance().unwrap() && lines.text().is_ok());
         assert!(lines.advance().unwrap());
         assert_eq!(lines.text().unwrap_err().to_string(), "f:2: not UTF-8 text");
+    }
+
+    #[test]
+    fn a_line_has_an_end() {
+        let zeros = BufReader::new(io::repeat(0));
+        let error = Lines::new(Path::new("zero"), zeros).advance().unwrap_err();
+        assert_eq!(error.to_string(), "zero:1: a line longer than 65536 bytes");
+        let longest = [vec![b'x'; 65535], b"\n".to_vec()].concat();
+        assert!(Lines::new(Path::new("f"), &longest[..]).advance().unwrap());
+    }
+
+    #[test]
+    fn what_is_absurd_does_not_fit() {
+        assert!(fits_memory(0) && graph_fits_memory(1 << 10, 1 << 14));
+        assert!(!fits_memory(1 << 60) && !fits_memory(u64::MAX));
+        assert!(!graph_fits_memory(1 << 60, 0) && !graph_fits_memory(0, u64::MAX));
     }
 
     #[test]

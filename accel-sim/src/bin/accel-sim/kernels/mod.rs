@@ -1,7 +1,7 @@
 //! The kernels: what runs on the accelerator.
 //!
-//! Each lays its input out in shared memory, works on it there, and hands the result to a `verify` closure while that
-//! memory is still shared.
+//! Each lays its input out in shared memory, works on it there, and hands the result to a `verify`
+//! closure while that memory is still shared.
 
 pub(crate) mod list;
 pub(crate) mod pagerank;
