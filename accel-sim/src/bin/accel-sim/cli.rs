@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::Serialize;
 
 use crate::input::{Format, rmat};
 
@@ -101,7 +102,8 @@ pub(crate) struct Common {
 }
 
 /// Who resolves a CPU's fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub(crate) enum Delivery {
     /// The faulting thread itself, in a signal handler
     Inline,
@@ -119,7 +121,8 @@ impl fmt::Display for Delivery {
 }
 
 /// How much moves at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(into = "u64")]
 pub(crate) enum Granule {
     /// One page
     #[value(name = "4k")]
@@ -140,6 +143,12 @@ impl Granule {
             Granule::K64 => 64 << 10,
             Granule::M2 => 2 << 20,
         }
+    }
+}
+
+impl From<Granule> for u64 {
+    fn from(granule: Granule) -> u64 {
+        granule.bytes()
     }
 }
 

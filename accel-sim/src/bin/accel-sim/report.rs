@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use comfy_table::{CellAlignment, Table, presets};
 use serde::{Serialize, Serializer};
 
+use crate::cli::{Delivery, Granule};
+
 /// Bytes in a page.
 const PAGE: u64 = 4096;
 
@@ -45,9 +47,9 @@ pub(crate) struct Setup {
     pub(crate) workers: usize,
     /// In bytes; `None` if as much as is asked for.
     pub(crate) device_memory: Option<u64>,
-    /// In bytes.
-    pub(crate) granule: u64,
-    pub(crate) delivery: String,
+    /// In JSON: in bytes.
+    pub(crate) granule: Granule,
+    pub(crate) delivery: Delivery,
     pub(crate) seed: u64,
 }
 
@@ -63,39 +65,37 @@ pub(crate) struct Ranked {
 /// the result by then.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct Counters {
+    pub(crate) to_device: Migrations,
+    pub(crate) to_host: Migrations,
+    /// Pages that both sides held at once, to read.
+    pub(crate) duplicated_pages: u64,
+    /// Of those, pages that somebody then wrote.
+    pub(crate) collapsed_pages: u64,
+    /// Pages the device used at the host's address because they could not move.
+    pub(crate) in_place_pages: u64,
     /// Rounds of far faults that the device's reads took.
     pub(crate) far_faults_read: u64,
     /// … and its writes.
     pub(crate) far_faults_write: u64,
-    /// Far faults that found another worker already fetching the same block.
+    /// Far faults that another worker's round had resolved meanwhile.
     pub(crate) far_faults_coalesced: u64,
     /// Rounds begun again because an invalidation came between.
     pub(crate) retries: u64,
-    /// Faults of CPU threads on pages that the device had.
-    pub(crate) cpu_faults: u64,
+    /// CPU loads from pages that the device had.
+    pub(crate) cpu_faults_read: u64,
+    /// CPU stores to pages that the device had, or had a copy of.
+    pub(crate) cpu_faults_write: u64,
     /// Invalidations that reached the device.
     pub(crate) invalidations: u64,
     /// Accesses whose translation was cached.
     pub(crate) translation_hits: u64,
     /// Accesses whose translation was not.
     pub(crate) translation_misses: u64,
-    /// Pages that changed owner, by way and cause.
-    pub(crate) migrations: Vec<Migrations>,
-    /// Pages the device was given a read-only copy of. The CPU kept them too, so these are not
-    /// migrations.
-    pub(crate) duplications: Transfers,
+    /// Faults and events that should not exist. One is a bug of the runtime.
+    pub(crate) anomalies: u64,
 }
 
 impl Counters {
-    /// Pages that went one way, whatever the cause.
-    pub(crate) fn migrated(&self, way: Way) -> u64 {
-        let that_way = self
-            .migrations
-            .iter()
-            .filter(|migrations| migrations.way == way);
-        that_way.map(|migrations| migrations.transfers.pages).sum()
-    }
-
     /// Translations served from the cache, of all; `None` if there were none.
     pub(crate) fn translation_hit_rate(&self) -> Option<f64> {
         let all = self.translation_hits + self.translation_misses;
@@ -103,116 +103,75 @@ impl Counters {
     }
 }
 
-/// Migrations of one way and cause.
-#[derive(Debug, Serialize)]
+/// What moved one way.
+#[derive(Debug, Default)]
 pub(crate) struct Migrations {
-    pub(crate) way: Way,
-    pub(crate) cause: Cause,
-    #[serde(flatten)]
-    pub(crate) transfers: Transfers,
+    /// Movements: each took a run of pages in one go.
+    pub(crate) runs: u64,
+    /// What moved them.
+    pub(crate) pages: ByCause,
 }
 
-/// Which way pages went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Way {
-    HostToDevice,
-    DeviceToHost,
-}
-
-impl Way {
-    /// In the order of the report.
-    const ALL: [Way; 2] = [Way::HostToDevice, Way::DeviceToHost];
-}
-
-impl fmt::Display for Way {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Way::HostToDevice => "Host To Device",
-            Way::DeviceToHost => "Device To Host",
-        })
-    }
-}
-
-/// Why pages went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Cause {
+/// Pages by why they moved.
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+pub(crate) struct ByCause {
     /// The other side touched them.
-    Demand,
-    /// They were asked for ahead of time.
-    Prefetch,
+    pub(crate) demand: u64,
+    /// They lay beside what was touched, or were asked for ahead of time.
+    pub(crate) prefetch: u64,
+    /// The program asked.
+    pub(crate) explicit: u64,
     /// Device memory was full.
-    Evict,
-    /// A write elsewhere, or the program changed its mappings.
-    Coherence,
-    /// The mirror or the accelerator was dropped.
-    Drop,
+    pub(crate) evict: u64,
+    /// The mirror or the accelerator went away.
+    pub(crate) drop: u64,
 }
 
-impl Cause {
+impl ByCause {
     /// In the order of the report.
-    const ALL: [Cause; 5] = [
-        Cause::Demand,
-        Cause::Prefetch,
-        Cause::Evict,
-        Cause::Coherence,
-        Cause::Drop,
-    ];
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Cause::Demand => "demand",
-            Cause::Prefetch => "prefetch",
-            Cause::Evict => "evict",
-            Cause::Coherence => "coherence",
-            Cause::Drop => "drop",
-        })
+    fn named(&self) -> [(&'static str, u64); 5] {
+        [
+            ("demand", self.demand),
+            ("prefetch", self.prefetch),
+            ("explicit", self.explicit),
+            ("evict", self.evict),
+            ("drop", self.drop),
+        ]
     }
 }
 
-/// A number of transfers, each of some pages in one go.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Transfers {
-    pub(crate) count: u64,
-    /// In all of them.
-    pub(crate) pages: u64,
-    /// In the smallest.
-    pub(crate) min_pages: u64,
-    /// In the largest.
-    pub(crate) max_pages: u64,
-}
+impl Migrations {
+    /// Pages, whatever moved them.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages.named().iter().map(|&(_, pages)| pages).sum()
+    }
 
-impl Transfers {
     fn bytes(&self) -> u64 {
-        self.pages * PAGE
+        self.pages() * PAGE
     }
 
-    fn average_bytes(&self) -> u64 {
-        self.bytes().checked_div(self.count).unwrap_or(0)
+    /// Bytes in a movement, on average.
+    fn average(&self) -> u64 {
+        self.bytes().checked_div(self.runs).unwrap_or(0)
     }
 }
 
-impl Serialize for Transfers {
+impl Serialize for Migrations {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
-        struct InBytes {
-            count: u64,
+        struct Json {
+            runs: u64,
             pages: u64,
             bytes: u64,
-            avg_bytes: u64,
-            min_bytes: u64,
-            max_bytes: u64,
+            average_bytes: u64,
+            pages_by_cause: ByCause,
         }
-        InBytes {
-            count: self.count,
-            pages: self.pages,
+        Json {
+            runs: self.runs,
+            pages: self.pages(),
             bytes: self.bytes(),
-            avg_bytes: self.average_bytes(),
-            min_bytes: self.min_pages * PAGE,
-            max_bytes: self.max_pages * PAGE,
+            average_bytes: self.average(),
+            pages_by_cause: self.pages,
         }
         .serialize(serializer)
     }
@@ -311,20 +270,19 @@ impl Check {
         }
     }
 
-    /// Pages moved both ways: a run in which none did has shown nothing, however right its result.
-    pub(crate) fn moved(counters: &Counters) -> [Check; 2] {
-        let check = |name, way| {
-            let pages = counters.migrated(way);
-            Check {
-                name,
-                found: pages.to_string(),
-                expected: "more than none".to_owned(),
-                passed: pages > 0,
-            }
+    /// What every run must show, however right its result: pages moved both ways, and the runtime
+    /// met nothing that should not exist.
+    pub(crate) fn of_counters(counters: &Counters) -> [Check; 3] {
+        let moved = |name, migrations: &Migrations| Check {
+            name,
+            found: migrations.pages().to_string(),
+            expected: "more than none".to_owned(),
+            passed: migrations.pages() > 0,
         };
         [
-            check("pages migrated to the device", Way::HostToDevice),
-            check("pages migrated to the host", Way::DeviceToHost),
+            moved("pages migrated to the device", &counters.to_device),
+            moved("pages migrated to the host", &counters.to_host),
+            Check::equal("anomalies in the runtime", counters.anomalies, 0),
         ]
     }
 }
@@ -371,7 +329,7 @@ impl Summary {
         writeln!(
             out,
             "{workers} worker{plural}, device memory {memory}, granule {}, delivery {delivery}",
-            size(*granule)
+            size(granule.bytes())
         )?;
 
         if !self.top.is_empty() {
@@ -391,8 +349,8 @@ impl Summary {
             }
             section(out, "Highest ranks", &table)?;
         }
-        section(out, "Shared memory: migrations", &self.migrations())?;
-        section(out, "Shared memory: events", &self.events())?;
+        section(out, "Migrations", &self.migrations())?;
+        section(out, "Events", &self.events())?;
         section(out, "Time", &self.times())?;
 
         let mut table = columns(&[
@@ -439,45 +397,36 @@ impl Summary {
         let mut table = columns(&[
             (Right, "Count"),
             (Right, "Avg Size"),
-            (Right, "Min Size"),
-            (Right, "Max Size"),
             (Right, "Total Size"),
             (Right, "Pages"),
             (Left, "Name"),
         ]);
-        let row = |name: String, transfers: &Transfers| {
-            [
-                transfers.count.to_string(),
-                size(transfers.average_bytes()),
-                size(transfers.min_pages * PAGE),
-                size(transfers.max_pages * PAGE),
-                size(transfers.bytes()),
-                transfers.pages.to_string(),
-                name,
-            ]
-        };
         let Counters {
-            migrations,
-            duplications,
-            ..
+            to_device, to_host, ..
         } = &self.counters;
-        for (way, cause) in Way::ALL
-            .iter()
-            .flat_map(|way| Cause::ALL.map(|cause| (*way, cause)))
-        {
-            let these = |m: &&Migrations| (m.way, m.cause) == (way, cause) && m.transfers.count > 0;
-            for Migrations { transfers, .. } in migrations.iter().filter(these) {
-                table.add_row(row(format!("{way} ({cause})"), transfers));
+        for (migrations, name) in [(to_device, "Host To Device"), (to_host, "Device To Host")] {
+            table.add_row([
+                migrations.runs.to_string(),
+                size(migrations.average()),
+                size(migrations.bytes()),
+                migrations.pages().to_string(),
+                name.to_owned(),
+            ]);
+            for (cause, pages) in migrations
+                .pages
+                .named()
+                .into_iter()
+                .filter(|&(_, pages)| pages > 0)
+            {
+                let (bytes, pages) = (size(pages * PAGE), pages.to_string());
+                table.add_row([
+                    String::new(),
+                    String::new(),
+                    bytes,
+                    pages,
+                    format!("  {cause}"),
+                ]);
             }
-        }
-        if duplications.count > 0 {
-            table.add_row(row(
-                "Duplicated to Device (read-only)".to_owned(),
-                duplications,
-            ));
-        }
-        if table.row_count() == 0 {
-            table.add_row(row("(nothing moved)".to_owned(), &Transfers::default()));
         }
         table
     }
@@ -490,8 +439,12 @@ impl Summary {
             (counters.far_faults_write, "Far faults, write"),
             (counters.far_faults_coalesced, "Far faults, coalesced"),
             (counters.retries, "Retries (interrupted by an invalidation)"),
-            (counters.cpu_faults, "CPU page faults"),
+            (counters.cpu_faults_read, "CPU page faults, read"),
+            (counters.cpu_faults_write, "CPU page faults, write"),
             (counters.invalidations, "Invalidations"),
+            (counters.duplicated_pages, "Pages duplicated"),
+            (counters.collapsed_pages, "Pages collapsed by a write"),
+            (counters.in_place_pages, "Pages used in place"),
         ] {
             table.add_row([count.to_string(), name.to_owned()]);
         }
@@ -596,42 +549,34 @@ mod tests {
     use super::*;
 
     fn summary() -> Summary {
-        let transfers = |count, pages, min_pages, max_pages| Transfers {
-            count,
-            pages,
-            min_pages,
-            max_pages,
-        };
         let counters = Counters {
+            to_device: Migrations {
+                runs: 4,
+                pages: ByCause {
+                    demand: 10,
+                    prefetch: 30,
+                    ..ByCause::default()
+                },
+            },
+            to_host: Migrations {
+                runs: 2,
+                pages: ByCause {
+                    evict: 512,
+                    ..ByCause::default()
+                },
+            },
+            duplicated_pages: 16,
             far_faults_read: 3,
             far_faults_write: 2,
-            cpu_faults: 5,
             retries: 1,
+            cpu_faults_read: 5,
             invalidations: 9,
             translation_hits: 999,
             translation_misses: 1,
-            migrations: vec![
-                Migrations {
-                    way: Way::DeviceToHost,
-                    cause: Cause::Evict,
-                    transfers: transfers(1, 512, 512, 512),
-                },
-                Migrations {
-                    way: Way::HostToDevice,
-                    cause: Cause::Demand,
-                    transfers: transfers(4, 40, 1, 16),
-                },
-                Migrations {
-                    way: Way::HostToDevice,
-                    cause: Cause::Prefetch,
-                    transfers: Transfers::default(),
-                },
-            ],
-            duplications: transfers(1, 16, 16, 16),
             ..Counters::default()
         };
         let mut checks = vec![Check::near("sum of ranks", 1.0, 1.0, 1e-6)];
-        checks.extend(Check::moved(&counters));
+        checks.extend(Check::of_counters(&counters));
         Summary {
             workload: "pagerank",
             input: Input {
@@ -641,8 +586,8 @@ mod tests {
             setup: Setup {
                 workers: 2,
                 device_memory: Some(64 << 20),
-                granule: 65536,
-                delivery: "inline".to_owned(),
+                granule: Granule::K64,
+                delivery: Delivery::Inline,
                 seed: 1,
             },
             top: vec![Ranked {
@@ -671,20 +616,26 @@ Highest ranks:
   #  Name            Rank  In-edges
   1  libc 0.2.0  0.500000         2
 
-Shared memory: migrations:
-  Count  Avg Size  Min Size  Max Size  Total Size  Pages  Name
-      4  40.0 KiB   4.0 KiB  64.0 KiB   160.0 KiB     40  Host To Device (demand)
-      1   2.0 MiB   2.0 MiB   2.0 MiB     2.0 MiB    512  Device To Host (evict)
-      1  64.0 KiB  64.0 KiB  64.0 KiB    64.0 KiB     16  Duplicated to Device (read-only)
+Migrations:
+  Count  Avg Size  Total Size  Pages  Name
+      4  40.0 KiB   160.0 KiB     40  Host To Device
+                     40.0 KiB     10    demand
+                    120.0 KiB     30    prefetch
+      2   1.0 MiB     2.0 MiB    512  Device To Host
+                      2.0 MiB    512    evict
 
-Shared memory: events:
+Events:
    Count  Name
        3  Far faults, read
        2  Far faults, write
        0  Far faults, coalesced
        1  Retries (interrupted by an invalidation)
-       5  CPU page faults
+       5  CPU page faults, read
+       0  CPU page faults, write
        9  Invalidations
+      16  Pages duplicated
+       0  Pages collapsed by a write
+       0  Pages used in place
   99.90%  Translation-cache hit rate
 
 Time:
@@ -699,6 +650,7 @@ Verification:
   sum of ranks                  1.000000000000  1 ± 1e-6        ok
   pages migrated to the device              40  more than none  ok
   pages migrated to the host               512  more than none  ok
+  anomalies in the runtime                   0  0               ok
 
 verified
 ";
@@ -725,23 +677,30 @@ verified
     #[test]
     fn a_run_in_which_nothing_moved_is_a_failure() {
         let mut summary = summary();
-        summary
-            .counters
-            .migrations
-            .retain(|migrations| migrations.way == Way::HostToDevice);
-        summary.checks = Check::moved(&summary.counters).into();
-        assert_eq!(
-            summary.failures().as_deref(),
-            Some("pages migrated to the host is 0, expected more than none")
-        );
-        summary.counters.migrations.clear();
-        assert_eq!(
-            Check::moved(&summary.counters)
-                .iter()
-                .filter(|check| check.passed)
-                .count(),
-            0
-        );
+        let failed = |counters: &Counters| {
+            let checks = Check::of_counters(counters).into_iter();
+            checks
+                .filter(|check| !check.passed)
+                .map(|check| check.name)
+                .collect::<Vec<_>>()
+        };
+        assert!(failed(&summary.counters).is_empty());
+        summary.counters.to_host = Migrations::default();
+        assert_eq!(failed(&summary.counters), ["pages migrated to the host"]);
+        summary.counters.to_device = Migrations::default();
+        assert_eq!(failed(&summary.counters).len(), 2);
+        summary.checks = Check::of_counters(&summary.counters).into();
+        let reason = "pages migrated to the device is 0, expected more than none; \
+                      pages migrated to the host is 0, expected more than none";
+        assert_eq!(summary.failures().as_deref(), Some(reason));
+    }
+
+    #[test]
+    fn an_anomaly_is_a_failure() {
+        let mut summary = summary();
+        summary.counters.anomalies = 1;
+        let [to_device, to_host, anomalies] = Check::of_counters(&summary.counters);
+        assert!(to_device.passed && to_host.passed && !anomalies.passed);
     }
 
     #[test]
@@ -763,14 +722,15 @@ verified
         assert_eq!(json["verified"], true);
         assert_eq!(json["workload"], "pagerank");
         assert_eq!(json["translation_hit_rate"], 0.999);
+        assert_eq!(json["setup"]["granule"], 65536);
+        assert_eq!(json["setup"]["delivery"], "inline");
         assert_eq!(json["time"]["kernel"], 0.001);
         assert_eq!(json["top"][0]["name"], "libc 0.2.0");
-        let demand = &json["counters"]["migrations"][1];
         let expected = serde_json::json!({
-            "way": "host_to_device", "cause": "demand",
-            "count": 4, "pages": 40, "bytes": 163840, "avg_bytes": 40960, "min_bytes": 4096, "max_bytes": 65536,
+            "runs": 4, "pages": 40, "bytes": 163_840, "average_bytes": 40_960,
+            "pages_by_cause": { "demand": 10, "prefetch": 30, "explicit": 0, "evict": 0, "drop": 0 },
         });
-        assert_eq!(*demand, expected);
+        assert_eq!(json["counters"]["to_device"], expected);
         assert_eq!(json["checks"][0]["passed"], true);
     }
 

@@ -289,6 +289,9 @@ pub(crate) fn excerpt(field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use rand::{RngExt, SeedableRng};
+    use rand_pcg::Pcg64Mcg;
+
     use super::*;
 
     #[test]
@@ -338,6 +341,75 @@ mod tests {
         assert!(fits_memory(0) && graph_fits_memory(1 << 10, 1 << 14));
         assert!(!fits_memory(1 << 60) && !fits_memory(u64::MAX));
         assert!(!graph_fits_memory(1 << 60, 0) && !graph_fits_memory(0, u64::MAX));
+    }
+
+    /// Whatever is done to a good file, parsing ends, with edges that are in bounds or a complaint
+    /// that names the file.
+    #[test]
+    fn mutilated_files_are_parsed_or_refused() {
+        /// Bytes that mean something to one of the formats.
+        const TELLING: &[u8] = b"0919 \n,\"[]=-%#";
+        type Parse = fn(&Path, &[u8]) -> Result<Edges, Error>;
+        let lockfile: Parse = |path, bytes| match str::from_utf8(bytes) {
+            Ok(text) => lockfile::parse(path, text),
+            Err(_) => Err(Lines::new(path, bytes).malformed("not UTF-8 text")),
+        };
+        let matrix_market: Parse = |path, bytes| matrix_market::parse(Lines::new(path, bytes));
+        let edge_list: Parse = |path, bytes| edge_list::parse(Lines::new(path, bytes));
+        let package = |name: &str, dependencies: &str| {
+            format!(
+                "[[package]]\nname = \"{name}\"\nversion = \"1.0.0\"\ndependencies = [{dependencies}]\n"
+            )
+        };
+        let lock = package("a", "\"b\", \"c 1.0.0\"") + &package("b", "\"c\"") + &package("c", "");
+        let matrix =
+            "%%MatrixMarket matrix coordinate real symmetric\n3 3 3\n1 1 1e0\n2 1 -2.5\n3 2 3\n";
+        let list = "# edges\n1 2\n2,3 0.5\n18446744073709551615 1\n";
+
+        let mut rng = Pcg64Mcg::seed_from_u64(1);
+        let (mut parsed, mut refused) = (0, 0);
+        for (good, parse) in [
+            (lock.as_str(), lockfile),
+            (matrix, matrix_market),
+            (list, edge_list),
+        ] {
+            for round in 0..3000 {
+                let mut bytes = good.as_bytes().to_vec();
+                for _ in 0..rng.random_range(0..4) {
+                    let at = rng.random_range(0..bytes.len());
+                    match rng.random_range(0..4) {
+                        0 => bytes[at] = rng.random(),
+                        1 => bytes[at] = TELLING[rng.random_range(0..TELLING.len())],
+                        2 => bytes.truncate(at.max(1)),
+                        _ => bytes.insert(at, bytes[rng.random_range(0..bytes.len())]),
+                    }
+                }
+                match parse(Path::new("file"), &bytes) {
+                    Ok(edges) => {
+                        parsed += 1;
+                        let in_bounds = |node: Node| (node as usize) < edges.nr_nodes;
+                        let all = edges
+                            .list
+                            .iter()
+                            .all(|&(from, to)| in_bounds(from) && in_bounds(to));
+                        assert!(all, "round {round}: {bytes:?}");
+                        edges.labels.of(edges.nr_nodes as Node - 1);
+                    }
+                    Err(error) => {
+                        refused += 1;
+                        assert!(
+                            error.to_string().starts_with("file:"),
+                            "round {round}: {error}"
+                        );
+                    }
+                }
+            }
+        }
+        // Both happen, so both were tested.
+        assert!(
+            parsed > 1000 && refused > 1000,
+            "{parsed} parsed, {refused} refused"
+        );
     }
 
     #[test]
