@@ -34,9 +34,9 @@ pub(crate) enum Workload {
     /// Rank the nodes of a graph by PageRank
     Pagerank(Pagerank),
     /// y += a * x over two arrays
-    Saxpy(Array<22>),
+    Saxpy(Array),
     /// Walk a linked list whose nodes lie in random order
-    List(Array<16>),
+    List(Array),
 }
 
 /// `run pagerank`.
@@ -68,12 +68,12 @@ pub(crate) struct Pagerank {
     pub(crate) common: Common,
 }
 
-/// `run saxpy`, `run list`: 2^`LOG2` elements if not told otherwise.
+/// `run saxpy`, `run list`.
 #[derive(Debug, Args)]
-pub(crate) struct Array<const LOG2: u32> {
-    /// How many elements
-    #[arg(long, default_value_t = 1 << LOG2, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) n: u32,
+pub(crate) struct Array {
+    /// How many elements [default: 4194304 for saxpy, 65536 for list]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) n: Option<u32>,
     #[command(flatten)]
     pub(crate) common: Common,
 }

@@ -4,6 +4,7 @@
 //! along the plain edge list where the kernel *pulls* along a CSR, and it is sequential, in memory
 //! no device has ever seen.
 
+use crate::input::arrays::ORDER_PRIME;
 use crate::input::{Edges, Node};
 
 /// What to compute: the same for the oracle and the kernel.
@@ -133,7 +134,7 @@ impl Walk {
     fn visit(&mut self, payload: u64) {
         self.steps += 1;
         self.sum = self.sum.wrapping_add(payload);
-        self.order = (self.order.rotate_left(5) ^ payload).wrapping_mul(0x0100_0000_01b3);
+        self.order = (self.order.rotate_left(5) ^ payload).wrapping_mul(ORDER_PRIME);
     }
 
     /// Walks the cycle of successors from node 0 until it is back there.

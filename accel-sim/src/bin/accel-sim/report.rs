@@ -37,8 +37,16 @@ pub(crate) struct Summary {
 pub(crate) struct Input {
     /// The file, or how it was generated.
     pub(crate) name: String,
-    /// How much of what it has: (133, "packages").
+    /// How much of what it has: (133, "packages"). In JSON: a map from the second to the first.
+    #[serde(serialize_with = "sizes_as_map")]
     pub(crate) sizes: Vec<(u64, &'static str)>,
+}
+
+fn sizes_as_map<S: Serializer>(
+    sizes: &[(u64, &'static str)],
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(sizes.iter().map(|&(n, of)| (of, n)))
 }
 
 /// The accelerator it ran on.
@@ -722,6 +730,7 @@ verified
         assert_eq!(json["verified"], true);
         assert_eq!(json["workload"], "pagerank");
         assert_eq!(json["translation_hit_rate"], 0.999);
+        assert_eq!(json["input"]["sizes"]["packages"], 3);
         assert_eq!(json["setup"]["granule"], 65536);
         assert_eq!(json["setup"]["delivery"], "inline");
         assert_eq!(json["time"]["kernel"], 0.001);

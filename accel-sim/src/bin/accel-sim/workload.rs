@@ -107,44 +107,45 @@ fn converged(found: &Ranking<&[f64]>, settings: &PageRank) -> Check {
 }
 
 /// `run saxpy`.
-pub(crate) fn saxpy<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summary> {
+pub(crate) fn saxpy(args: &Array) -> anyhow::Result<Summary> {
     /// Two arrays of `f32`, and the oracle's own of both.
     const PER_ELEMENT: u64 = 16;
-    array_fits_memory(args.n, PER_ELEMENT)?;
+    let n = args.n.unwrap_or(1 << 22);
+    array_fits_memory(n, PER_ELEMENT)?;
     let mut time = Time::default();
     let setup = setup(&args.common);
-    let Ran { verdict, counters } =
-        kernels::saxpy::run(args.n as usize, &setup, &mut time, |x, y| {
-            // The inputs once more, in memory of their own: the oracle trusts nothing that was
-            // shared.
-            let (mut x_before, mut y_before) = (vec![0.0; x.len()], vec![0.0; y.len()]);
-            arrays::saxpy(args.common.seed, &mut x_before, &mut y_before);
-            let overwritten = x
-                .iter()
-                .zip(&x_before)
-                .filter(|(now, before)| now != before)
-                .count();
-            vec![
-                Check::equal("input elements changed", overwritten, 0),
-                Check::equal(
-                    "wrong elements",
-                    oracle::saxpy_errors(arrays::SAXPY_A, &x_before, &y_before, y),
-                    0,
-                ),
-            ]
-        })?;
-    let input = elements("two arrays", args.n, "elements");
+    let Ran { verdict, counters } = kernels::saxpy::run(n as usize, &setup, &mut time, |x, y| {
+        // The inputs once more, in memory of their own: the oracle trusts nothing that was
+        // shared.
+        let (mut x_before, mut y_before) = (vec![0.0; x.len()], vec![0.0; y.len()]);
+        arrays::saxpy(args.common.seed, &mut x_before, &mut y_before);
+        let overwritten = x
+            .iter()
+            .zip(&x_before)
+            .filter(|(now, before)| now != before)
+            .count();
+        vec![
+            Check::equal("input elements changed", overwritten, 0),
+            Check::equal(
+                "wrong elements",
+                oracle::saxpy_errors(arrays::SAXPY_A, &x_before, &y_before, y),
+                0,
+            ),
+        ]
+    })?;
+    let input = elements("two arrays of f32", n, "elements");
     Ok(summary("saxpy", input, setup, verdict, counters, time))
 }
 
 /// `run list`.
-pub(crate) fn list<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summary> {
+pub(crate) fn list(args: &Array) -> anyhow::Result<Summary> {
     /// A successor, and a node on the device.
     const PER_NODE: u64 = 32;
-    array_fits_memory(args.n, PER_NODE)?;
+    let n = args.n.unwrap_or(1 << 16);
+    array_fits_memory(n, PER_NODE)?;
     let mut time = Time::default();
     let next = timed(&mut time.parse, || {
-        arrays::cycle(args.n as usize, args.common.seed)
+        arrays::cycle(n as usize, args.common.seed)
     });
     let setup = setup(&args.common);
     let Ran { verdict, counters } = kernels::list::run(&next, &setup, &mut time, |found: Walk| {
@@ -155,7 +156,7 @@ pub(crate) fn list<const LOG2: u32>(args: &Array<LOG2>) -> anyhow::Result<Summar
             Check::equal("hash of their order", found.order, expected.order),
         ]
     })?;
-    let input = elements("a list in random order", args.n, "nodes");
+    let input = elements("one cycle in random order", n, "nodes");
     Ok(summary("list", input, setup, verdict, counters, time))
 }
 

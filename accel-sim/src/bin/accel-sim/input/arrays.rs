@@ -33,6 +33,9 @@ pub(crate) fn cycle(n: usize, seed: u64) -> Vec<Node> {
     next
 }
 
+/// What the hash of a list's order multiplies by at each step (the prime of FNV-1a).
+pub(crate) const ORDER_PRIME: u64 = 0x0100_0000_01b3;
+
 /// What list node `i` carries.
 pub(crate) fn payload(i: Node) -> u64 {
     (u64::from(i) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
