@@ -1,1 +1,7 @@
 //! A simulated accelerator on `svm`.
+mod chunk;
+mod shootdown;
+mod sync;
+mod table;
+#[cfg(test)]
+mod table_tests;

@@ -1,0 +1,231 @@
+//! The device page table of one mapped region: three bits a page.
+//!
+//! A translation is the host address plus an offset that is the same for the whole region, so all a page needs is its validity:
+//!
+//! | readable | writable | in place | meaning                                                        |
+//! |----------|----------|----------|----------------------------------------------------------------|
+//! | 0        | 0        | 0        | no translation: far fault                                      |
+//! | 1        | 0        | 0        | loads, at the page's place in the window                       |
+//! | 1        | 1        | 0        | loads and stores, in the window                                |
+//! | -        | -        | 1        | loads and stores at the host address: the page is served there |
+//!
+//! The *edges* of a region, the pages it only partly covers, never move. A launch that holds the borrow works on copies of
+//! them in the window, so their translations never go away; a shared view uses them in place.
+//!
+//! # Rules
+//!
+//! T1. The bits change only under the device lock: they are set by the install of a far fault's round and cleared by an
+//!     invalidation. Hence plain read-modify-writes by a single writer.
+//! T2. Workers read them without a lock, inside a published access (see [`shootdown`](crate::shootdown)), which is what makes a
+//!     set bit mean something. The words live in a mapping of our own, since a signal handler clears them.
+
+use std::ops::Range;
+
+use crate::shootdown::{Rights, Users};
+use crate::sync::{AtomicU64, Ordering};
+
+/// Bits in a word.
+pub(crate) const WORD: usize = 64;
+
+/// Words of a bitmap with one bit per page of a region.
+pub(crate) trait Words {
+    /// Word `i`: pages `64 * i..64 * i + 64`.
+    fn word(&self, i: usize) -> &AtomicU64;
+}
+
+/// Where the pages of a range are for the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// All in device memory.
+    Window,
+    /// All at their host addresses.
+    InPlace,
+    /// Some in each; ask [`Table::place`] page by page.
+    Mixed,
+}
+
+/// Where one page is for the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In device memory, at its place in the window.
+    Window,
+    /// At its host address.
+    Host,
+}
+
+/// The translations of one mapped region.
+#[derive(Debug)]
+pub(crate) struct Table<W> {
+    readable: W,
+    writable: W,
+    in_place: W,
+    /// The pages that lie wholly in the region. Pages are relative to the region's base.
+    body: Range<usize>,
+    nr_pages: usize,
+}
+
+/// The bits of word `i` that lie in `pages`.
+pub(crate) fn mask(i: usize, pages: &Range<usize>) -> u64 {
+    let start = pages.start.saturating_sub(i * WORD).min(WORD);
+    let end = pages.end.saturating_sub(i * WORD).min(WORD);
+    if start >= end {
+        return 0;
+    }
+    (u64::MAX >> (WORD - (end - start))) << start
+}
+
+/// The words that `pages` touch.
+pub(crate) fn words(pages: &Range<usize>) -> Range<usize> {
+    if pages.is_empty() {
+        0..0
+    } else {
+        pages.start / WORD..pages.end.div_ceil(WORD)
+    }
+}
+
+impl<W: Words> Table<W> {
+    /// A table without translations but those of the edges: bitmaps are zero, of `nr_pages` bits, of which `body` can move.
+    pub(crate) fn new(
+        readable: W,
+        writable: W,
+        in_place: W,
+        nr_pages: usize,
+        body: Range<usize>,
+    ) -> Table<W> {
+        let table = Table {
+            readable,
+            writable,
+            in_place,
+            body,
+            nr_pages,
+        };
+        let body = table.body.clone();
+        if body.is_empty() {
+            table.set(&table.writable, &(0..nr_pages));
+            table.set(&table.readable, &(0..nr_pages));
+        } else {
+            for edge in [0..body.start, body.end..nr_pages] {
+                table.set(&table.writable, &edge);
+                table.set(&table.readable, &edge);
+            }
+        }
+        table
+    }
+
+    fn set(&self, bits: &W, pages: &Range<usize>) {
+        for i in words(pages) {
+            or(bits.word(i), mask(i, pages));
+        }
+    }
+
+    /// The pages that can move: all but the edges.
+    pub(crate) fn body(&self) -> &Range<usize> {
+        &self.body
+    }
+
+    /// Pages of the table, edges included.
+    pub(crate) fn nr_pages(&self) -> usize {
+        self.nr_pages
+    }
+
+    /// Establishes translations for word `i`. T1: the caller holds the device lock, and the protocol's leave.
+    pub(crate) fn install(&self, i: usize, readable: u64, writable: u64, in_place: u64) {
+        let body = mask(i, &self.body);
+        // Relaxed: a worker relies on a set bit only for its own fault (which the device lock and the fault's return order), or after the page has
+        // been there all along; the page's contents are ordered by `or`'s Release against the reader's Acquire.
+        or(self.in_place.word(i), in_place & body);
+        or(self.writable.word(i), writable & body);
+        or(self.readable.word(i), readable & body);
+    }
+
+    /// Takes the translations of `pages` away, or only the right to write. T1: the caller holds the device lock.
+    ///
+    /// A page served in place can be written, so a caller that lets readers stay takes that right away too; they fault again.
+    pub(crate) fn clear(&self, pages: &Range<usize>, users: Users) {
+        let pages = pages.start.max(self.body.start)..pages.end.min(self.body.end);
+        if pages.is_empty() {
+            return;
+        }
+        for i in words(&pages) {
+            let keep = !mask(i, &pages);
+            and(self.writable.word(i), keep);
+            and(self.in_place.word(i), keep);
+            if users == Users::All {
+                and(self.readable.word(i), keep);
+            }
+        }
+    }
+
+    /// The pages of word `i` that can be used in their window, and those that can be used in place.
+    #[inline]
+    fn valid(&self, i: usize, rights: Rights) -> (u64, u64) {
+        // Acquire: pairs with the Release in `or`, so that a page's contents are there when its translation is.
+        let in_place = self.in_place.word(i).load(Ordering::Acquire);
+        let window = match rights {
+            Rights::Read => self.readable.word(i).load(Ordering::Acquire),
+            Rights::Write => self.writable.word(i).load(Ordering::Acquire),
+        };
+        (window & !in_place, in_place)
+    }
+
+    /// Where the device finds `page`, if it has a translation with these rights.
+    #[inline]
+    pub(crate) fn place(&self, page: usize, rights: Rights) -> Option<Place> {
+        let (window, in_place) = self.valid(page / WORD, rights);
+        let bit = 1 << (page % WORD);
+        if in_place & bit != 0 {
+            Some(Place::Host)
+        } else if window & bit != 0 {
+            Some(Place::Window)
+        } else {
+            None
+        }
+    }
+
+    /// Where the device finds all of `pages`, or the first of them that it has no translation for.
+    #[inline]
+    pub(crate) fn extent(&self, pages: &Range<usize>, rights: Rights) -> Result<Extent, usize> {
+        let (mut any_window, mut any_in_place) = (false, false);
+        for i in words(pages) {
+            let mask = mask(i, pages);
+            let (window, in_place) = self.valid(i, rights);
+            let missing = mask & !(window | in_place);
+            if missing != 0 {
+                return Err(i * WORD + missing.trailing_zeros() as usize);
+            }
+            any_window |= window & mask != 0;
+            any_in_place |= in_place & mask != 0;
+        }
+        Ok(match (any_window, any_in_place) {
+            (true, true) => Extent::Mixed,
+            (false, true) => Extent::InPlace,
+            (_, false) => Extent::Window,
+        })
+    }
+
+    /// How many of `pages` have no translation with these rights.
+    pub(crate) fn nr_missing(&self, pages: &Range<usize>, rights: Rights) -> usize {
+        words(pages)
+            .map(|i| {
+                let (window, in_place) = self.valid(i, rights);
+                (mask(i, pages) & !(window | in_place)).count_ones() as usize
+            })
+            .sum()
+    }
+}
+
+/// Sets bits, as the single writer (T1).
+fn or(word: &AtomicU64, bits: u64) {
+    if bits != 0 {
+        // Release: pairs with the Acquire in `Table::valid`.
+        word.store(word.load(Ordering::Relaxed) | bits, Ordering::Release);
+    }
+}
+
+/// Clears bits, as the single writer (T1). What orders it against the workers is the handshake's fence.
+fn and(word: &AtomicU64, keep: u64) {
+    let old = word.load(Ordering::Relaxed);
+    if old & !keep != 0 {
+        word.store(old & keep, Ordering::Relaxed);
+    }
+}
