@@ -218,12 +218,12 @@ impl Slot {
         result
     }
 
-    /// Whether an access or an open span of this worker uses one of the host `pages`.
-    pub(crate) fn uses(&self, pages: &Range<u64>, users: Users) -> bool {
+    /// Whether an access or an open span of this worker, of the kind that counts, uses host pages for which `intersects` says true.
+    pub(crate) fn uses(&self, users: Users, intersects: impl Fn(Range<u64>) -> bool) -> bool {
         let counts = |write: u64| users == Users::All || write == 1;
         // S4. Acquire, here and below: a closed span's accesses happen before what the shooter does next.
         let access = self.access.load(Ordering::Acquire);
-        if access != 0 && counts(access >> 1 & 1) && pages.contains(&(access >> 2)) {
+        if access != 0 && counts(access >> 1 & 1) && intersects(access >> 2..(access >> 2) + 1) {
             return true;
         }
         self.spans.iter().any(|span| {
@@ -232,7 +232,8 @@ impl Slot {
                 return false;
             }
             let first = span.first.load(Ordering::Relaxed);
-            counts(first & 1) && first >> 1 < pages.end && pages.start < end
+            // The pair may be torn (see the module): then the range may be empty or too long, and this look does not matter.
+            counts(first & 1) && first >> 1 < end && intersects(first >> 1..end)
         })
     }
 }
@@ -288,7 +289,13 @@ impl Generation {
     }
 }
 
-/// Whether no access that relies on a translation to `pages` taken away before is still in flight. A look, not a wait.
-pub(crate) fn quiesced(workers: &[Slot], pages: &Range<u64>, users: Users) -> bool {
-    !workers.iter().any(|w| w.uses(pages, users))
+/// Whether no access that relies on a translation taken away before is still in flight, on pages for which `intersects` says true.
+///
+/// A look, not a wait.
+pub(crate) fn quiesced(
+    workers: &[Slot],
+    users: Users,
+    intersects: impl Fn(Range<u64>) -> bool,
+) -> bool {
+    !workers.iter().any(|w| w.uses(users, &intersects))
 }

@@ -9,9 +9,6 @@
 //! | 1        | 1        | 0        | loads and stores, in the window                                |
 //! | -        | -        | 1        | loads and stores at the host address: the page is served there |
 //!
-//! The *edges* of a region, the pages it only partly covers, never move. A launch that holds the borrow works on copies of
-//! them in the window, so their translations never go away; a shared view uses them in place.
-//!
 //! # Rules
 //!
 //! T1. The bits change only under the device lock: they are set by the install of a far fault's round and cleared by an
@@ -53,15 +50,12 @@ pub(crate) enum Place {
     Host,
 }
 
-/// The translations of one mapped region.
+/// The translations of one mapped region. Pages are counted from the region's base.
 #[derive(Debug)]
 pub(crate) struct Table<W> {
     readable: W,
     writable: W,
     in_place: W,
-    /// The pages that lie wholly in the region. Pages are relative to the region's base.
-    body: Range<usize>,
-    nr_pages: usize,
 }
 
 /// The bits of word `i` that lie in `pages`.
@@ -84,75 +78,30 @@ pub(crate) fn words(pages: &Range<usize>) -> Range<usize> {
 }
 
 impl<W: Words> Table<W> {
-    /// A table without translations but those of the edges: bitmaps are zero, of `nr_pages` bits, of which `body` can move.
-    pub(crate) fn new(
-        readable: W,
-        writable: W,
-        in_place: W,
-        nr_pages: usize,
-        body: Range<usize>,
-    ) -> Table<W> {
-        let table = Table {
+    /// A table without translations: the bitmaps are zero.
+    pub(crate) fn new(readable: W, writable: W, in_place: W) -> Table<W> {
+        Table {
             readable,
             writable,
             in_place,
-            body,
-            nr_pages,
-        };
-        let body = table.body.clone();
-        if body.is_empty() {
-            table.set(&table.writable, &(0..nr_pages));
-            table.set(&table.readable, &(0..nr_pages));
-        } else {
-            for edge in [0..body.start, body.end..nr_pages] {
-                table.set(&table.writable, &edge);
-                table.set(&table.readable, &edge);
-            }
         }
-        table
-    }
-
-    fn set(&self, bits: &W, pages: &Range<usize>) {
-        for i in words(pages) {
-            or(bits.word(i), mask(i, pages));
-        }
-    }
-
-    /// The pages that can move: all but the edges.
-    pub(crate) fn body(&self) -> &Range<usize> {
-        &self.body
-    }
-
-    /// Pages of the table, edges included.
-    pub(crate) fn nr_pages(&self) -> usize {
-        self.nr_pages
     }
 
     /// Establishes translations for word `i`. T1: the caller holds the device lock, and the protocol's leave.
     pub(crate) fn install(&self, i: usize, readable: u64, writable: u64, in_place: u64) {
-        let body = mask(i, &self.body);
-        // Relaxed: a worker relies on a set bit only for its own fault (which the device lock and the fault's return order), or after the page has
-        // been there all along; the page's contents are ordered by `or`'s Release against the reader's Acquire.
-        or(self.in_place.word(i), in_place & body);
-        or(self.writable.word(i), writable & body);
-        or(self.readable.word(i), readable & body);
+        or(self.in_place.word(i), in_place);
+        or(self.writable.word(i), writable);
+        or(self.readable.word(i), readable | writable);
     }
 
-    /// Takes the translations of `pages` away, or only the right to write. T1: the caller holds the device lock.
+    /// Takes the translations of word `i` that are in `bits` away, or only the right to write. T1: the caller holds the device lock.
     ///
-    /// A page served in place can be written, so a caller that lets readers stay takes that right away too; they fault again.
-    pub(crate) fn clear(&self, pages: &Range<usize>, users: Users) {
-        let pages = pages.start.max(self.body.start)..pages.end.min(self.body.end);
-        if pages.is_empty() {
-            return;
-        }
-        for i in words(&pages) {
-            let keep = !mask(i, &pages);
-            and(self.writable.word(i), keep);
-            and(self.in_place.word(i), keep);
-            if users == Users::All {
-                and(self.readable.word(i), keep);
-            }
+    /// A page served in place can be written, so a caller that lets readers stay takes its translation away too; they fault again.
+    pub(crate) fn clear(&self, i: usize, bits: u64, users: Users) {
+        and(self.writable.word(i), !bits);
+        and(self.in_place.word(i), !bits);
+        if users == Users::All {
+            and(self.readable.word(i), !bits);
         }
     }
 

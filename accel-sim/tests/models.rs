@@ -100,10 +100,15 @@ struct Machine {
 
 const PAGE: usize = 5;
 
+/// Whether a span uses this page.
+fn on(page: usize) -> impl Fn(std::ops::Range<u64>) -> bool {
+    move |pages| pages.contains(&(page as u64))
+}
+
 impl Machine {
     fn new() -> Machine {
         let words = || vec![AtomicU64::new(0)];
-        let table = Table::new(words(), words(), words(), 64, 0..64);
+        let table = Table::new(words(), words(), words());
         table.install(0, 1 << PAGE | 1 << (PAGE + 1), 1 << PAGE, 0);
         Machine {
             generation: Generation::new(),
@@ -127,12 +132,12 @@ impl Machine {
     fn shoot_if(&self, users: Users, light_only: bool) {
         took_heavy_fence();
         self.generation
-            .take_away(|| self.table.clear(&(PAGE..PAGE + 1), users));
+            .take_away(|| self.table.clear(0, 1 << PAGE, users));
         self.generation.announce(&self.workers);
         if took_heavy_fence() && light_only {
             return;
         }
-        while !quiesced(&self.workers, &(PAGE as u64..PAGE as u64 + 1), users) {
+        while !quiesced(&self.workers, users, on(PAGE)) {
             thread::yield_now();
         }
         self.frame.store(1, Ordering::Relaxed);
@@ -188,7 +193,7 @@ fn item_against_shootdown() {
                 slot.close(0, 2);
             }
             assert!(
-                !slot.uses(&(0..64), Users::All),
+                !slot.uses(Users::All, |_| true),
                 "nothing is published outside an item"
             );
         }
@@ -267,18 +272,10 @@ fn unrelated_spans_do_not_wait() {
         move || {
             m.shoot(Users::Writers);
             m.generation
-                .take_away(|| m.table.clear(&(PAGE + 1..PAGE + 2), Users::All));
+                .take_away(|| m.table.clear(0, 2 << PAGE, Users::All));
             m.generation.announce(&m.workers);
-            assert!(quiesced(
-                &m.workers,
-                &(PAGE as u64 + 1..PAGE as u64 + 2),
-                Users::All
-            ));
-            assert!(!quiesced(
-                &m.workers,
-                &(PAGE as u64..PAGE as u64 + 1),
-                Users::All
-            ));
+            assert!(quiesced(&m.workers, Users::All, on(PAGE + 1)));
+            assert!(!quiesced(&m.workers, Users::All, on(PAGE)));
         }
     });
     shooter
