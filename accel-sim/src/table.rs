@@ -2,18 +2,20 @@
 //!
 //! A translation is the host address plus an offset that is the same for the whole region, so all a page needs is its validity:
 //!
-//! | readable | writable | in place | meaning                                                        |
-//! |----------|----------|----------|----------------------------------------------------------------|
-//! | 0        | 0        | 0        | no translation: far fault                                      |
-//! | 1        | 0        | 0        | loads, at the page's place in the window                       |
-//! | 1        | 1        | 0        | loads and stores, in the window                                |
-//! | -        | -        | 1        | loads and stores at the host address: the page is served there |
+//! | readable | writable | in place | meaning                                               |
+//! |----------|----------|----------|-------------------------------------------------------|
+//! | 0        | 0        | -        | no translation: far fault                             |
+//! | 1        | 0        | 0        | loads, at the page's place in the window              |
+//! | 1        | 1        | 0        | loads and stores, in the window                       |
+//! | 1        | 0 or 1   | 1        | the same, at the host address: the page is served there |
 //!
 //! # Rules
 //!
 //! T1. The bits change only under the device lock: they are set by the install of a far fault's round and cleared by an
 //!     invalidation. Hence plain read-modify-writes by a single writer.
-//! T2. Workers read them without a lock, inside a published access (see [`shootdown`](crate::shootdown)), which is what makes a
+//! T2. `in place` is set when a translation is established and *stays* when it goes: it means nothing without one. A worker that
+//!     reads the right first and the place second therefore never pairs a right with the wrong place.
+//! T3. Workers read them without a lock, inside a published access (see [`shootdown`](crate::shootdown)), which is what makes a
 //!     set bit mean something. The words live in a mapping of our own, since a signal handler clears them.
 
 use std::ops::Range;
@@ -87,19 +89,20 @@ impl<W: Words> Table<W> {
         }
     }
 
-    /// Establishes translations for word `i`. T1: the caller holds the device lock, and the protocol's leave.
+    /// Establishes translations for word `i`: for the readable pages, some of which are writable too, and some in place. Pages in
+    /// neither set keep what they have. T1: the caller holds the device lock, and the protocol's leave.
     pub(crate) fn install(&self, i: usize, readable: u64, writable: u64, in_place: u64) {
-        or(self.in_place.word(i), in_place);
+        let pages = readable | writable;
+        // T2: the place first. Only pages that have no translation yet can change theirs.
+        and(self.in_place.word(i), !pages | in_place);
+        or(self.in_place.word(i), pages & in_place);
+        or(self.readable.word(i), pages);
         or(self.writable.word(i), writable);
-        or(self.readable.word(i), readable | writable);
     }
 
     /// Takes the translations of word `i` that are in `bits` away, or only the right to write. T1: the caller holds the device lock.
-    ///
-    /// A page served in place can be written, so a caller that lets readers stay takes its translation away too; they fault again.
     pub(crate) fn clear(&self, i: usize, bits: u64, users: Users) {
         and(self.writable.word(i), !bits);
-        and(self.in_place.word(i), !bits);
         if users == Users::All {
             and(self.readable.word(i), !bits);
         }
@@ -108,13 +111,14 @@ impl<W: Words> Table<W> {
     /// The pages of word `i` that can be used in their window, and those that can be used in place.
     #[inline]
     fn valid(&self, i: usize, rights: Rights) -> (u64, u64) {
-        // Acquire: pairs with the Release in `or`, so that a page's contents are there when its translation is.
-        let in_place = self.in_place.word(i).load(Ordering::Acquire);
-        let window = match rights {
-            Rights::Read => self.readable.word(i).load(Ordering::Acquire),
-            Rights::Write => self.writable.word(i).load(Ordering::Acquire),
+        let right = match rights {
+            Rights::Read => &self.readable,
+            Rights::Write => &self.writable,
         };
-        (window & !in_place, in_place)
+        // Acquire: pairs with the Release in `or`, so that a page's place (T2) and contents are there when its right is.
+        let valid = right.word(i).load(Ordering::Acquire);
+        let in_place = self.in_place.word(i).load(Ordering::Relaxed);
+        (valid & !in_place, valid & in_place)
     }
 
     /// Where the device finds `page`, if it has a translation with these rights.

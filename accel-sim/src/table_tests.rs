@@ -37,7 +37,7 @@ fn masks_cover_exactly_their_pages() {
 #[test]
 fn the_right_to_write_is_not_the_right_to_read() {
     let t = table(64);
-    t.install(0, 0b01, 0b10, 0b100);
+    t.install(0, 0b101, 0b110, 0b100);
     assert_eq!(t.place(0, Rights::Read), Some(Place::Window));
     assert_eq!(t.place(0, Rights::Write), None);
     assert_eq!(
@@ -53,7 +53,7 @@ fn the_right_to_write_is_not_the_right_to_read() {
 fn an_extent_says_where_all_of_it_is_or_what_is_missing() {
     let t = table(192);
     t.install(0, u64::MAX, u64::MAX, 0);
-    t.install(1, 0, 0, u64::MAX);
+    t.install(1, u64::MAX, u64::MAX, u64::MAX);
     assert_eq!(t.extent(&(3..60), Rights::Write), Ok(Extent::Window));
     assert_eq!(t.extent(&(64..128), Rights::Write), Ok(Extent::InPlace));
     assert_eq!(t.extent(&(63..65), Rights::Read), Ok(Extent::Mixed));
@@ -72,4 +72,17 @@ fn readers_may_stay() {
     assert_eq!(t.nr_missing(&(64..128), Rights::Write), 10);
     t.clear(1, u64::MAX, Users::All);
     assert_eq!(t.extent(&(64..128), Rights::Read), Err(64));
+}
+
+#[test]
+fn a_page_that_comes_back_may_be_elsewhere() {
+    let t = table(64);
+    t.install(0, 0b11, 0, 0b01);
+    assert_eq!(t.place(0, Rights::Read), Some(Place::Host));
+    assert_eq!(t.place(0, Rights::Write), None, "in place, but to be read only");
+    t.clear(0, 0b01, Users::All);
+    assert_eq!(t.place(0, Rights::Read), None);
+    t.install(0, 0b01, 0b01, 0);
+    assert_eq!(t.place(0, Rights::Write), Some(Place::Window));
+    assert_eq!(t.place(1, Rights::Read), Some(Place::Window), "an install leaves other pages as they are");
 }
