@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
-use svm::{AttachOptions, DeviceFault, PAGE_SIZE};
+use svm::addr::PAGE_SIZE;
+use svm::{AttachOptions, DeviceFault};
 
 use crate::chunk::Budget;
 use crate::device::Sim;
@@ -146,8 +147,8 @@ impl Accelerator {
         K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync,
     {
         let operands = self.operands(&views)?;
-        let kernel = &kernel;
-        let work = SpanWork::<V, _>::new(operands, move |spans: <V as SpanSet>::Spans<'_>| kernel(spans), self.budget())?;
+        let budget = self.budget(&operands);
+        let work = SpanWork::<V, &K>::new(operands, &kernel, budget)?;
         self.run_work(Box::new(work))
     }
 
@@ -172,7 +173,7 @@ impl Accelerator {
     pub fn run_items<V, K>(&self, nr_items: usize, views: V, kernel: K) -> Result<(), Error>
     where
         V: ViewSet,
-        K: for<'s> Fn(&'s Lane<'s>, usize, &'s <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync,
+        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync,
     {
         let operands = self.operands(&views)?;
         let work = ItemWork::<V, &K>::new(operands, nr_items, &kernel, self.workers());
@@ -230,7 +231,8 @@ impl Accelerator {
         K: for<'s> Fn(<B as SpanSet>::Spans<'s>) + Sync + Send + 'static,
     {
         let operands = self.operands(&buffers)?;
-        let work = SpanWork::<B, K>::new(operands, kernel, self.budget())?;
+        let budget = self.budget(&operands);
+        let work = SpanWork::<B, K>::new(operands, kernel, budget)?;
         self.spawn_work(buffers, work)
     }
 
@@ -242,7 +244,7 @@ impl Accelerator {
     pub fn spawn_items<B, K>(&self, nr_items: usize, buffers: B, kernel: K) -> Result<Job<B>, Error>
     where
         B: ViewSet + Send + 'static,
-        K: for<'s> Fn(&'s Lane<'s>, usize, &'s <B as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
+        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <B as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
             + Sync
             + Send
             + 'static,
@@ -275,8 +277,12 @@ impl Accelerator {
         Operands::new(&self.shared, views)
     }
 
-    fn budget(&self) -> Budget {
-        Budget { nr_workers: self.workers(), granule: PAGE_SIZE, memory_bytes: self.options.memory_bytes }
+    fn budget(&self, operands: &Operands) -> Budget {
+        Budget {
+            nr_workers: self.workers(),
+            granule: operands.granule_pages * PAGE_SIZE,
+            memory_bytes: self.options.memory_bytes,
+        }
     }
 
     fn enqueue(&self, launch: &Arc<Launch>) {
@@ -385,7 +391,8 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync + Send + 'scope,
     {
         let operands = self.accel.operands(&views)?;
-        let work = SpanWork::<V, K>::new(operands, kernel, self.accel.budget())?;
+        let budget = self.accel.budget(&operands);
+        let work = SpanWork::<V, K>::new(operands, kernel, budget)?;
         Ok(self.launch_work(Box::new(work)))
     }
 
@@ -397,7 +404,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     pub fn launch_items<V, K>(&'scope self, nr_items: usize, views: V, kernel: K) -> Result<ScopedLaunch<'scope>, Error>
     where
         V: ViewSet + 'scope,
-        K: for<'s> Fn(&'s Lane<'s>, usize, &'s <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
+        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
             + Sync
             + Send
             + 'scope,

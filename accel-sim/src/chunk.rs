@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use svm::{BLOCK_SIZE, PAGE_SIZE};
+use svm::addr::{BLOCK_SIZE, PAGE_SIZE};
 
 /// Where one view's elements lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::{
-    Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, PAGE_SIZE, PageBits, PageMask, Valid, WouldBlock,
+    Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, PageBits, PageMask, Valid, WouldBlock,
 };
 
 use crate::options::MAX_WORKERS;
@@ -11,10 +12,8 @@ use crate::shootdown::{Generation, Slot, Users, quiesced};
 use crate::sync::AtomicU64;
 use crate::table::{self, Table, Words};
 
-/// Pages of a block.
-const BLOCK_PAGES: usize = svm::BLOCK_SIZE / PAGE_SIZE;
 /// Words of a block in a bitmap.
-const BLOCK_WORDS: usize = BLOCK_PAGES / table::WORD;
+const BLOCK_WORDS: usize = PAGES_PER_BLOCK / table::WORD;
 
 /// The simulated device. It lies, whole, in a mapping of the runtime's own: signal handlers read and write it.
 #[derive(Debug)]
@@ -82,8 +81,8 @@ impl RegionTable {
 
     /// The pages of `block` that lie in a run of host pages.
     fn pages_of_block(&self, block: usize, host_pages: &Range<u64>) -> PageMask {
-        let origin = self.first_page + (block * BLOCK_PAGES) as u64;
-        let clip = |page: u64| page.saturating_sub(origin).min(BLOCK_PAGES as u64) as usize;
+        let origin = self.first_page + (block * PAGES_PER_BLOCK) as u64;
+        let clip = |page: u64| page.saturating_sub(origin).min(PAGES_PER_BLOCK as u64) as usize;
         PageMask::range(clip(host_pages.start)..clip(host_pages.end))
     }
 }

@@ -107,7 +107,7 @@ impl From<Error> for svm::Error {
         match error {
             Error::Runtime(error) => error,
             Error::Fault(fault) => fault.into(),
-            other => svm::Error::other("launch", other.to_string()),
+            other => svm::Error::kernel("launch", other.to_string()),
         }
     }
 }

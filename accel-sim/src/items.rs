@@ -25,7 +25,7 @@ pub(crate) struct ItemWork<V, K> {
 impl<V, K> ItemWork<V, K>
 where
     V: ViewSet,
-    K: for<'s> Fn(&'s Lane<'s>, usize, &'s <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
+    K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
 {
     pub(crate) fn new(operands: Operands, nr_items: usize, kernel: K, nr_workers: usize) -> Self {
         let batch = (nr_items / (8 * nr_workers)).clamp(1, 1024);
@@ -49,7 +49,7 @@ impl Drop for ElementMode<'_> {
 impl<V, K> Work for ItemWork<V, K>
 where
     V: ViewSet,
-    K: for<'s> Fn(&'s Lane<'s>, usize, &'s <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
+    K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
 {
     fn nr_items(&self) -> usize {
         self.nr_items.div_ceil(self.batch)

@@ -15,7 +15,8 @@ use std::fmt;
 use std::marker::PhantomData;
 
 use bytemuck::Pod;
-use svm::{Access, DeviceFault, DeviceFaultKind, PAGE_SIZE, Ptr};
+use svm::addr::PAGE_SIZE;
+use svm::{Access, DeviceFault, DeviceFaultKind, Ptr};
 
 use crate::launch::{Launch, Operand};
 use crate::shootdown::{Rights, STRADDLE};
@@ -23,7 +24,7 @@ use crate::space::Space;
 use crate::sync::Ordering;
 use crate::table::Place;
 use crate::view::sealed::Handle;
-use crate::words::{self, Atomic, Update, word_bytes};
+use crate::words::{self, Atomic, word_bytes};
 use crate::worker::Worker;
 
 /// A worker's translation cache: direct-mapped, its own.

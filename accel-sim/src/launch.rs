@@ -137,11 +137,6 @@ impl Launch {
         }
     }
 
-    /// A number that no other launch has.
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
     /// How often it is to be put in the queue.
     pub(crate) fn tickets(&self) -> usize {
         self.state().tickets

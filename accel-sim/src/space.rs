@@ -6,7 +6,8 @@
 
 use std::ops::Range;
 
-use svm::{MappedRef, PAGE_SIZE, RegionRef};
+use svm::addr::PAGE_SIZE;
+use svm::{MappedRef, RegionRef};
 
 use crate::device::Sim;
 use crate::shootdown::Rights;

@@ -13,7 +13,8 @@
 use std::ops::Range;
 use std::ptr::{NonNull, copy_nonoverlapping, with_exposed_provenance, with_exposed_provenance_mut};
 
-use svm::{DeviceFault, DeviceFaultKind, PAGE_SIZE};
+use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use svm::{DeviceFault, DeviceFaultKind};
 
 use crate::chunk::{self, Budget, Chunks, TooSmall};
 use crate::error::Error;
@@ -211,7 +212,7 @@ fn open<'a>(
                 }
                 worker.fetch(want.space, missing..want.pages.end, rights, attempt)?;
                 // On to the next block; what was lost again meanwhile is the next attempt's.
-                from = (missing / BLOCK_PAGES + 1) * BLOCK_PAGES;
+                from = (missing / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK;
                 if from >= want.pages.end {
                     break;
                 }
@@ -220,8 +221,6 @@ fn open<'a>(
     }
     unreachable!("the loop ends by returning")
 }
-
-const BLOCK_PAGES: usize = svm::BLOCK_SIZE / PAGE_SIZE;
 
 /// Aligned for any element.
 #[derive(Clone, Copy)]

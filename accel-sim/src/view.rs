@@ -234,13 +234,14 @@ impl<T: Pod> Operand for Buffer<T> {
     type Elements<'s> = ElementsMut<'s, T>;
 
     fn describe(&self) -> Option<Description<'_>> {
+        let view = self.view();
         Some(Description {
-            addr: self.addr(),
-            len: self.len(),
+            addr: view.addr(),
+            len: view.len(),
             size: size_of::<T>(),
             rights: Rights::Write,
             sharing: Sharing::Borrowed,
-            region: self.region(),
+            region: view.region(),
         })
     }
 
@@ -271,7 +272,7 @@ impl Operand for Indices {
 impl SpanOperand for Indices {
     type Span<'s> = Range<usize>;
 
-    unsafe fn span<'s>(chunk: Chunk) -> Range<usize> {
+    unsafe fn span<'s>(chunk: Chunk) -> Self::Span<'s> {
         chunk.first..chunk.first + chunk.len
     }
 }

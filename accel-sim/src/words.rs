@@ -98,8 +98,6 @@ mod sealed {
     }
 }
 
-pub(crate) use sealed::Update;
-
 /// Numbers that a kernel can update atomically: the integers of 1 to 8 bytes, `f32` and `f64`.
 ///
 /// Integers wrap. Floats are updated by compare-and-exchange of their bits; `compare_exchange` compares bits too.

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
-use svm::{Attachment, DeviceFault, PAGE_SIZE};
+use svm::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
+use svm::{Attachment, DeviceFault};
 
 use crate::device::Sim;
 use crate::lane::{Cache, access_of};
@@ -19,8 +20,6 @@ use crate::space::Space;
 use crate::span::Bounce;
 use crate::stats::Counters;
 use crate::sync::AtomicU64;
-
-const BLOCK_PAGES: usize = svm::BLOCK_SIZE / PAGE_SIZE;
 
 /// Locks that far faults take turns on; two blocks that share one only wait a little longer.
 const NR_TURNS: usize = 64;
@@ -131,9 +130,9 @@ impl Worker {
         rights: Rights,
         attempt: u32,
     ) -> Result<(), DeviceFault> {
-        let block = pages.start / BLOCK_PAGES;
-        let pages = region.body_of(&(pages.start..pages.end.min((block + 1) * BLOCK_PAGES)));
-        let turn = (region.addr_of(block * BLOCK_PAGES) / svm::BLOCK_SIZE) % NR_TURNS;
+        let block = pages.start / PAGES_PER_BLOCK;
+        let pages = region.body_of(&(pages.start..pages.end.min((block + 1) * PAGES_PER_BLOCK)));
+        let turn = (region.addr_of(block * PAGES_PER_BLOCK) / BLOCK_SIZE) % NR_TURNS;
         let _turn = self.shared.turns[turn].lock().unwrap_or_else(PoisonError::into_inner);
         if region.nr_missing(&pages, rights) == 0 {
             self.counters().coalesced();
