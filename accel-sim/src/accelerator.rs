@@ -57,11 +57,24 @@ impl Accelerator {
             attach = attach.memory_bytes(bytes);
         }
         let attachment = svm::attach(Sim::new(options.workers), attach)?;
-        let shared = Arc::new(Shared::new(attachment, options.workers, options.fault_timeout));
+        let shared = Arc::new(Shared::new(
+            attachment,
+            options.workers,
+            options.fault_timeout,
+        ));
         let (sender, queue) = unbounded::<Arc<Launch>>();
-        let mut accel = Accelerator { shared, options, queue: Some(sender), threads: Vec::new() };
+        let mut accel = Accelerator {
+            shared,
+            options,
+            queue: Some(sender),
+            threads: Vec::new(),
+        };
         for i in 0..accel.options.workers {
-            let parts = WorkerParts { index: i, shared: accel.shared.clone(), cache_entries: accel.options.cache_entries };
+            let parts = WorkerParts {
+                index: i,
+                shared: accel.shared.clone(),
+                cache_entries: accel.options.cache_entries,
+            };
             let range = accel.shared.attachment.range()?;
             let queue = queue.clone();
             let thread = std::thread::Builder::new()
@@ -173,7 +186,12 @@ impl Accelerator {
     pub fn run_items<V, K>(&self, nr_items: usize, views: V, kernel: K) -> Result<(), Error>
     where
         V: ViewSet,
-        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync,
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <V as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
+            + Sync,
     {
         let operands = self.operands(&views)?;
         let work = ItemWork::<V, &K>::new(operands, nr_items, &kernel, self.workers());
@@ -200,11 +218,24 @@ impl Accelerator {
     where
         F: for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> Result<R, Error>,
     {
-        let scope = Scope { accel: self, launches: Mutex::default(), _scope: PhantomData, _env: PhantomData };
+        let scope = Scope {
+            accel: self,
+            launches: Mutex::default(),
+            _scope: PhantomData,
+            _env: PhantomData,
+        };
         let result = catch_unwind(AssertUnwindSafe(|| f(&scope)));
-        let launches = std::mem::take(&mut *scope.launches.lock().unwrap_or_else(PoisonError::into_inner));
+        let launches = std::mem::take(
+            &mut *scope
+                .launches
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
         // Each is waited for, whatever the others came to.
-        let ended = launches.iter().map(|launch| launch.wait()).fold(Ok(()), Result::and);
+        let ended = launches
+            .iter()
+            .map(|launch| launch.wait())
+            .fold(Ok(()), Result::and);
         match result {
             Ok(result) => result.and_then(|r| ended.map(|()| r)),
             Err(panic) => resume_unwind(panic),
@@ -244,7 +275,11 @@ impl Accelerator {
     pub fn spawn_items<B, K>(&self, nr_items: usize, buffers: B, kernel: K) -> Result<Job<B>, Error>
     where
         B: ViewSet + Send + 'static,
-        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <B as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <B as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
             + Sync
             + Send
             + 'static,
@@ -254,9 +289,16 @@ impl Accelerator {
         self.spawn_work(buffers, work)
     }
 
-    fn spawn_work<B: Send + 'static>(&self, buffers: B, work: impl Work + 'static) -> Result<Job<B>, Error> {
+    fn spawn_work<B: Send + 'static>(
+        &self,
+        buffers: B,
+        work: impl Work + 'static,
+    ) -> Result<Job<B>, Error> {
         let buffers = Arc::new(Mutex::new(Some(buffers)));
-        let work = Owning { work, _buffers: buffers.clone() };
+        let work = Owning {
+            work,
+            _buffers: buffers.clone(),
+        };
         // SAFETY: the work borrows nothing: it is 'static, and keeps the buffers alive itself.
         let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers()) });
         self.enqueue(&launch);
@@ -286,10 +328,15 @@ impl Accelerator {
     }
 
     fn enqueue(&self, launch: &Arc<Launch>) {
-        let queue = self.queue.as_ref().expect("the queue is there until the accelerator is dropped");
+        let queue = self
+            .queue
+            .as_ref()
+            .expect("the queue is there until the accelerator is dropped");
         for _ in 0..launch.tickets() {
             // Workers hold the other end until we hang up.
-            queue.send(launch.clone()).expect("the workers are there until the accelerator is dropped");
+            queue
+                .send(launch.clone())
+                .expect("the workers are there until the accelerator is dropped");
         }
     }
 }
@@ -302,7 +349,9 @@ struct WorkerParts {
 
 impl fmt::Debug for Accelerator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Accelerator").field("options", &self.options).finish_non_exhaustive()
+        f.debug_struct("Accelerator")
+            .field("options", &self.options)
+            .finish_non_exhaustive()
     }
 }
 
@@ -329,7 +378,12 @@ impl<W: Work, B: Send> Work for Owning<W, B> {
         self.work.nr_items()
     }
 
-    fn item(&self, worker: &Worker, launch: &Launch, i: usize) -> Result<(), crate::launch::Failure> {
+    fn item(
+        &self,
+        worker: &Worker,
+        launch: &Launch,
+        i: usize,
+    ) -> Result<(), crate::launch::Failure> {
         self.work.item(worker, launch, i)
     }
 
@@ -346,7 +400,9 @@ pub struct Job<B> {
 
 impl<B> fmt::Debug for Job<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Job").field("launch", &self.launch).finish_non_exhaustive()
+        f.debug_struct("Job")
+            .field("launch", &self.launch)
+            .finish_non_exhaustive()
     }
 }
 
@@ -360,7 +416,11 @@ impl<B> Job<B> {
     /// Waits until it is over, and gives the buffers back, with what it came to.
     pub fn join(self) -> (B, Result<(), Error>) {
         let result = self.launch.wait();
-        let buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let buffers = self
+            .buffers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         (buffers.expect("a job is joined once"), result)
     }
 }
@@ -401,10 +461,19 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// # Errors
     ///
     /// As [`Accelerator::run_items`], as far as they show before the kernel runs.
-    pub fn launch_items<V, K>(&'scope self, nr_items: usize, views: V, kernel: K) -> Result<ScopedLaunch<'scope>, Error>
+    pub fn launch_items<V, K>(
+        &'scope self,
+        nr_items: usize,
+        views: V,
+        kernel: K,
+    ) -> Result<ScopedLaunch<'scope>, Error>
     where
         V: ViewSet + 'scope,
-        K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault>
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <V as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
             + Sync
             + Send
             + 'scope,
@@ -418,9 +487,15 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         // SAFETY: `Accelerator::scope` waits for every launch in the list before it returns or unwinds, and 'scope lasts until then.
         // It is in the list before it is in the queue.
         let launch = Arc::new(unsafe { Launch::new(work, self.accel.workers()) });
-        self.launches.lock().unwrap_or_else(PoisonError::into_inner).push(launch.clone());
+        self.launches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(launch.clone());
         self.accel.enqueue(&launch);
-        ScopedLaunch { launch, _scope: PhantomData }
+        ScopedLaunch {
+            launch,
+            _scope: PhantomData,
+        }
     }
 }
 

@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::{
-    Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, PageBits, PageMask, Valid, WouldBlock,
+    Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, PageBits, PageMask, Valid,
+    WouldBlock,
 };
 
 use crate::options::MAX_WORKERS;
@@ -73,7 +74,12 @@ impl RegionTable {
     /// Establishes what a round of the range protocol found valid. The guard shows that the device is locked (T1).
     pub(crate) fn install(&self, valid: &Valid, _device: &DeviceGuard<'_>) {
         let first = valid.block() * BLOCK_WORDS;
-        let masks = valid.readable().words().iter().zip(valid.writable().words()).zip(valid.in_place().words());
+        let masks = valid
+            .readable()
+            .words()
+            .iter()
+            .zip(valid.writable().words())
+            .zip(valid.in_place().words());
         for (i, ((&readable, &writable), &in_place)) in masks.enumerate() {
             self.table.install(first + i, readable, writable, in_place);
         }
@@ -104,7 +110,10 @@ unsafe impl Device for Sim {
 
     fn map(&self, map: &MapInfo) -> Result<RegionTable, svm::Error> {
         let bits = || PageBits::new(map.nr_pages);
-        Ok(RegionTable { table: Table::new(bits()?, bits()?, bits()?), first_page: (map.host_base / PAGE_SIZE) as u64 })
+        Ok(RegionTable {
+            table: Table::new(bits()?, bits()?, bits()?),
+            first_page: (map.host_base / PAGE_SIZE) as u64,
+        })
     }
 
     fn lock(&self) -> &DeviceLock {
@@ -128,7 +137,8 @@ unsafe impl Device for Sim {
 
     fn quiesced(&self, table: &RegionTable, inv: &Invalidation) -> bool {
         quiesced(self.workers(), users(inv), |host_pages| {
-            inv.pages().intersects(&table.pages_of_block(inv.block(), &host_pages))
+            inv.pages()
+                .intersects(&table.pages_of_block(inv.block(), &host_pages))
         })
     }
 }

@@ -59,20 +59,37 @@ impl fmt::Display for Error {
             Error::Fault(fault) => fault.fmt(f),
             Error::KernelPanicked(message) => write!(f, "a kernel panicked: {message}"),
             Error::LengthMismatch { expected, found } => {
-                write!(f, "the views of a launch over slices have {expected} and {found} elements; use run_items for views of different lengths")
+                write!(
+                    f,
+                    "the views of a launch over slices have {expected} and {found} elements; use run_items for views of different lengths"
+                )
             }
             Error::BadWorkerCount(n) => {
-                write!(f, "{n} workers: an accelerator has 1 to {}", crate::MAX_WORKERS)
+                write!(
+                    f,
+                    "{n} workers: an accelerator has 1 to {}",
+                    crate::MAX_WORKERS
+                )
             }
             Error::BadCacheSize(n) => {
-                write!(f, "a translation cache of {n} entries: it has a power of two from 1 to {}", crate::MAX_CACHE_ENTRIES)
+                write!(
+                    f,
+                    "a translation cache of {n} entries: it has a power of two from 1 to {}",
+                    crate::MAX_CACHE_ENTRIES
+                )
             }
-            Error::NoDeviceMemory => write!(f, "an accelerator needs device memory: zero bytes were given"),
+            Error::NoDeviceMemory => write!(
+                f,
+                "an accelerator needs device memory: zero bytes were given"
+            ),
             Error::DeviceMemoryTooSmall { needed, available } => write!(
                 f,
                 "the workers' spans need {needed} bytes of device memory and there are {available}; give it more, or fewer workers or views"
             ),
-            Error::Nested => write!(f, "a kernel cannot launch on its own accelerator: its worker would wait for itself"),
+            Error::Nested => write!(
+                f,
+                "a kernel cannot launch on its own accelerator: its worker would wait for itself"
+            ),
             Error::Thread(error) => write!(f, "a worker thread could not be started: {error}"),
         }
     }

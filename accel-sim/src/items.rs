@@ -25,11 +25,23 @@ pub(crate) struct ItemWork<V, K> {
 impl<V, K> ItemWork<V, K>
 where
     V: ViewSet,
-    K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
+    K: for<'l, 's> Fn(
+            &'l Lane<'s>,
+            usize,
+            &'l <V as ViewSet>::Elements<'s>,
+        ) -> Result<(), DeviceFault>
+        + Sync
+        + Send,
 {
     pub(crate) fn new(operands: Operands, nr_items: usize, kernel: K, nr_workers: usize) -> Self {
         let batch = (nr_items / (8 * nr_workers)).clamp(1, 1024);
-        ItemWork { operands, nr_items, batch, kernel, _views: PhantomData }
+        ItemWork {
+            operands,
+            nr_items,
+            batch,
+            kernel,
+            _views: PhantomData,
+        }
     }
 
     fn items(&self, batch: usize) -> Range<usize> {
@@ -49,13 +61,22 @@ impl Drop for ElementMode<'_> {
 impl<V, K> Work for ItemWork<V, K>
 where
     V: ViewSet,
-    K: for<'l, 's> Fn(&'l Lane<'s>, usize, &'l <V as ViewSet>::Elements<'s>) -> Result<(), DeviceFault> + Sync + Send,
+    K: for<'l, 's> Fn(
+            &'l Lane<'s>,
+            usize,
+            &'l <V as ViewSet>::Elements<'s>,
+        ) -> Result<(), DeviceFault>
+        + Sync
+        + Send,
 {
     fn nr_items(&self) -> usize {
         self.nr_items.div_ceil(self.batch)
     }
 
     fn item(&self, worker: &Worker, launch: &Launch, batch: usize) -> Result<(), Failure> {
+        worker
+            .cache()
+            .use_for(launch.id(), self.operands.spaces.len());
         let lane = Lane::new(worker, launch, &self.operands.views, &self.operands.spaces);
         let elements = <V as ViewSet>::elements(&lane);
         worker.slot().enter_element_mode();

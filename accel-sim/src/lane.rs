@@ -27,12 +27,15 @@ use crate::view::sealed::Handle;
 use crate::words::{self, Atomic, word_bytes};
 use crate::worker::Worker;
 
-/// A worker's translation cache: direct-mapped, its own.
+/// A worker's translation cache: direct-mapped, its own. Each region of a launch has an equal part of it, so that arrays which are
+/// walked together do not drive each other out.
 #[derive(Debug)]
 pub(crate) struct Cache {
     entries: Box<[Entry]>,
     /// The launch that the entries belong to: what a key means changes with it.
     launch: Cell<u64>,
+    /// Entries of a region's part, a power of two.
+    part: Cell<usize>,
 }
 
 /// One cached translation.
@@ -58,12 +61,18 @@ fn key(host_page: u64, space: usize) -> u64 {
 impl Cache {
     pub(crate) fn new(nr_entries: usize) -> Cache {
         assert!(nr_entries.is_power_of_two());
-        Cache { entries: (0..nr_entries).map(|_| Entry::default()).collect(), launch: Cell::new(0) }
+        Cache {
+            entries: (0..nr_entries).map(|_| Entry::default()).collect(),
+            launch: Cell::new(0),
+            part: Cell::new(nr_entries),
+        }
     }
 
-    /// Empties the cache unless it is of this launch.
-    pub(crate) fn use_for(&self, launch: u64) {
+    /// Prepares for items of a launch: empties the cache unless it is of that launch.
+    pub(crate) fn use_for(&self, launch: u64, nr_spaces: usize) {
         if self.launch.replace(launch) != launch {
+            self.part
+                .set((self.entries.len() / nr_spaces.next_power_of_two()).max(1));
             for entry in &self.entries {
                 // No generation is 0.
                 entry.generation.set(0);
@@ -73,8 +82,9 @@ impl Cache {
 
     #[inline(always)]
     fn entry(&self, host_page: u64, space: usize) -> &Entry {
-        // Regions are spread so that the same page number of several arrays does not meet in one entry.
-        &self.entries[(host_page as usize).wrapping_add(space * 11) & (self.entries.len() - 1)]
+        let part = self.part.get();
+        // In range but where there are more regions than entries; the mask spares the check.
+        &self.entries[(space * part + (host_page as usize & (part - 1))) & (self.entries.len() - 1)]
     }
 }
 
@@ -148,7 +158,9 @@ pub struct Lane<'s> {
 
 impl fmt::Debug for Lane<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Lane").field("worker", &self.worker.index()).finish_non_exhaustive()
+        f.debug_struct("Lane")
+            .field("worker", &self.worker.index())
+            .finish_non_exhaustive()
     }
 }
 
@@ -159,12 +171,21 @@ impl<'s> Lane<'s> {
         views: &'s [Option<Operand>],
         spaces: &'s [Space],
     ) -> Lane<'s> {
-        Lane { worker, launch, views, spaces, hits: Cell::new(0), misses: Cell::new(0) }
+        Lane {
+            worker,
+            launch,
+            views,
+            spaces,
+            hits: Cell::new(0),
+            misses: Cell::new(0),
+        }
     }
 
     /// Adds what this lane looked up to the worker's counters.
     pub(crate) fn flush_counts(&self) {
-        self.worker.counters().looked_up(self.hits.take(), self.misses.take());
+        self.worker
+            .counters()
+            .looked_up(self.hits.take(), self.misses.take());
     }
 
     /// Number of the worker that runs this lane, from 0.
@@ -204,10 +225,14 @@ impl<'s> Lane<'s> {
     #[inline]
     pub fn fetch_add<T: Atomic>(&self, ptr: Ptr<T>, operand: T) -> Result<T, DeviceFault> {
         let space = self.find::<T>(ptr, Rights::Write)?;
-        self.access(space, ptr.addr(), &rmw::<T, _>(|at| {
-            // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
-            unsafe { T::fetch_add(at, operand) }
-        }))
+        self.access(
+            space,
+            ptr.addr(),
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::fetch_add(at, operand) }
+            }),
+        )
     }
 
     /// Follows a pointer and replaces what it leads to, if that is `current`. `Ok(Err(value))` says what was there instead.
@@ -216,12 +241,21 @@ impl<'s> Lane<'s> {
     ///
     /// As [`store`](Self::store).
     #[inline]
-    pub fn compare_exchange<T: Atomic>(&self, ptr: Ptr<T>, current: T, new: T) -> Result<Result<T, T>, DeviceFault> {
+    pub fn compare_exchange<T: Atomic>(
+        &self,
+        ptr: Ptr<T>,
+        current: T,
+        new: T,
+    ) -> Result<Result<T, T>, DeviceFault> {
         let space = self.find::<T>(ptr, Rights::Write)?;
-        self.access(space, ptr.addr(), &rmw::<T, _>(|at| {
-            // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
-            unsafe { T::compare_exchange(at, current, new) }
-        }))
+        self.access(
+            space,
+            ptr.addr(),
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::compare_exchange(at, current, new) }
+            }),
+        )
     }
 
     /// Loads from anywhere in the process's memory. Inside the launch's views it is [`load`](Self::load); elsewhere the value is
@@ -304,7 +338,8 @@ impl<'s> Lane<'s> {
                 host_page,
                 O::RIGHTS,
                 |generation| {
-                    (entry.generation.get() == generation && allowed.get() == key).then(|| entry.offset.get())
+                    (entry.generation.get() == generation && allowed.get() == key)
+                        .then(|| entry.offset.get())
                 },
                 |offset| {
                     let device = addr.wrapping_add_signed(offset);
@@ -329,7 +364,13 @@ impl<'s> Lane<'s> {
     /// Fills the cache entry of a page, by a walk or after a far fault.
     #[cold]
     #[inline(never)]
-    fn miss(&self, space: usize, host_page: u64, rights: Rights, attempt: u32) -> Result<(), DeviceFault> {
+    fn miss(
+        &self,
+        space: usize,
+        host_page: u64,
+        rights: Rights,
+        attempt: u32,
+    ) -> Result<(), DeviceFault> {
         if attempt == 0 {
             self.misses.set(self.misses.get() + 1);
         }
@@ -342,7 +383,13 @@ impl<'s> Lane<'s> {
             if let Some(place) = region.place(page, rights) {
                 let key = key(host_page, space);
                 let entry = self.worker.cache().entry(host_page, space);
-                let allowed = |rights| if region.place(page, rights) == Some(place) { key } else { 0 };
+                let allowed = |rights| {
+                    if region.place(page, rights) == Some(place) {
+                        key
+                    } else {
+                        0
+                    }
+                };
                 entry.read.set(allowed(Rights::Read));
                 entry.write.set(allowed(Rights::Write));
                 entry.offset.set(region.offset(place));
@@ -351,7 +398,9 @@ impl<'s> Lane<'s> {
             }
             // W1: nothing of this worker's is published while it waits.
             self.worker.slot().leave_element_mode();
-            let fetched = self.worker.fetch(region, page..page + 1, rights, attempt + round);
+            let fetched = self
+                .worker
+                .fetch(region, page..page + 1, rights, attempt + round);
             self.worker.slot().enter_element_mode();
             fetched?;
         }
@@ -362,7 +411,12 @@ impl<'s> Lane<'s> {
     #[cold]
     #[inline(never)]
     fn access_slow<O: Op>(&self, space: usize, addr: usize, op: &O) -> Result<O::Out, DeviceFault> {
-        const { assert!(O::SIZE <= 63 * PAGE_SIZE, "an element lies on 64 pages at most") };
+        const {
+            assert!(
+                O::SIZE <= 63 * PAGE_SIZE,
+                "an element lies on 64 pages at most"
+            )
+        };
         let region = &self.spaces[space];
         if O::SIZE == 0 {
             // SAFETY: there is no word to find.
@@ -375,11 +429,13 @@ impl<'s> Lane<'s> {
             self.check_stop(addr, O::RIGHTS)?;
             let mut missing = pages.start;
             let mut on_host = [0];
-            let extent = slot.try_open(STRADDLE, &spans, || match region.places(&pages, O::RIGHTS, &mut on_host) {
-                Ok(extent) => Some(extent),
-                Err(page) => {
-                    missing = page;
-                    None
+            let extent = slot.try_open(STRADDLE, &spans, || {
+                match region.places(&pages, O::RIGHTS, &mut on_host) {
+                    Ok(extent) => Some(extent),
+                    Err(page) => {
+                        missing = page;
+                        None
+                    }
                 }
             });
             if extent.is_some() {
@@ -388,7 +444,11 @@ impl<'s> Lane<'s> {
                     op.at(|o| {
                         let host = addr + o;
                         let page = region.page((host / PAGE_SIZE) as u64) - pages.start;
-                        let place = if on_host[0] >> page & 1 == 1 { Place::Host } else { Place::Window };
+                        let place = if on_host[0] >> page & 1 == 1 {
+                            Place::Host
+                        } else {
+                            Place::Window
+                        };
                         host.wrapping_add_signed(region.offset(place))
                     })
                 };
@@ -396,7 +456,9 @@ impl<'s> Lane<'s> {
                 return Ok(out);
             }
             slot.leave_element_mode();
-            let fetched = self.worker.fetch(region, missing..pages.end, O::RIGHTS, attempt);
+            let fetched = self
+                .worker
+                .fetch(region, missing..pages.end, O::RIGHTS, attempt);
             slot.enter_element_mode();
             fetched?;
         }
@@ -406,7 +468,11 @@ impl<'s> Lane<'s> {
     /// Ends the kernel here if its launch is over: another item failed, or a span of it outstayed a shootdown (hazards W2).
     fn check_stop(&self, addr: usize, rights: Rights) -> Result<(), DeviceFault> {
         if self.launch.is_stopping() {
-            return Err(DeviceFault::new(addr, access_of(rights), DeviceFaultKind::Stuck));
+            return Err(DeviceFault::new(
+                addr,
+                access_of(rights),
+                DeviceFaultKind::Stuck,
+            ));
         }
         Ok(())
     }
@@ -453,7 +519,10 @@ impl<T> Copy for ElementsMut<'_, T> {}
 
 impl<T> fmt::Debug for Elements<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Elements").field("addr", &format_args!("{:#x}", self.addr)).field("len", &self.len).finish()
+        f.debug_struct("Elements")
+            .field("addr", &format_args!("{:#x}", self.addr))
+            .field("len", &self.len)
+            .finish()
     }
 }
 
@@ -465,7 +534,9 @@ impl<T> fmt::Debug for ElementsMut<'_, T> {
 
 impl<'s, T: Pod> Elements<'s, T> {
     pub(crate) fn new(handle: Handle<'s>) -> Elements<'s, T> {
-        let view = handle.lane.views[handle.view].as_ref().expect("an argument with elements is a view");
+        let view = handle.lane.views[handle.view]
+            .as_ref()
+            .expect("an argument with elements is a view");
         Elements {
             lane: handle.lane,
             addr: view.addr,
@@ -516,7 +587,11 @@ impl<'s, T: Pod> Elements<'s, T> {
 
     #[inline(always)]
     fn addr_of(&self, i: usize) -> usize {
-        assert!(i < self.len, "index {i} is out of range for a view of {} elements", self.len);
+        assert!(
+            i < self.len,
+            "index {i} is out of range for a view of {} elements",
+            self.len
+        );
         self.addr + i * size_of::<T>()
     }
 
@@ -597,10 +672,13 @@ impl<T: Atomic> ElementsMut<'_, T> {
     /// As [`load`](Self::load).
     #[inline]
     pub fn fetch_add(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(i, &rmw::<T, _>(|at| {
-            // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
-            unsafe { T::fetch_add(at, operand) }
-        }))
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::fetch_add(at, operand) }
+            }),
+        )
     }
 
     /// Atomically lowers element `i` to `operand` if that is less; returns the value before.
@@ -614,10 +692,13 @@ impl<T: Atomic> ElementsMut<'_, T> {
     /// As [`load`](Self::load).
     #[inline]
     pub fn fetch_min(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(i, &rmw::<T, _>(|at| {
-            // SAFETY: as in `fetch_add`.
-            unsafe { T::fetch_min(at, operand) }
-        }))
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::fetch_min(at, operand) }
+            }),
+        )
     }
 
     /// Atomically raises element `i` to `operand` if that is more; returns the value before.
@@ -631,10 +712,13 @@ impl<T: Atomic> ElementsMut<'_, T> {
     /// As [`load`](Self::load).
     #[inline]
     pub fn fetch_max(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(i, &rmw::<T, _>(|at| {
-            // SAFETY: as in `fetch_add`.
-            unsafe { T::fetch_max(at, operand) }
-        }))
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::fetch_max(at, operand) }
+            }),
+        )
     }
 
     /// Atomically replaces element `i`; returns the value before.
@@ -648,10 +732,13 @@ impl<T: Atomic> ElementsMut<'_, T> {
     /// As [`load`](Self::load).
     #[inline]
     pub fn swap(&self, i: usize, value: T) -> Result<T, DeviceFault> {
-        self.0.access(i, &rmw::<T, _>(|at| {
-            // SAFETY: as in `fetch_add`.
-            unsafe { T::swap(at, value) }
-        }))
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::swap(at, value) }
+            }),
+        )
     }
 
     /// Atomically replaces element `i` if it is `current`. `Ok(Err(value))` says what was there instead.
@@ -664,11 +751,19 @@ impl<T: Atomic> ElementsMut<'_, T> {
     ///
     /// As [`load`](Self::load).
     #[inline]
-    pub fn compare_exchange(&self, i: usize, current: T, new: T) -> Result<Result<T, T>, DeviceFault> {
-        self.0.access(i, &rmw::<T, _>(|at| {
-            // SAFETY: as in `fetch_add`.
-            unsafe { T::compare_exchange(at, current, new) }
-        }))
+    pub fn compare_exchange(
+        &self,
+        i: usize,
+        current: T,
+        new: T,
+    ) -> Result<Result<T, T>, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::compare_exchange(at, current, new) }
+            }),
+        )
     }
 }
 

@@ -109,7 +109,10 @@ unsafe impl Send for Launch {}
 
 impl fmt::Debug for Launch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Launch").field("id", &self.id).field("nr_items", &self.nr_items).finish_non_exhaustive()
+        f.debug_struct("Launch")
+            .field("id", &self.id)
+            .field("nr_items", &self.nr_items)
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,7 +127,8 @@ impl Launch {
         let nr_items = work.nr_items();
         let tickets = nr_items.min(nr_workers);
         // SAFETY: the types differ in a lifetime only, and by contract the work is dropped before that ends.
-        let work = unsafe { std::mem::transmute::<Box<dyn Work + 'a>, Box<dyn Work + 'static>>(work) };
+        let work =
+            unsafe { std::mem::transmute::<Box<dyn Work + 'a>, Box<dyn Work + 'static>>(work) };
         Launch {
             // Relaxed: only uniqueness matters.
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
@@ -132,9 +136,17 @@ impl Launch {
             nr_items,
             next: AtomicUsize::new(0),
             stopping: AtomicBool::new(false),
-            state: Mutex::new(State { tickets, failure: None }),
+            state: Mutex::new(State {
+                tickets,
+                failure: None,
+            }),
             done: Condvar::new(),
         }
+    }
+
+    /// A number that no other launch has.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// How often it is to be put in the queue.
@@ -158,8 +170,9 @@ impl Launch {
         {
             // SAFETY: this worker holds a ticket, so nobody takes the work out, and all others share it as well.
             let work = unsafe { &*self.work.get() };
-            let work = work.as_deref().expect("the work is there while tickets are out");
-            worker.cache().use_for(self.id);
+            let work = work
+                .as_deref()
+                .expect("the work is there while tickets are out");
             while !self.is_stopping() {
                 // Relaxed: each index goes to one worker, and what the items touch was published with the queue.
                 let i = self.next.fetch_add(1, Ordering::Relaxed);
@@ -190,7 +203,8 @@ impl Launch {
         // SAFETY: the others gave their tickets back, under the lock, and touch the work no more.
         let work = unsafe { &mut *self.work.get() }.take();
         // What a kernel captured may panic when it is dropped; the launch ends all the same.
-        let finished = catch(|| work.map_or(Ok(()), |work| work.finish().map_err(Failure::Runtime)));
+        let finished =
+            catch(|| work.map_or(Ok(()), |work| work.finish().map_err(Failure::Runtime)));
         let mut state = self.state();
         if let Err(failure) = finished.and_then(|finished| finished) {
             state.failure.get_or_insert(failure);
@@ -208,9 +222,15 @@ impl Launch {
     pub(crate) fn wait(&self) -> Result<(), Error> {
         let mut state = self.state();
         while state.tickets > 0 {
-            state = self.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self
+                .done
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
-        state.failure.take().map_or(Ok(()), |failure| Err(failure.into()))
+        state
+            .failure
+            .take()
+            .map_or(Ok(()), |failure| Err(failure.into()))
     }
 }
 
@@ -245,21 +265,29 @@ impl Operands {
         let mut uses = Vec::new();
         let mut granule_pages = 1;
         let mut result = Ok(());
-        let mut add = |region: RegionRef<'_>, rights: Rights, sharing: Sharing| -> Result<usize, Error> {
-            let mapped = shared.attachment.map(region)?;
-            // Shared views use the edges in place: there are no copies to write back.
-            let written = if sharing == Sharing::Shared { Rights::Read } else { rights };
-            uses.push(mapped.begin_use(access_of(written))?);
-            granule_pages = granule_pages.max(region.granule_pages());
-            let known =
-                spaces.iter().position(|s| s.mapped().region().id() == region.id() && s.sharing() == sharing);
-            Ok(known.unwrap_or_else(|| {
-                spaces.push(Space::new(mapped, region, sharing));
-                spaces.len() - 1
-            }))
-        };
+        let mut add =
+            |region: RegionRef<'_>, rights: Rights, sharing: Sharing| -> Result<usize, Error> {
+                let mapped = shared.attachment.map(region)?;
+                // Shared views use the edges in place: there are no copies to write back.
+                let written = if sharing == Sharing::Shared {
+                    Rights::Read
+                } else {
+                    rights
+                };
+                uses.push(mapped.begin_use(access_of(written))?);
+                granule_pages = granule_pages.max(region.granule_pages());
+                let known = spaces.iter().position(|s| {
+                    s.mapped().region().id() == region.id() && s.sharing() == sharing
+                });
+                Ok(known.unwrap_or_else(|| {
+                    spaces.push(Space::new(mapped, region, sharing));
+                    spaces.len() - 1
+                }))
+            };
         set.for_each(&mut |view| {
-            let Some(view) = view else { return views.push(None) };
+            let Some(view) = view else {
+                return views.push(None);
+            };
             match add(view.region, view.rights, view.sharing) {
                 Ok(space) => views.push(Some(Operand {
                     addr: view.addr,
@@ -273,7 +301,12 @@ impl Operands {
             }
         });
         result?;
-        Ok(Operands { views, spaces, granule_pages, uses })
+        Ok(Operands {
+            views,
+            spaces,
+            granule_pages,
+            uses,
+        })
     }
 
     /// The region of a view.
@@ -283,6 +316,9 @@ impl Operands {
 
     /// Ends the use of the regions.
     pub(crate) fn finish(self) -> Result<(), svm::Error> {
-        self.uses.into_iter().map(UseGuard::finish).fold(Ok(()), Result::and)
+        self.uses
+            .into_iter()
+            .map(UseGuard::finish)
+            .fold(Ok(()), Result::and)
     }
 }

@@ -34,7 +34,7 @@ impl Default for Options {
         Options {
             workers: std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_WORKERS)),
             memory_bytes: None,
-            cache_entries: 64,
+            cache_entries: 256,
             fault_timeout: Duration::from_secs(1),
         }
     }

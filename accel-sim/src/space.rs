@@ -131,7 +131,12 @@ impl Space {
     /// As [`extent`](Self::extent), and sets the bit in `on_host` of each of `pages` that is at its host address.
     ///
     /// To be asked while the pages are published: what it says holds until they are withdrawn, even when the table has changed since.
-    pub(crate) fn places(&self, pages: &Range<usize>, rights: Rights, on_host: &mut [u64]) -> Result<Extent, usize> {
+    pub(crate) fn places(
+        &self,
+        pages: &Range<usize>,
+        rights: Rights,
+        on_host: &mut [u64],
+    ) -> Result<Extent, usize> {
         let extent = self.extent(pages, rights)?;
         on_host.fill(0);
         for (i, page) in pages.clone().enumerate() {
@@ -147,7 +152,14 @@ impl Space {
 
     /// How many of `pages` lack a translation.
     pub(crate) fn nr_missing(&self, pages: &Range<usize>, rights: Rights) -> usize {
-        if self.in_place { 0 } else { self.mapped.table().bits().nr_missing(&self.body_of(pages), rights) }
+        if self.in_place {
+            0
+        } else {
+            self.mapped
+                .table()
+                .bits()
+                .nr_missing(&self.body_of(pages), rights)
+        }
     }
 
     /// The part of `pages` that can move.

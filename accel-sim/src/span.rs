@@ -11,7 +11,9 @@
 //! 3. Run the kernel, and close the spans, also when it panics.
 
 use std::ops::Range;
-use std::ptr::{NonNull, copy_nonoverlapping, with_exposed_provenance, with_exposed_provenance_mut};
+use std::ptr::{
+    NonNull, copy_nonoverlapping, with_exposed_provenance, with_exposed_provenance_mut,
+};
 
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::{DeviceFault, DeviceFaultKind};
@@ -44,15 +46,31 @@ where
         let views = || operands.views.iter().flatten();
         let expected = views().next().map_or(0, |v| v.len);
         if let Some(other) = views().find(|v| v.len != expected) {
-            return Err(Error::LengthMismatch { expected, found: other.len });
+            return Err(Error::LengthMismatch {
+                expected,
+                found: other.len,
+            });
         }
-        let extents: Vec<chunk::Extent> =
-            views().map(|v| chunk::Extent { addr: v.addr, size: v.size, len: v.len }).collect();
+        let extents: Vec<chunk::Extent> = views()
+            .map(|v| chunk::Extent {
+                addr: v.addr,
+                size: v.size,
+                len: v.len,
+            })
+            .collect();
         let lead = views().position(|v| v.rights == Rights::Write).unwrap_or(0);
         let chunks = Chunks::new(&extents, lead, budget).map_err(|TooSmall { needed }| {
-            Error::DeviceMemoryTooSmall { needed, available: budget.memory_bytes.unwrap_or(0) }
+            Error::DeviceMemoryTooSmall {
+                needed,
+                available: budget.memory_bytes.unwrap_or(0),
+            }
         })?;
-        Ok(SpanWork { operands, chunks, kernel, _views: std::marker::PhantomData })
+        Ok(SpanWork {
+            operands,
+            chunks,
+            kernel,
+            _views: std::marker::PhantomData,
+        })
     }
 }
 
@@ -67,14 +85,24 @@ struct Want<'a> {
 
 impl<'a> Want<'a> {
     /// `None` where there are no bytes.
-    fn new(operands: &'a Operands, operand: &'a Operand, elements: &Range<usize>) -> Option<Want<'a>> {
+    fn new(
+        operands: &'a Operands,
+        operand: &'a Operand,
+        elements: &Range<usize>,
+    ) -> Option<Want<'a>> {
         let len_bytes = elements.len() * operand.size;
         if len_bytes == 0 {
             return None;
         }
         let space = operands.space(operand);
         let addr = operand.addr + elements.start * operand.size;
-        Some(Want { operand, space, addr, len_bytes, pages: space.pages(addr, len_bytes) })
+        Some(Want {
+            operand,
+            space,
+            addr,
+            len_bytes,
+            pages: space.pages(addr, len_bytes),
+        })
     }
 
     /// The parts of the span that lie in one page each: host address and length.
@@ -82,7 +110,10 @@ impl<'a> Want<'a> {
         let end = self.addr + self.len_bytes;
         self.pages.clone().map(move |page| {
             let start = self.space.addr_of(page).max(self.addr);
-            (start, (self.space.addr_of(page) + PAGE_SIZE).min(end) - start)
+            (
+                start,
+                (self.space.addr_of(page) + PAGE_SIZE).min(end) - start,
+            )
         })
     }
 }
@@ -123,7 +154,9 @@ where
         for (v, want) in wants.iter().enumerate() {
             if let Some(want) = want {
                 places[v] = match extents[v] {
-                    Extent::Window => want.addr.wrapping_add_signed(want.space.offset(Place::Window)),
+                    Extent::Window => want
+                        .addr
+                        .wrapping_add_signed(want.space.offset(Place::Window)),
                     Extent::InPlace => want.addr,
                     Extent::Mixed => {
                         worker.counters().bounced();
@@ -140,11 +173,19 @@ where
                 Some(Some(_)) => {
                     let addr = places[v];
                     v += 1;
-                    if addr == 0 { NonNull::<Page>::dangling().addr().get() } else { addr }
+                    if addr == 0 {
+                        NonNull::<Page>::dangling().addr().get()
+                    } else {
+                        addr
+                    }
                 }
                 _ => 0,
             };
-            Chunk { addr, first: elements.start, len: elements.len() }
+            Chunk {
+                addr,
+                first: elements.start,
+                len: elements.len(),
+            }
         };
         // SAFETY: each address is that of the chunk's bytes for the device, or of a copy; exposed, and congruent to the host address
         // modulo the page size at least, so aligned. The pages stay where they are while `open` lives, which is longer than
@@ -201,14 +242,24 @@ fn open<'a>(
             Some(())
         });
         if opened.is_some() {
-            return Ok((Open { slot: worker.slot(), nr }, extents));
+            return Ok((
+                Open {
+                    slot: worker.slot(),
+                    nr,
+                },
+                extents,
+            ));
         }
         for want in wants.iter().flatten() {
             let rights = want.operand.rights;
             let mut from = want.pages.start;
             while let Err(missing) = want.space.extent(&(from..want.pages.end), rights) {
                 if launch.is_stopping() {
-                    return Err(DeviceFault::new(want.addr, access_of(rights), DeviceFaultKind::Stuck));
+                    return Err(DeviceFault::new(
+                        want.addr,
+                        access_of(rights),
+                        DeviceFaultKind::Stuck,
+                    ));
                 }
                 worker.fetch(want.space, missing..want.pages.end, rights, attempt)?;
                 // On to the next block; what was lost again meanwhile is the next attempt's.
@@ -257,18 +308,33 @@ impl Bounce {
         if buffer.pages.len() < want.pages.len() {
             return None;
         }
-        want.space.places(&want.pages, want.operand.rights, &mut buffer.on_host).ok().map(drop)
+        want.space
+            .places(&want.pages, want.operand.rights, &mut buffer.on_host)
+            .ok()
+            .map(drop)
     }
 
     /// The address of the span's copy, and for each part of the span: where it is for the device, where in the copy, and its length.
-    fn parts<'a>(&'a mut self, v: usize, want: &'a Want<'_>) -> (usize, impl Iterator<Item = (usize, usize, usize)>) {
+    fn parts<'a>(
+        &'a mut self,
+        v: usize,
+        want: &'a Want<'_>,
+    ) -> (usize, impl Iterator<Item = (usize, usize, usize)>) {
         let buffer = &mut self.0[v];
         let base = buffer.pages.as_mut_ptr().expose_provenance();
         let copy = move |host: usize| base + (host - want.space.addr_of(want.pages.start));
         let on_host = &buffer.on_host;
         let parts = want.parts().enumerate().map(move |(i, (host, len))| {
-            let place = if on_host[i / 64] >> (i % 64) & 1 == 1 { Place::Host } else { Place::Window };
-            (host.wrapping_add_signed(want.space.offset(place)), copy(host), len)
+            let place = if on_host[i / 64] >> (i % 64) & 1 == 1 {
+                Place::Host
+            } else {
+                Place::Window
+            };
+            (
+                host.wrapping_add_signed(want.space.offset(place)),
+                copy(host),
+                len,
+            )
         });
         (copy(want.addr), parts)
     }
@@ -277,7 +343,10 @@ impl Bounce {
     fn gather(&mut self, v: usize, want: &Want<'_>) -> usize {
         let (addr, parts) = self.parts(v, want);
         for (device, copy, len) in parts {
-            let (from, to) = (with_exposed_provenance::<u8>(device), with_exposed_provenance_mut::<u8>(copy));
+            let (from, to) = (
+                with_exposed_provenance::<u8>(device),
+                with_exposed_provenance_mut::<u8>(copy),
+            );
             // SAFETY: the device's bytes are valid while the span is open, and nobody writes them: the view borrows them. The buffer has
             // a page for each page of the span, and is this worker's own.
             unsafe { copy_nonoverlapping(from, to, len) };
@@ -289,7 +358,10 @@ impl Bounce {
     fn scatter(&mut self, v: usize, want: &Want<'_>) {
         let (_, parts) = self.parts(v, want);
         for (device, copy, len) in parts {
-            let (from, to) = (with_exposed_provenance::<u8>(copy), with_exposed_provenance_mut::<u8>(device));
+            let (from, to) = (
+                with_exposed_provenance::<u8>(copy),
+                with_exposed_provenance_mut::<u8>(device),
+            );
             // SAFETY: as in `gather`; the view is mutable, so its chunk is this item's alone.
             unsafe { copy_nonoverlapping(from, to, len) };
         }

@@ -79,10 +79,18 @@ fn a_page_that_comes_back_may_be_elsewhere() {
     let t = table(64);
     t.install(0, 0b11, 0, 0b01);
     assert_eq!(t.place(0, Rights::Read), Some(Place::Host));
-    assert_eq!(t.place(0, Rights::Write), None, "in place, but to be read only");
+    assert_eq!(
+        t.place(0, Rights::Write),
+        None,
+        "in place, but to be read only"
+    );
     t.clear(0, 0b01, Users::All);
     assert_eq!(t.place(0, Rights::Read), None);
     t.install(0, 0b01, 0b01, 0);
     assert_eq!(t.place(0, Rights::Write), Some(Place::Window));
-    assert_eq!(t.place(1, Rights::Read), Some(Place::Window), "an install leaves other pages as they are");
+    assert_eq!(
+        t.place(1, Rights::Read),
+        Some(Place::Window),
+        "an install leaves other pages as they are"
+    );
 }

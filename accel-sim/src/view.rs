@@ -205,7 +205,8 @@ impl<T: Pod> SpanOperand for ViewMut<'_, T> {
     type Span<'s> = &'s mut [T];
 
     unsafe fn span<'s>(chunk: Chunk) -> &'s mut [T] {
-        let slice = slice_from_raw_parts_mut(with_exposed_provenance_mut::<T>(chunk.addr), chunk.len);
+        let slice =
+            slice_from_raw_parts_mut(with_exposed_provenance_mut::<T>(chunk.addr), chunk.len);
         // SAFETY: by contract aligned, valid for loads and stores during 's, and accessed by nothing else.
         unsafe { &mut *slice }
     }

@@ -12,7 +12,11 @@ use bytemuck::Pod;
 
 /// Bytes of the atomic words that a `T` consists of.
 pub(crate) const fn word_bytes<T>() -> usize {
-    if align_of::<T>() > 8 { 8 } else { align_of::<T>() }
+    if align_of::<T>() > 8 {
+        8
+    } else {
+        align_of::<T>()
+    }
 }
 
 /// Loads a `T` whose byte `offset` lies at address `at(offset)`.
@@ -195,7 +199,11 @@ atomic_floats! { f32: AtomicU32, f64: AtomicU64 }
 
 /// A compare-and-exchange loop; returns the bits before.
 #[inline(always)]
-fn update<B: Copy>(load: impl Fn() -> B, next: impl Fn(B) -> B, exchange: impl Fn(B, B) -> Result<B, B>) -> B {
+fn update<B: Copy>(
+    load: impl Fn() -> B,
+    next: impl Fn(B) -> B,
+    exchange: impl Fn(B, B) -> Result<B, B>,
+) -> B {
     let mut old = load();
     loop {
         match exchange(old, next(old)) {

@@ -34,7 +34,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(attachment: Attachment<Sim>, nr_workers: usize, fault_timeout: Duration) -> Shared {
+    pub(crate) fn new(
+        attachment: Attachment<Sim>,
+        nr_workers: usize,
+        fault_timeout: Duration,
+    ) -> Shared {
         Shared {
             attachment,
             counters: (0..nr_workers).map(|_| Counters::default()).collect(),
@@ -69,7 +73,12 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(index: usize, shared: Arc<Shared>, range: svm::Range<Sim>, cache_entries: usize) -> Worker {
+    pub(crate) fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        range: svm::Range<Sim>,
+        cache_entries: usize,
+    ) -> Worker {
         Worker {
             index,
             shared,
@@ -133,7 +142,9 @@ impl Worker {
         let block = pages.start / PAGES_PER_BLOCK;
         let pages = region.body_of(&(pages.start..pages.end.min((block + 1) * PAGES_PER_BLOCK)));
         let turn = (region.addr_of(block * PAGES_PER_BLOCK) / BLOCK_SIZE) % NR_TURNS;
-        let _turn = self.shared.turns[turn].lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.shared.turns[turn]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if region.nr_missing(&pages, rights) == 0 {
             self.counters().coalesced();
             return Ok(());
