@@ -1,1 +1,48 @@
-//! A simulated accelerator on `svm`.
+//! A simulated accelerator on [`svm`]: worker threads that compute on the same addresses as the CPU.
+//!
+//! The workers stand for the cores of a device. Each has a translation cache; behind it are a device page table and device
+//! memory of a configured size, into which pages move when they are touched, and out of which they move when the CPU touches
+//! them or others need the room. To `svm` it is one more [`svm::Device`]; it knows nothing of userfaultfd.
+//!
+//! # Kernels
+//!
+//! | launch                     | kernel gets                                                | for |
+//! |----------------------------|------------------------------------------------------------|-----|
+//! | [`run`](Accelerator::run)  | disjoint chunks as `&mut [T]` and `&[T]`, at native speed  | arrays worked on index by index |
+//! | [`run_items`](Accelerator::run_items) | handles to load and store single elements, atomics, pointers | gathers, graphs, lists |
+//!
+//! Each can also be launched in a [`scope`](Accelerator::scope), to overlap with CPU work, or detached on owned buffers
+//! ([`spawn`](Accelerator::spawn)).
+//!
+//! # Trade-offs
+//!
+//! A kernel that panics ends its launch with an error that carries the message; the standard library's panic hook prints it first, as
+//! for any thread. A slice kernel that never returns keeps its pages from the CPU until the runtime's deadline takes them away.
+
+mod accelerator;
+mod chunk;
+mod device;
+mod error;
+mod items;
+mod lane;
+mod launch;
+mod options;
+mod shootdown;
+mod space;
+mod span;
+mod stats;
+mod sync;
+mod table;
+#[cfg(test)]
+mod table_tests;
+mod view;
+mod words;
+mod worker;
+
+pub use accelerator::{Accelerator, Job, Scope, ScopedLaunch};
+pub use error::Error;
+pub use lane::{Elements, ElementsMut, Lane};
+pub use options::{MAX_CACHE_ENTRIES, MAX_WORKERS, Options};
+pub use stats::{Stats, WorkerStats};
+pub use view::{Indices, MAX_VIEWS, SpanSet, ViewSet, indices};
+pub use words::Atomic;

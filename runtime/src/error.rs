@@ -46,6 +46,8 @@ pub enum ErrorKind {
     Lost,
     /// A device access faulted for good.
     Device(DeviceFault),
+    /// A device's kernel ended badly on its own account, a panic for one; the text says how.
+    Kernel(String),
     /// A system call failed in a way that has no class of its own.
     System,
 }
@@ -69,6 +71,12 @@ impl Error {
     #[must_use]
     pub fn invalid(operation: &'static str, why: &'static str) -> Self {
         Self::new(operation, ErrorKind::Invalid(why))
+    }
+
+    /// An error for a device author's launches: a kernel panicked, or the launch made no sense.
+    #[must_use]
+    pub fn kernel(operation: &'static str, how: String) -> Self {
+        Self::new(operation, ErrorKind::Kernel(how))
     }
 
     /// The class.
@@ -150,6 +158,7 @@ impl fmt::Display for Error {
             ErrorKind::Forked => write!(f, ": this is a forked child; mirror and attach anew here")?,
             ErrorKind::Lost => write!(f, ": contents could not be brought home; the pages are poisoned")?,
             ErrorKind::Device(fault) => write!(f, ": {fault}")?,
+            ErrorKind::Kernel(how) => write!(f, ": {how}")?,
             ErrorKind::System => write!(f, ": the system call failed")?,
         }
         if let Some(errno) = self.0.errno {

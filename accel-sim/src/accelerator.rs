@@ -1,0 +1,524 @@
+//! The accelerator, and the ways to launch kernels on it.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Sender, unbounded};
+use svm::addr::PAGE_SIZE;
+use svm::{AttachOptions, DeviceFault};
+
+use crate::chunk::Budget;
+use crate::device::Sim;
+use crate::error::Error;
+use crate::items::ItemWork;
+use crate::lane::Lane;
+use crate::launch::{Launch, Operands, Work};
+use crate::options::Options;
+use crate::span::SpanWork;
+use crate::stats::Stats;
+use crate::view::{SpanSet, ViewSet};
+use crate::worker::{Shared, Worker};
+
+/// A simulated accelerator: worker threads with translation caches, and device memory that pages move into when touched.
+///
+/// Dropping it lets queued launches end, joins the workers, brings every page home and detaches.
+pub struct Accelerator {
+    shared: Arc<Shared>,
+    options: Options,
+    /// `None` only while it is being dropped.
+    queue: Option<Sender<Arc<Launch>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Accelerator {
+    /// An accelerator with a worker for each CPU and device memory without limit.
+    ///
+    /// # Errors
+    ///
+    /// As [`with_options`](Self::with_options).
+    pub fn new() -> Result<Accelerator, Error> {
+        Accelerator::with_options(Options::new())
+    }
+
+    /// An accelerator of the given shape.
+    ///
+    /// # Errors
+    ///
+    /// [`BadWorkerCount`](Error::BadWorkerCount), [`BadCacheSize`](Error::BadCacheSize) or
+    /// [`NoDeviceMemory`](Error::NoDeviceMemory) for options that make no sense; a [`Runtime`](Error::Runtime) error where there is
+    /// no userfaultfd or no room for another device; [`Thread`](Error::Thread) if a worker cannot be started.
+    pub fn with_options(options: Options) -> Result<Accelerator, Error> {
+        options.check()?;
+        let mut attach = AttachOptions::new();
+        if let Some(bytes) = options.memory_bytes {
+            attach = attach.memory_bytes(bytes);
+        }
+        let attachment = svm::attach(Sim::new(options.workers), attach)?;
+        let shared = Arc::new(Shared::new(
+            attachment,
+            options.workers,
+            options.fault_timeout,
+        ));
+        let (sender, queue) = unbounded::<Arc<Launch>>();
+        let mut accel = Accelerator {
+            shared,
+            options,
+            queue: Some(sender),
+            threads: Vec::new(),
+        };
+        for i in 0..accel.options.workers {
+            let parts = WorkerParts {
+                index: i,
+                shared: accel.shared.clone(),
+                cache_entries: accel.options.cache_entries,
+            };
+            let range = accel.shared.attachment.range()?;
+            let queue = queue.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("accel-{i}"))
+                .spawn(move || {
+                    // The worker's own cells never leave its thread.
+                    Worker::new(parts.index, parts.shared, range, parts.cache_entries).run(&queue);
+                })
+                .map_err(Error::Thread)?;
+            accel.threads.push(thread);
+        }
+        Ok(accel)
+    }
+
+    /// Its shape.
+    #[must_use]
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Number of workers.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.options.workers
+    }
+
+    /// What it did so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        Stats {
+            workers: self.shared.counters.iter().map(|c| c.snapshot()).collect(),
+            runtime: self.shared.attachment.stats(),
+        }
+    }
+
+    /// Bytes of device memory in use.
+    #[must_use]
+    pub fn resident_bytes(&self) -> usize {
+        self.shared.attachment.resident_bytes()
+    }
+
+    /// Brings home every page that it holds.
+    ///
+    /// # Errors
+    ///
+    /// If a page could not be brought home.
+    pub fn release(&self) -> Result<(), Error> {
+        Ok(self.shared.attachment.release()?)
+    }
+
+    /// Runs a kernel over slices: cuts the views into disjoint chunks of the same index range, calls `kernel` with the chunks of
+    /// each range, on all workers, and waits.
+    ///
+    /// ```
+    /// # fn demo(accel: &accel_sim::Accelerator) -> Result<(), svm::Error> {
+    /// # let (x, mut y, a) = (vec![1.0_f32; 10_000], vec![2.0_f32; 10_000], 3.0);
+    /// let x = svm::mirror_ref(&x)?;
+    /// let mut y = svm::mirror(&mut y)?;
+    /// accel.run((y.view_mut(), x.view()), |(y, x)| {
+    ///     for (y, x) in y.iter_mut().zip(x) { *y += a * x }
+    /// })?;
+    /// # y.close()
+    /// # }
+    /// ```
+    ///
+    /// The slices are valid inside the call only, so they cannot be kept:
+    ///
+    /// ```compile_fail
+    /// # fn demo(accel: &accel_sim::Accelerator, y: &mut svm::Mirror<'_, f32>) {
+    /// let kept = std::sync::Mutex::new(Vec::new());
+    /// accel.run(y.view_mut(), |y| kept.lock().unwrap().push(y));
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`LengthMismatch`](Error::LengthMismatch) unless all views have one length;
+    /// [`DeviceMemoryTooSmall`](Error::DeviceMemoryTooSmall) for the spans of all workers; a [`Fault`](Error::Fault) for memory that cannot
+    /// come; [`KernelPanicked`](Error::KernelPanicked). After an error memory is as the kernel left it, and the accelerator lives on.
+    pub fn run<V, K>(&self, views: V, kernel: K) -> Result<(), Error>
+    where
+        V: SpanSet,
+        K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync,
+    {
+        let operands = self.operands(&views)?;
+        let budget = self.budget(&operands);
+        let work = SpanWork::<V, &K>::new(operands, &kernel, budget)?;
+        self.run_work(Box::new(work))
+    }
+
+    /// Runs a kernel by items: calls `kernel(lane, i, handles)` for each `i` in `0..nr_items`, on all workers, and waits.
+    ///
+    /// Each view is a handle for single elements, at any index; views may differ in length. The [`Lane`] follows pointers
+    /// within the views. Accesses are relaxed atomics, by words.
+    ///
+    /// ```
+    /// # fn demo(accel: &accel_sim::Accelerator, histogram: &mut svm::Mirror<'_, u64>, data: &svm::MirrorRef<'_, u8>) -> Result<(), accel_sim::Error> {
+    /// accel.run_items(data.len(), (histogram.view_mut(), data.view()), |_lane, i, (histogram, data)| {
+    ///     histogram.fetch_add(data.load(i)?.into(), 1)?;
+    ///     Ok(())
+    /// })
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// The first fault that the kernel returned; [`KernelPanicked`](Error::KernelPanicked). After an error memory is as the kernel left it, and
+    /// the accelerator lives on.
+    pub fn run_items<V, K>(&self, nr_items: usize, views: V, kernel: K) -> Result<(), Error>
+    where
+        V: ViewSet,
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <V as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
+            + Sync,
+    {
+        let operands = self.operands(&views)?;
+        let work = ItemWork::<V, &K>::new(operands, nr_items, &kernel, self.workers());
+        self.run_work(Box::new(work))
+    }
+
+    /// Opens a scope for launches that overlap with the caller's own work. All of them are over when it returns, also when
+    /// `f` panics.
+    ///
+    /// ```
+    /// # fn demo(accel: &accel_sim::Accelerator, a: &mut svm::Mirror<'_, u32>, b: &mut [u32]) -> Result<(), accel_sim::Error> {
+    /// accel.scope(|s| {
+    ///     let launch = s.launch(a.view_mut(), |a| a.fill(1))?;
+    ///     b.fill(2); // meanwhile, here
+    ///     launch.wait()
+    /// })
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// What `f` returned, else the failure of a launch that `f` did not wait for.
+    pub fn scope<'env, R, F>(&'env self, f: F) -> Result<R, Error>
+    where
+        F: for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> Result<R, Error>,
+    {
+        let scope = Scope {
+            accel: self,
+            launches: Mutex::default(),
+            _scope: PhantomData,
+            _env: PhantomData,
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| f(&scope)));
+        let launches = std::mem::take(
+            &mut *scope
+                .launches
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        // Each is waited for, whatever the others came to.
+        let ended = launches
+            .iter()
+            .map(|launch| launch.wait())
+            .fold(Ok(()), Result::and);
+        match result {
+            Ok(result) => result.and_then(|r| ended.map(|()| r)),
+            Err(panic) => resume_unwind(panic),
+        }
+    }
+
+    /// Launches a kernel over slices of owned buffers, and returns at once. [`Job::join`] hands the buffers back.
+    ///
+    /// ```
+    /// # fn demo(accel: &accel_sim::Accelerator, y: svm::Buffer<f32>, x: svm::Buffer<f32>) -> Result<(), accel_sim::Error> {
+    /// let job = accel.spawn((y, x), |(y, x)| for (y, x) in y.iter_mut().zip(x) { *y += *x })?;
+    /// let ((y, x), result) = job.join();
+    /// # let _ = (y, x);
+    /// # result
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run), as far as they show before the kernel runs; the buffers are dropped then.
+    pub fn spawn<B, K>(&self, buffers: B, kernel: K) -> Result<Job<B>, Error>
+    where
+        B: SpanSet + Send + 'static,
+        K: for<'s> Fn(<B as SpanSet>::Spans<'s>) + Sync + Send + 'static,
+    {
+        let operands = self.operands(&buffers)?;
+        let budget = self.budget(&operands);
+        let work = SpanWork::<B, K>::new(operands, kernel, budget)?;
+        self.spawn_work(buffers, work)
+    }
+
+    /// Launches a kernel by items on owned buffers, and returns at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`spawn`](Self::spawn).
+    pub fn spawn_items<B, K>(&self, nr_items: usize, buffers: B, kernel: K) -> Result<Job<B>, Error>
+    where
+        B: ViewSet + Send + 'static,
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <B as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
+            + Sync
+            + Send
+            + 'static,
+    {
+        let operands = self.operands(&buffers)?;
+        let work = ItemWork::<B, K>::new(operands, nr_items, kernel, self.workers());
+        self.spawn_work(buffers, work)
+    }
+
+    fn spawn_work<B: Send + 'static>(
+        &self,
+        buffers: B,
+        work: impl Work + 'static,
+    ) -> Result<Job<B>, Error> {
+        let buffers = Arc::new(Mutex::new(Some(buffers)));
+        let work = Owning {
+            work,
+            _buffers: buffers.clone(),
+        };
+        // SAFETY: the work borrows nothing: it is 'static, and keeps the buffers alive itself.
+        let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers()) });
+        self.enqueue(&launch);
+        Ok(Job { launch, buffers })
+    }
+
+    fn run_work<'a>(&self, work: Box<dyn Work + 'a>) -> Result<(), Error> {
+        // SAFETY: we wait below, and nothing between here and there unwinds but by a failure to allocate, which aborts.
+        let launch = Arc::new(unsafe { Launch::new(work, self.workers()) });
+        self.enqueue(&launch);
+        launch.wait()
+    }
+
+    fn operands<V: ViewSet>(&self, views: &V) -> Result<Operands, Error> {
+        if self.shared.is_current() {
+            return Err(Error::Nested);
+        }
+        Operands::new(&self.shared, views)
+    }
+
+    fn budget(&self, operands: &Operands) -> Budget {
+        Budget {
+            nr_workers: self.workers(),
+            granule: operands.granule_pages * PAGE_SIZE,
+            memory_bytes: self.options.memory_bytes,
+        }
+    }
+
+    fn enqueue(&self, launch: &Arc<Launch>) {
+        let queue = self
+            .queue
+            .as_ref()
+            .expect("the queue is there until the accelerator is dropped");
+        for _ in 0..launch.tickets() {
+            // Workers hold the other end until we hang up.
+            queue
+                .send(launch.clone())
+                .expect("the workers are there until the accelerator is dropped");
+        }
+    }
+}
+
+struct WorkerParts {
+    index: usize,
+    shared: Arc<Shared>,
+    cache_entries: usize,
+}
+
+impl fmt::Debug for Accelerator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Accelerator")
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Drop for Accelerator {
+    fn drop(&mut self) {
+        // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
+        self.queue = None;
+        for thread in self.threads.drain(..) {
+            // A worker catches what its kernels panic with.
+            let _ = thread.join();
+        }
+        // The attachment goes with `shared`, of which ours is now the last: its pages come home.
+    }
+}
+
+/// Work that keeps the buffers it works on alive.
+struct Owning<W, B> {
+    work: W,
+    _buffers: Arc<Mutex<Option<B>>>,
+}
+
+impl<W: Work, B: Send> Work for Owning<W, B> {
+    fn nr_items(&self) -> usize {
+        self.work.nr_items()
+    }
+
+    fn item(
+        &self,
+        worker: &Worker,
+        launch: &Launch,
+        i: usize,
+    ) -> Result<(), crate::launch::Failure> {
+        self.work.item(worker, launch, i)
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), svm::Error> {
+        Box::new(self.work).finish()
+    }
+}
+
+/// A detached launch. Dropping it leaves the launch to itself: it runs to its end, and the buffers are dropped then.
+pub struct Job<B> {
+    launch: Arc<Launch>,
+    buffers: Arc<Mutex<Option<B>>>,
+}
+
+impl<B> fmt::Debug for Job<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job")
+            .field("launch", &self.launch)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<B> Job<B> {
+    /// Whether it is over, so that [`join`](Self::join) does not wait.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.launch.is_done()
+    }
+
+    /// Waits until it is over, and gives the buffers back, with what it came to.
+    pub fn join(self) -> (B, Result<(), Error>) {
+        let result = self.launch.wait();
+        let buffers = self
+            .buffers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        (buffers.expect("a job is joined once"), result)
+    }
+}
+
+/// Launches kernels that borrow what outlives the scope. See [`Accelerator::scope`].
+pub struct Scope<'scope, 'env: 'scope> {
+    accel: &'env Accelerator,
+    launches: Mutex<Vec<Arc<Launch>>>,
+    _scope: PhantomData<&'scope mut &'scope ()>,
+    _env: PhantomData<&'env mut &'env ()>,
+}
+
+impl fmt::Debug for Scope<'_, '_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scope").finish_non_exhaustive()
+    }
+}
+
+impl<'scope, 'env> Scope<'scope, 'env> {
+    /// Launches a kernel over slices, as [`Accelerator::run`] does, and returns at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`Accelerator::run`], as far as they show before the kernel runs.
+    pub fn launch<V, K>(&'scope self, views: V, kernel: K) -> Result<ScopedLaunch<'scope>, Error>
+    where
+        V: SpanSet + 'scope,
+        K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync + Send + 'scope,
+    {
+        let operands = self.accel.operands(&views)?;
+        let budget = self.accel.budget(&operands);
+        let work = SpanWork::<V, K>::new(operands, kernel, budget)?;
+        Ok(self.launch_work(Box::new(work)))
+    }
+
+    /// Launches a kernel by items, as [`Accelerator::run_items`] does, and returns at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`Accelerator::run_items`], as far as they show before the kernel runs.
+    pub fn launch_items<V, K>(
+        &'scope self,
+        nr_items: usize,
+        views: V,
+        kernel: K,
+    ) -> Result<ScopedLaunch<'scope>, Error>
+    where
+        V: ViewSet + 'scope,
+        K: for<'l, 's> Fn(
+                &'l Lane<'s>,
+                usize,
+                &'l <V as ViewSet>::Elements<'s>,
+            ) -> Result<(), DeviceFault>
+            + Sync
+            + Send
+            + 'scope,
+    {
+        let operands = self.accel.operands(&views)?;
+        let work = ItemWork::<V, K>::new(operands, nr_items, kernel, self.accel.workers());
+        Ok(self.launch_work(Box::new(work)))
+    }
+
+    fn launch_work(&'scope self, work: Box<dyn Work + 'scope>) -> ScopedLaunch<'scope> {
+        // SAFETY: `Accelerator::scope` waits for every launch in the list before it returns or unwinds, and 'scope lasts until then.
+        // It is in the list before it is in the queue.
+        let launch = Arc::new(unsafe { Launch::new(work, self.accel.workers()) });
+        self.launches
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(launch.clone());
+        self.accel.enqueue(&launch);
+        ScopedLaunch {
+            launch,
+            _scope: PhantomData,
+        }
+    }
+}
+
+/// A launch in a scope. Not waiting for it leaves that to the scope.
+#[derive(Debug)]
+pub struct ScopedLaunch<'scope> {
+    launch: Arc<Launch>,
+    _scope: PhantomData<&'scope ()>,
+}
+
+impl ScopedLaunch<'_> {
+    /// Waits until it is over.
+    ///
+    /// # Errors
+    ///
+    /// As [`Accelerator::run`].
+    pub fn wait(self) -> Result<(), Error> {
+        self.launch.wait()
+    }
+
+    /// Whether it is over, so that [`wait`](Self::wait) does not wait.
+    #[must_use]
+    pub fn is_finished(&self) -> bool {
+        self.launch.is_done()
+    }
+}

@@ -1,0 +1,770 @@
+//! Element accesses: a lane, its translation cache, and the handles a kernel loads and stores through.
+//!
+//! # From an index to a byte
+//!
+//! 1. *Hit*: the worker publishes the access, finds the page in its cache under the flush generation of now, makes the access and
+//!    withdraws. No lock, no read-modify-write, no fence but the compiler's ([`Slot::access`](crate::shootdown::Slot::access)).
+//! 2. *Walk*: the page has a translation in the device page table, and the cache did not know, or a shootdown has flushed it.
+//! 3. *Far fault*: it has none. The worker leaves element mode, runs a round of the range protocol (or waits for another
+//!    worker that is running it), and starts over.
+//!
+//! An element that lies across pages needs all of them at once and does not go through the cache: it opens a span.
+
+use std::cell::Cell;
+use std::fmt;
+use std::marker::PhantomData;
+
+use bytemuck::Pod;
+use svm::addr::PAGE_SIZE;
+use svm::{Access, DeviceFault, DeviceFaultKind, Ptr};
+
+use crate::launch::{Launch, Operand};
+use crate::shootdown::{Rights, STRADDLE};
+use crate::space::Space;
+use crate::sync::Ordering;
+use crate::table::Place;
+use crate::view::sealed::Handle;
+use crate::words::{self, Atomic, word_bytes};
+use crate::worker::Worker;
+
+/// A worker's translation cache: direct-mapped, its own. Each region of a launch has an equal part of it, so that arrays which are
+/// walked together do not drive each other out.
+#[derive(Debug)]
+pub(crate) struct Cache {
+    entries: Box<[Entry]>,
+    /// The launch that the entries belong to: what a key means changes with it.
+    launch: Cell<u64>,
+    /// Entries of a region's part, a power of two.
+    part: Cell<usize>,
+}
+
+/// One cached translation.
+#[derive(Debug, Default)]
+struct Entry {
+    /// The page and region it is for, if loads may use it; else 0.
+    read: Cell<u64>,
+    /// The same, if stores may.
+    write: Cell<u64>,
+    /// The flush generation it was walked to under (shootdown rule S5).
+    generation: Cell<u64>,
+    /// What to add to a host address.
+    offset: Cell<isize>,
+}
+
+/// What an entry's key is made of: a host page, and which of the launch's regions it belongs to. A page can be the edge of two
+/// regions and lie in two windows.
+#[inline(always)]
+fn key(host_page: u64, space: usize) -> u64 {
+    host_page << 3 | (space as u64 + 1)
+}
+
+impl Cache {
+    pub(crate) fn new(nr_entries: usize) -> Cache {
+        assert!(nr_entries.is_power_of_two());
+        Cache {
+            entries: (0..nr_entries).map(|_| Entry::default()).collect(),
+            launch: Cell::new(0),
+            part: Cell::new(nr_entries),
+        }
+    }
+
+    /// Prepares for items of a launch: empties the cache unless it is of that launch.
+    pub(crate) fn use_for(&self, launch: u64, nr_spaces: usize) {
+        if self.launch.replace(launch) != launch {
+            self.part
+                .set((self.entries.len() / nr_spaces.next_power_of_two()).max(1));
+            for entry in &self.entries {
+                // No generation is 0.
+                entry.generation.set(0);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn entry(&self, host_page: u64, space: usize) -> &Entry {
+        let part = self.part.get();
+        // In range but where there are more regions than entries; the mask spares the check.
+        &self.entries[(space * part + (host_page as usize & (part - 1))) & (self.entries.len() - 1)]
+    }
+}
+
+/// What is done at an element's place.
+trait Op {
+    type Out;
+
+    const RIGHTS: Rights;
+    const SIZE: usize;
+
+    /// # Safety
+    ///
+    /// As [`words::load`] or [`words::store`].
+    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> Self::Out;
+}
+
+struct Load<T>(PhantomData<T>);
+
+impl<T: Pod> Op for Load<T> {
+    type Out = T;
+
+    const RIGHTS: Rights = Rights::Read;
+    const SIZE: usize = size_of::<T>();
+
+    #[inline(always)]
+    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> T {
+        // SAFETY: by the same contract.
+        unsafe { words::load(at) }
+    }
+}
+
+struct Store<T>(T);
+
+impl<T: Pod> Op for Store<T> {
+    type Out = ();
+
+    const RIGHTS: Rights = Rights::Write;
+    const SIZE: usize = size_of::<T>();
+
+    #[inline(always)]
+    unsafe fn at(&self, at: impl Fn(usize) -> usize) {
+        // SAFETY: by the same contract.
+        unsafe { words::store(at, self.0) }
+    }
+}
+
+/// An atomic update, which never lies across pages.
+struct Rmw<T, F>(F, PhantomData<T>);
+
+impl<T: Atomic, R, F: Fn(usize) -> R> Op for Rmw<T, F> {
+    type Out = R;
+
+    const RIGHTS: Rights = Rights::Write;
+    const SIZE: usize = size_of::<T>();
+
+    #[inline(always)]
+    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> R {
+        (self.0)(at(0))
+    }
+}
+
+/// What an element kernel gets from its worker, valid inside the call: follows pointers, and serves the launch's handles.
+pub struct Lane<'s> {
+    worker: &'s Worker,
+    launch: &'s Launch,
+    views: &'s [Option<Operand>],
+    spaces: &'s [Space],
+    hits: Cell<u64>,
+    misses: Cell<u64>,
+}
+
+impl fmt::Debug for Lane<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lane")
+            .field("worker", &self.worker.index())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<'s> Lane<'s> {
+    pub(crate) fn new(
+        worker: &'s Worker,
+        launch: &'s Launch,
+        views: &'s [Option<Operand>],
+        spaces: &'s [Space],
+    ) -> Lane<'s> {
+        Lane {
+            worker,
+            launch,
+            views,
+            spaces,
+            hits: Cell::new(0),
+            misses: Cell::new(0),
+        }
+    }
+
+    /// Adds what this lane looked up to the worker's counters.
+    pub(crate) fn flush_counts(&self) {
+        self.worker
+            .counters()
+            .looked_up(self.hits.take(), self.misses.take());
+    }
+
+    /// Number of the worker that runs this lane, from 0.
+    #[must_use]
+    pub fn worker(&self) -> usize {
+        self.worker.index()
+    }
+
+    /// Follows a pointer for a load. It may lead anywhere in the launch's views, to whatever type lies there.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfViews`](DeviceFaultKind::OutOfViews) with the address, if the value does not lie wholly in one of the launch's
+    /// views or is not aligned; or what keeps its pages from coming.
+    #[inline]
+    pub fn load<T: Pod>(&self, ptr: Ptr<T>) -> Result<T, DeviceFault> {
+        let space = self.find::<T>(ptr, Rights::Read)?;
+        self.access(space, ptr.addr(), &Load(PhantomData))
+    }
+
+    /// Follows a pointer for a store.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load); and [`Protection`](DeviceFaultKind::Protection) if it leads to a view that is only read.
+    #[inline]
+    pub fn store<T: Pod>(&self, ptr: Ptr<T>, value: T) -> Result<(), DeviceFault> {
+        let space = self.find::<T>(ptr, Rights::Write)?;
+        self.access(space, ptr.addr(), &Store(value))
+    }
+
+    /// Follows a pointer and atomically adds to what it leads to; returns the value before.
+    ///
+    /// # Errors
+    ///
+    /// As [`store`](Self::store).
+    #[inline]
+    pub fn fetch_add<T: Atomic>(&self, ptr: Ptr<T>, operand: T) -> Result<T, DeviceFault> {
+        let space = self.find::<T>(ptr, Rights::Write)?;
+        self.access(
+            space,
+            ptr.addr(),
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::fetch_add(at, operand) }
+            }),
+        )
+    }
+
+    /// Follows a pointer and replaces what it leads to, if that is `current`. `Ok(Err(value))` says what was there instead.
+    ///
+    /// # Errors
+    ///
+    /// As [`store`](Self::store).
+    #[inline]
+    pub fn compare_exchange<T: Atomic>(
+        &self,
+        ptr: Ptr<T>,
+        current: T,
+        new: T,
+    ) -> Result<Result<T, T>, DeviceFault> {
+        let space = self.find::<T>(ptr, Rights::Write)?;
+        self.access(
+            space,
+            ptr.addr(),
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::compare_exchange(at, current, new) }
+            }),
+        )
+    }
+
+    /// Loads from anywhere in the process's memory. Inside the launch's views it is [`load`](Self::load); elsewhere the value is
+    /// read in place, as a CPU thread would.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load), inside the views.
+    ///
+    /// # Safety
+    ///
+    /// The pointer is aligned and leads to a value that is mapped, lives for the whole call, and is written only atomically by
+    /// others meanwhile, in words of `T`'s alignment.
+    #[inline]
+    pub unsafe fn load_anywhere<T: Pod>(&self, ptr: Ptr<T>) -> Result<T, DeviceFault> {
+        match self.find::<T>(ptr, Rights::Read) {
+            Ok(space) => self.access(space, ptr.addr(), &Load(PhantomData)),
+            // SAFETY: by contract.
+            Err(_) => Ok(unsafe { words::load(|offset| ptr.addr() + offset) }),
+        }
+    }
+
+    /// Stores anywhere in the process's memory, as [`load_anywhere`](Self::load_anywhere) loads.
+    ///
+    /// # Errors
+    ///
+    /// As [`store`](Self::store), inside the views.
+    ///
+    /// # Safety
+    ///
+    /// As [`load_anywhere`](Self::load_anywhere); and the value may be written: no reference to it is alive.
+    #[inline]
+    pub unsafe fn store_anywhere<T: Pod>(&self, ptr: Ptr<T>, value: T) -> Result<(), DeviceFault> {
+        match self.find::<T>(ptr, Rights::Write) {
+            Ok(space) => self.access(space, ptr.addr(), &Store(value)),
+            Err(fault) if fault.kind == DeviceFaultKind::Protection => Err(fault),
+            Err(_) => {
+                // SAFETY: by contract.
+                unsafe { words::store(|offset| ptr.addr() + offset, value) };
+                Ok(())
+            }
+        }
+    }
+
+    /// The region of the view that the value lies wholly in.
+    #[inline]
+    fn find<T>(&self, ptr: Ptr<T>, rights: Rights) -> Result<usize, DeviceFault> {
+        let addr = ptr.addr();
+        let mut kind = DeviceFaultKind::OutOfViews;
+        if addr % align_of::<T>() == 0 {
+            for view in self.views.iter().flatten() {
+                let offset = addr.wrapping_sub(view.addr);
+                if offset < view.len_bytes && size_of::<T>() <= view.len_bytes - offset {
+                    if rights == Rights::Read || view.rights == Rights::Write {
+                        return Ok(view.space);
+                    }
+                    kind = DeviceFaultKind::Protection;
+                }
+            }
+        }
+        Err(DeviceFault::new(addr, access_of(rights), kind))
+    }
+
+    /// Makes one access to the element at host address `addr`, which lies in a view of region `space` that permits it.
+    #[inline(always)]
+    fn access<O: Op>(&self, space: usize, addr: usize, op: &O) -> Result<O::Out, DeviceFault> {
+        // A number that is its own alignment never lies across pages, which the compiler sees here.
+        let straddles = addr % PAGE_SIZE + O::SIZE > PAGE_SIZE || O::SIZE == 0;
+        let mut attempt = 0;
+        while !straddles {
+            let host_page = (addr / PAGE_SIZE) as u64;
+            let key = key(host_page, space);
+            let entry = self.worker.cache().entry(host_page, space);
+            let allowed = match O::RIGHTS {
+                Rights::Read => &entry.read,
+                Rights::Write => &entry.write,
+            };
+            let done = self.worker.slot().access(
+                self.worker.generation(),
+                host_page,
+                O::RIGHTS,
+                |generation| {
+                    (entry.generation.get() == generation && allowed.get() == key)
+                        .then(|| entry.offset.get())
+                },
+                |offset| {
+                    let device = addr.wrapping_add_signed(offset);
+                    // SAFETY: the element lies in this page, inside a view of the launch, which keeps it mapped; the translation is valid until
+                    // the access is withdrawn (shootdown S1-S5). Elements are only accessed by atomic words of their alignment: spans of
+                    // this memory would need the exclusive borrow that this launch holds.
+                    unsafe { op.at(|o| device + o) }
+                },
+            );
+            if let Some(out) = done {
+                if attempt == 0 {
+                    self.hits.set(self.hits.get() + 1);
+                }
+                return Ok(out);
+            }
+            self.miss(space, host_page, O::RIGHTS, attempt)?;
+            attempt += 1;
+        }
+        self.access_slow(space, addr, op)
+    }
+
+    /// Fills the cache entry of a page, by a walk or after a far fault.
+    #[cold]
+    #[inline(never)]
+    fn miss(
+        &self,
+        space: usize,
+        host_page: u64,
+        rights: Rights,
+        attempt: u32,
+    ) -> Result<(), DeviceFault> {
+        if attempt == 0 {
+            self.misses.set(self.misses.get() + 1);
+        }
+        let region = &self.spaces[space];
+        let page = region.page(host_page);
+        for round in 0.. {
+            self.check_stop(region.addr_of(page), rights)?;
+            // S5: the generation is read before the walk. Acquire: as in `Slot::access`.
+            let generation = self.worker.generation().load(Ordering::Acquire);
+            if let Some(place) = region.place(page, rights) {
+                let key = key(host_page, space);
+                let entry = self.worker.cache().entry(host_page, space);
+                let allowed = |rights| {
+                    if region.place(page, rights) == Some(place) {
+                        key
+                    } else {
+                        0
+                    }
+                };
+                entry.read.set(allowed(Rights::Read));
+                entry.write.set(allowed(Rights::Write));
+                entry.offset.set(region.offset(place));
+                entry.generation.set(generation);
+                return Ok(());
+            }
+            // W1: nothing of this worker's is published while it waits.
+            self.worker.slot().leave_element_mode();
+            let fetched = self
+                .worker
+                .fetch(region, page..page + 1, rights, attempt + round);
+            self.worker.slot().enter_element_mode();
+            fetched?;
+        }
+        unreachable!("the loop ends by returning")
+    }
+
+    /// An element that lies across pages, or has no bytes.
+    #[cold]
+    #[inline(never)]
+    fn access_slow<O: Op>(&self, space: usize, addr: usize, op: &O) -> Result<O::Out, DeviceFault> {
+        const {
+            assert!(
+                O::SIZE <= 63 * PAGE_SIZE,
+                "an element lies on 64 pages at most"
+            )
+        };
+        let region = &self.spaces[space];
+        if O::SIZE == 0 {
+            // SAFETY: there is no word to find.
+            return Ok(unsafe { op.at(|_| addr) });
+        }
+        let pages = region.pages(addr, O::SIZE);
+        let spans = [(region.host_pages(&pages), O::RIGHTS)];
+        let slot = self.worker.slot();
+        for attempt in 0.. {
+            self.check_stop(addr, O::RIGHTS)?;
+            let mut missing = pages.start;
+            let mut on_host = [0];
+            let extent = slot.try_open(STRADDLE, &spans, || {
+                match region.places(&pages, O::RIGHTS, &mut on_host) {
+                    Ok(extent) => Some(extent),
+                    Err(page) => {
+                        missing = page;
+                        None
+                    }
+                }
+            });
+            if extent.is_some() {
+                // SAFETY: as in `access`; each word lies in one page, and all pages of the element are held by the open span.
+                let out = unsafe {
+                    op.at(|o| {
+                        let host = addr + o;
+                        let page = region.page((host / PAGE_SIZE) as u64) - pages.start;
+                        let place = if on_host[0] >> page & 1 == 1 {
+                            Place::Host
+                        } else {
+                            Place::Window
+                        };
+                        host.wrapping_add_signed(region.offset(place))
+                    })
+                };
+                slot.close(STRADDLE, 1);
+                return Ok(out);
+            }
+            slot.leave_element_mode();
+            let fetched = self
+                .worker
+                .fetch(region, missing..pages.end, O::RIGHTS, attempt);
+            slot.enter_element_mode();
+            fetched?;
+        }
+        unreachable!("the loop ends by returning")
+    }
+
+    /// Ends the kernel here if its launch is over: another item failed, or a span of it outstayed a shootdown (hazards W2).
+    fn check_stop(&self, addr: usize, rights: Rights) -> Result<(), DeviceFault> {
+        if self.launch.is_stopping() {
+            return Err(DeviceFault::new(
+                addr,
+                access_of(rights),
+                DeviceFaultKind::Stuck,
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn rmw<T: Atomic, F>(f: F) -> Rmw<T, F> {
+    Rmw(f, PhantomData)
+}
+
+pub(crate) fn access_of(rights: Rights) -> Access {
+    match rights {
+        Rights::Read => Access::Read,
+        Rights::Write => Access::Write,
+    }
+}
+
+/// A view that an element kernel reads.
+pub struct Elements<'s, T> {
+    lane: &'s Lane<'s>,
+    addr: usize,
+    len: usize,
+    space: usize,
+    _elements: PhantomData<T>,
+}
+
+/// A view that an element kernel reads and writes. Several lanes may do so at once: every access is a relaxed atomic, by words.
+pub struct ElementsMut<'s, T>(Elements<'s, T>);
+
+impl<T> Clone for Elements<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Elements<'_, T> {}
+
+impl<T> Clone for ElementsMut<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for ElementsMut<'_, T> {}
+
+impl<T> fmt::Debug for Elements<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Elements")
+            .field("addr", &format_args!("{:#x}", self.addr))
+            .field("len", &self.len)
+            .finish()
+    }
+}
+
+impl<T> fmt::Debug for ElementsMut<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl<'s, T: Pod> Elements<'s, T> {
+    pub(crate) fn new(handle: Handle<'s>) -> Elements<'s, T> {
+        let view = handle.lane.views[handle.view]
+            .as_ref()
+            .expect("an argument with elements is a view");
+        Elements {
+            lane: handle.lane,
+            addr: view.addr,
+            len: view.len,
+            space: view.space,
+            _elements: PhantomData,
+        }
+    }
+
+    /// Number of elements.
+    #[must_use]
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Loads element `i`.
+    ///
+    /// # Errors
+    ///
+    /// What keeps its page from coming.
+    ///
+    /// # Panics
+    ///
+    /// If there is no element `i`; that ends the launch with an error.
+    #[inline]
+    pub fn load(&self, i: usize) -> Result<T, DeviceFault> {
+        self.access(i, &Load(PhantomData))
+    }
+
+    /// The pointer to element `i`, for [`Lane::load`] and for storing in memory.
+    ///
+    /// # Panics
+    ///
+    /// If there is no element `i`.
+    #[must_use]
+    #[inline]
+    pub fn ptr(&self, i: usize) -> Ptr<T> {
+        Ptr::from_addr(self.addr_of(i))
+    }
+
+    #[inline(always)]
+    fn addr_of(&self, i: usize) -> usize {
+        assert!(
+            i < self.len,
+            "index {i} is out of range for a view of {} elements",
+            self.len
+        );
+        self.addr + i * size_of::<T>()
+    }
+
+    #[inline(always)]
+    fn access<O: Op>(&self, i: usize, op: &O) -> Result<O::Out, DeviceFault> {
+        self.lane.access(self.space, self.addr_of(i), op)
+    }
+}
+
+impl<'s, T: Pod> ElementsMut<'s, T> {
+    pub(crate) fn new(handle: Handle<'s>) -> ElementsMut<'s, T> {
+        ElementsMut(Elements::new(handle))
+    }
+
+    /// Number of elements.
+    #[must_use]
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Loads element `i`.
+    ///
+    /// # Errors
+    ///
+    /// What keeps its page from coming.
+    ///
+    /// # Panics
+    ///
+    /// If there is no element `i`; that ends the launch with an error.
+    #[inline]
+    pub fn load(&self, i: usize) -> Result<T, DeviceFault> {
+        self.0.load(i)
+    }
+
+    /// Stores element `i`.
+    ///
+    /// # Errors
+    ///
+    /// What keeps its page from coming, writable.
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn store(&self, i: usize, value: T) -> Result<(), DeviceFault> {
+        self.0.access(i, &Store(value))
+    }
+
+    /// The pointer to element `i`.
+    ///
+    /// # Panics
+    ///
+    /// If there is no element `i`.
+    #[must_use]
+    #[inline]
+    pub fn ptr(&self, i: usize) -> Ptr<T> {
+        self.0.ptr(i)
+    }
+}
+
+impl<T: Atomic> ElementsMut<'_, T> {
+    /// Atomically adds to element `i`; returns the value before.
+    ///
+    /// # Errors
+    ///
+    /// What keeps its page from coming, writable.
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn fetch_add(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
+                unsafe { T::fetch_add(at, operand) }
+            }),
+        )
+    }
+
+    /// Atomically lowers element `i` to `operand` if that is less; returns the value before.
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn fetch_min(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::fetch_min(at, operand) }
+            }),
+        )
+    }
+
+    /// Atomically raises element `i` to `operand` if that is more; returns the value before.
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn fetch_max(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::fetch_max(at, operand) }
+            }),
+        )
+    }
+
+    /// Atomically replaces element `i`; returns the value before.
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn swap(&self, i: usize, value: T) -> Result<T, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::swap(at, value) }
+            }),
+        )
+    }
+
+    /// Atomically replaces element `i` if it is `current`. `Ok(Err(value))` says what was there instead.
+    ///
+    /// # Errors
+    ///
+    /// As [`fetch_add`](Self::fetch_add).
+    ///
+    /// # Panics
+    ///
+    /// As [`load`](Self::load).
+    #[inline]
+    pub fn compare_exchange(
+        &self,
+        i: usize,
+        current: T,
+        new: T,
+    ) -> Result<Result<T, T>, DeviceFault> {
+        self.0.access(
+            i,
+            &rmw::<T, _>(|at| {
+                // SAFETY: as in `fetch_add`.
+                unsafe { T::compare_exchange(at, current, new) }
+            }),
+        )
+    }
+}
+
+const _: () = assert!(word_bytes::<u128>() == 8);

@@ -1,0 +1,369 @@
+//! Slice kernels: an item's chunks, as slices.
+//!
+//! # An item
+//!
+//! 1. Publish the spans of all views, and check that all their pages have translations. If one has not: withdraw all, fault in
+//!    what is missing, and start over. An item holds nothing while it waits, so two of them never wait for each other; each
+//!    attempt earns its pages a longer stay, so they do not steal pages from each other for ever.
+//! 2. With all spans open, every page of them stays until they are closed. A span whose pages are all in the window is a slice
+//!    of the window; one whose pages are all in place is a slice of host memory. One with some of each is *bounced*: its bytes
+//!    are gathered into a buffer, which the kernel works on, and scattered back if the view is mutable.
+//! 3. Run the kernel, and close the spans, also when it panics.
+
+use std::ops::Range;
+use std::ptr::{
+    NonNull, copy_nonoverlapping, with_exposed_provenance, with_exposed_provenance_mut,
+};
+
+use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use svm::{DeviceFault, DeviceFaultKind};
+
+use crate::chunk::{self, Budget, Chunks, TooSmall};
+use crate::error::Error;
+use crate::lane::access_of;
+use crate::launch::{Failure, Launch, Operand, Operands, Work, catch};
+use crate::shootdown::{Rights, Slot};
+use crate::space::Space;
+use crate::table::{Extent, Place};
+use crate::view::sealed::Chunk;
+use crate::view::{MAX_VIEWS, SpanSet};
+use crate::worker::Worker;
+
+/// The work of a launch over slices.
+pub(crate) struct SpanWork<V, K> {
+    operands: Operands,
+    chunks: Chunks,
+    kernel: K,
+    _views: std::marker::PhantomData<fn(V)>,
+}
+
+impl<V, K> SpanWork<V, K>
+where
+    V: SpanSet,
+    K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync + Send,
+{
+    pub(crate) fn new(operands: Operands, kernel: K, budget: Budget) -> Result<Self, Error> {
+        let views = || operands.views.iter().flatten();
+        let expected = views().next().map_or(0, |v| v.len);
+        if let Some(other) = views().find(|v| v.len != expected) {
+            return Err(Error::LengthMismatch {
+                expected,
+                found: other.len,
+            });
+        }
+        let extents: Vec<chunk::Extent> = views()
+            .map(|v| chunk::Extent {
+                addr: v.addr,
+                size: v.size,
+                len: v.len,
+            })
+            .collect();
+        let lead = views().position(|v| v.rights == Rights::Write).unwrap_or(0);
+        let chunks = Chunks::new(&extents, lead, budget).map_err(|TooSmall { needed }| {
+            Error::DeviceMemoryTooSmall {
+                needed,
+                available: budget.memory_bytes.unwrap_or(0),
+            }
+        })?;
+        Ok(SpanWork {
+            operands,
+            chunks,
+            kernel,
+            _views: std::marker::PhantomData,
+        })
+    }
+}
+
+/// One view's span of one item.
+struct Want<'a> {
+    operand: &'a Operand,
+    space: &'a Space,
+    addr: usize,
+    len_bytes: usize,
+    pages: Range<usize>,
+}
+
+impl<'a> Want<'a> {
+    /// `None` where there are no bytes.
+    fn new(
+        operands: &'a Operands,
+        operand: &'a Operand,
+        elements: &Range<usize>,
+    ) -> Option<Want<'a>> {
+        let len_bytes = elements.len() * operand.size;
+        if len_bytes == 0 {
+            return None;
+        }
+        let space = operands.space(operand);
+        let addr = operand.addr + elements.start * operand.size;
+        Some(Want {
+            operand,
+            space,
+            addr,
+            len_bytes,
+            pages: space.pages(addr, len_bytes),
+        })
+    }
+
+    /// The parts of the span that lie in one page each: host address and length.
+    fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
+        let end = self.addr + self.len_bytes;
+        self.pages.clone().map(move |page| {
+            let start = self.space.addr_of(page).max(self.addr);
+            (
+                start,
+                (self.space.addr_of(page) + PAGE_SIZE).min(end) - start,
+            )
+        })
+    }
+}
+
+/// Closes the spans it stands for.
+struct Open<'a> {
+    slot: &'a Slot,
+    nr: usize,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.slot.close(0, self.nr);
+    }
+}
+
+impl<V, K> Work for SpanWork<V, K>
+where
+    V: SpanSet,
+    K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync + Send,
+{
+    fn nr_items(&self) -> usize {
+        self.chunks.nr_items()
+    }
+
+    fn item(&self, worker: &Worker, launch: &Launch, i: usize) -> Result<(), Failure> {
+        let elements = self.chunks.elements(i);
+        if elements.is_empty() {
+            return Ok(());
+        }
+        let mut wants = [const { None }; MAX_VIEWS];
+        for (want, operand) in wants.iter_mut().zip(self.operands.views.iter().flatten()) {
+            *want = Want::new(&self.operands, operand, &elements);
+        }
+        let bounce = &mut *worker.bounce().borrow_mut();
+        let (open, extents) = open(worker, launch, &wants, bounce)?;
+        let mut places = [0; MAX_VIEWS];
+        for (v, want) in wants.iter().enumerate() {
+            if let Some(want) = want {
+                places[v] = match extents[v] {
+                    Extent::Window => want
+                        .addr
+                        .wrapping_add_signed(want.space.offset(Place::Window)),
+                    Extent::InPlace => want.addr,
+                    Extent::Mixed => {
+                        worker.counters().bounced();
+                        bounce.gather(v, want)
+                    }
+                };
+            }
+        }
+        // The kernel's arguments in order: a view without bytes has a dangling address, as an empty slice has.
+        let mut views = self.operands.views.iter();
+        let mut v = 0;
+        let mut chunk = || {
+            let addr = match views.next() {
+                Some(Some(_)) => {
+                    let addr = places[v];
+                    v += 1;
+                    if addr == 0 {
+                        NonNull::<Page>::dangling().addr().get()
+                    } else {
+                        addr
+                    }
+                }
+                _ => 0,
+            };
+            Chunk {
+                addr,
+                first: elements.start,
+                len: elements.len(),
+            }
+        };
+        // SAFETY: each address is that of the chunk's bytes for the device, or of a copy; exposed, and congruent to the host address
+        // modulo the page size at least, so aligned. The pages stay where they are while `open` lives, which is longer than
+        // the kernel's call. Chunks of different items are disjoint, and so are the views, by their borrows; a mutable view's
+        // borrow, which the launch outlives at no time, keeps everyone else from the chunk.
+        let spans = unsafe { <V as SpanSet>::spans(&mut chunk) };
+        let ran = catch(|| (self.kernel)(spans));
+        for (v, want) in wants.iter().enumerate() {
+            if let Some(want) = want
+                && extents[v] == Extent::Mixed
+                && want.operand.rights == Rights::Write
+            {
+                bounce.scatter(v, want);
+            }
+        }
+        drop(open);
+        ran
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), svm::Error> {
+        self.operands.finish()
+    }
+}
+
+/// Opens all spans, faulting in what is missing as often as it takes.
+fn open<'a>(
+    worker: &'a Worker,
+    launch: &Launch,
+    wants: &[Option<Want<'_>>; MAX_VIEWS],
+    bounce: &mut Bounce,
+) -> Result<(Open<'a>, [Extent; MAX_VIEWS]), DeviceFault> {
+    let mut spans = [const { (0..0, Rights::Read) }; MAX_VIEWS];
+    let mut nr = 0;
+    for want in wants.iter().flatten() {
+        spans[nr] = (want.space.host_pages(&want.pages), want.operand.rights);
+        nr += 1;
+    }
+    for attempt in 0.. {
+        for (v, want) in wants.iter().enumerate() {
+            if let Some(want) = want {
+                bounce.make_room(v, want);
+            }
+        }
+        let mut extents = [Extent::Window; MAX_VIEWS];
+        let opened = worker.slot().try_open(0, &spans[..nr], || {
+            for (v, want) in wants.iter().enumerate() {
+                if let Some(want) = want {
+                    extents[v] = want.space.extent(&want.pages, want.operand.rights).ok()?;
+                    if extents[v] == Extent::Mixed {
+                        bounce.note_places(v, want)?;
+                    }
+                }
+            }
+            Some(())
+        });
+        if opened.is_some() {
+            return Ok((
+                Open {
+                    slot: worker.slot(),
+                    nr,
+                },
+                extents,
+            ));
+        }
+        for want in wants.iter().flatten() {
+            let rights = want.operand.rights;
+            let mut from = want.pages.start;
+            while let Err(missing) = want.space.extent(&(from..want.pages.end), rights) {
+                if launch.is_stopping() {
+                    return Err(DeviceFault::new(
+                        want.addr,
+                        access_of(rights),
+                        DeviceFaultKind::Stuck,
+                    ));
+                }
+                worker.fetch(want.space, missing..want.pages.end, rights, attempt)?;
+                // On to the next block; what was lost again meanwhile is the next attempt's.
+                from = (missing / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK;
+                if from >= want.pages.end {
+                    break;
+                }
+            }
+        }
+    }
+    unreachable!("the loop ends by returning")
+}
+
+/// Aligned for any element.
+#[derive(Clone, Copy)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_SIZE]);
+
+/// A worker's buffers for spans that lie partly in the window and partly in place.
+#[derive(Default)]
+pub(crate) struct Bounce([Buffer; MAX_VIEWS]);
+
+#[derive(Default)]
+struct Buffer {
+    pages: Vec<Page>,
+    /// One bit per page of the span: whether it is at its host address.
+    on_host: Vec<u64>,
+    /// Whether a span of this view has been bounced, or was about to be.
+    wanted: bool,
+}
+
+impl Bounce {
+    /// Makes room for view `v`, before anything is published: nothing is allocated while spans are held.
+    fn make_room(&mut self, v: usize, want: &Want<'_>) {
+        let buffer = &mut self.0[v];
+        buffer.on_host.resize(want.pages.len().div_ceil(64), 0);
+        if buffer.wanted && buffer.pages.len() < want.pages.len() {
+            buffer.pages.resize(want.pages.len(), Page([0; PAGE_SIZE]));
+        }
+    }
+
+    /// Notes where each page is, while the span is published. `None` if one has gone, or there was no room to bounce the span.
+    fn note_places(&mut self, v: usize, want: &Want<'_>) -> Option<()> {
+        let buffer = &mut self.0[v];
+        buffer.wanted = true;
+        if buffer.pages.len() < want.pages.len() {
+            return None;
+        }
+        want.space
+            .places(&want.pages, want.operand.rights, &mut buffer.on_host)
+            .ok()
+            .map(drop)
+    }
+
+    /// The address of the span's copy, and for each part of the span: where it is for the device, where in the copy, and its length.
+    fn parts<'a>(
+        &'a mut self,
+        v: usize,
+        want: &'a Want<'_>,
+    ) -> (usize, impl Iterator<Item = (usize, usize, usize)>) {
+        let buffer = &mut self.0[v];
+        let base = buffer.pages.as_mut_ptr().expose_provenance();
+        let copy = move |host: usize| base + (host - want.space.addr_of(want.pages.start));
+        let on_host = &buffer.on_host;
+        let parts = want.parts().enumerate().map(move |(i, (host, len))| {
+            let place = if on_host[i / 64] >> (i % 64) & 1 == 1 {
+                Place::Host
+            } else {
+                Place::Window
+            };
+            (
+                host.wrapping_add_signed(want.space.offset(place)),
+                copy(host),
+                len,
+            )
+        });
+        (copy(want.addr), parts)
+    }
+
+    /// Copies the span's bytes into the buffer, and says where they are.
+    fn gather(&mut self, v: usize, want: &Want<'_>) -> usize {
+        let (addr, parts) = self.parts(v, want);
+        for (device, copy, len) in parts {
+            let (from, to) = (
+                with_exposed_provenance::<u8>(device),
+                with_exposed_provenance_mut::<u8>(copy),
+            );
+            // SAFETY: the device's bytes are valid while the span is open, and nobody writes them: the view borrows them. The buffer has
+            // a page for each page of the span, and is this worker's own.
+            unsafe { copy_nonoverlapping(from, to, len) };
+        }
+        addr
+    }
+
+    /// Copies the buffer's bytes back.
+    fn scatter(&mut self, v: usize, want: &Want<'_>) {
+        let (_, parts) = self.parts(v, want);
+        for (device, copy, len) in parts {
+            let (from, to) = (
+                with_exposed_provenance::<u8>(copy),
+                with_exposed_provenance_mut::<u8>(device),
+            );
+            // SAFETY: as in `gather`; the view is mutable, so its chunk is this item's alone.
+            unsafe { copy_nonoverlapping(from, to, len) };
+        }
+    }
+}

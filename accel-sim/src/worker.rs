@@ -1,0 +1,163 @@
+//! A worker: one thread of the device.
+//!
+//! It takes launches from the queue and works on their items until none is left. What it publishes, caches and faults with is
+//! its own; the far faults of one block take turns, so that pages one worker fetches are not fetched by the next one too.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::Receiver;
+use svm::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
+use svm::{Attachment, DeviceFault};
+
+use crate::device::Sim;
+use crate::lane::{Cache, access_of};
+use crate::launch::Launch;
+use crate::shootdown::{Rights, Slot};
+use crate::space::Space;
+use crate::span::Bounce;
+use crate::stats::Counters;
+use crate::sync::AtomicU64;
+
+/// Locks that far faults take turns on; two blocks that share one only wait a little longer.
+const NR_TURNS: usize = 64;
+
+/// What the workers and their accelerator share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) attachment: Attachment<Sim>,
+    pub(crate) counters: Box<[Counters]>,
+    pub(crate) fault_timeout: Duration,
+    turns: [Mutex<()>; NR_TURNS],
+}
+
+impl Shared {
+    pub(crate) fn new(
+        attachment: Attachment<Sim>,
+        nr_workers: usize,
+        fault_timeout: Duration,
+    ) -> Shared {
+        Shared {
+            attachment,
+            counters: (0..nr_workers).map(|_| Counters::default()).collect(),
+            fault_timeout,
+            turns: std::array::from_fn(|_| Mutex::new(())),
+        }
+    }
+
+    /// A number for this accelerator, as long as it lives.
+    fn id(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+
+    /// Whether the calling thread is one of its workers.
+    pub(crate) fn is_current(&self) -> bool {
+        WORKER_OF.get() == self.id()
+    }
+}
+
+thread_local! {
+    /// The accelerator whose worker this thread is, or 0.
+    static WORKER_OF: Cell<usize> = const { Cell::new(0) };
+}
+
+/// The state of one worker thread.
+pub(crate) struct Worker {
+    index: usize,
+    shared: Arc<Shared>,
+    range: RefCell<svm::Range<Sim>>,
+    cache: Cache,
+    bounce: RefCell<Bounce>,
+}
+
+impl Worker {
+    pub(crate) fn new(
+        index: usize,
+        shared: Arc<Shared>,
+        range: svm::Range<Sim>,
+        cache_entries: usize,
+    ) -> Worker {
+        Worker {
+            index,
+            shared,
+            range: RefCell::new(range),
+            cache: Cache::new(cache_entries),
+            bounce: RefCell::default(),
+        }
+    }
+
+    /// The thread's main loop: ends when the accelerator has hung up and the queue is empty.
+    pub(crate) fn run(self, queue: &Receiver<Arc<Launch>>) {
+        let _signals = svm::worker_thread();
+        WORKER_OF.set(self.shared.id());
+        for launch in queue {
+            launch.take_part(&self);
+        }
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> &Slot {
+        self.shared.attachment.device().slot(self.index)
+    }
+
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> &AtomicU64 {
+        self.shared.attachment.device().generation()
+    }
+
+    #[inline(always)]
+    pub(crate) fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    pub(crate) fn bounce(&self) -> &RefCell<Bounce> {
+        &self.bounce
+    }
+
+    /// Lets go of the regions of a launch that is over.
+    pub(crate) fn park(&self) {
+        self.range.borrow_mut().park();
+    }
+
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.shared.counters[self.index]
+    }
+
+    /// A far fault: gets translations for `pages`, or for those of them in the first one's block.
+    ///
+    /// The caller has nothing published (hazards W1). On return the pages were there for a moment; whoever needs them checks again.
+    pub(crate) fn fetch(
+        &self,
+        region: &Space,
+        pages: Range<usize>,
+        rights: Rights,
+        attempt: u32,
+    ) -> Result<(), DeviceFault> {
+        let block = pages.start / PAGES_PER_BLOCK;
+        let pages = region.body_of(&(pages.start..pages.end.min((block + 1) * PAGES_PER_BLOCK)));
+        let turn = (region.addr_of(block * PAGES_PER_BLOCK) / BLOCK_SIZE) % NR_TURNS;
+        let _turn = self.shared.turns[turn]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if region.nr_missing(&pages, rights) == 0 {
+            self.counters().coalesced();
+            return Ok(());
+        }
+        self.counters().far_fault();
+        let table = region.mapped().table();
+        self.range.borrow_mut().fault_in(
+            region.mapped(),
+            pages,
+            access_of(rights),
+            attempt,
+            self.shared.fault_timeout,
+            |valid, device| table.install(valid, device),
+        )
+    }
+}
