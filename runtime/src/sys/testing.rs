@@ -6,6 +6,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use super::mmap::MapArray;
+
 /// Set in a child to the name of the test it runs.
 const CHILD: &str = "SVM_TEST_CHILD";
 
@@ -79,6 +81,35 @@ pub(crate) fn in_child(name: &str, variables: &[(&str, &str)], body: fn()) -> Op
         code: status.code(),
         signal: status.signal(),
         stderr: reader.join().expect("the reader does not panic"),
+    })
+}
+
+/// Runs `body` on a thread whose alternate signal stack is large and painted, and returns how many bytes
+/// of it the handlers that ran meanwhile used, the kernel's frame included.
+///
+/// The standard library gives its threads `max(8 KiB, AT_MINSIGSTKSZ)`: that is what must suffice.
+pub(crate) fn alternate_stack_used(body: impl FnOnce() + Send) -> usize {
+    const LEN: usize = 256 * 1024;
+    const PAINT: u8 = 0xA5;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let mut stack = MapArray::<u8>::from_fn(LEN, |_| PAINT).expect("memory");
+            let ours = libc::stack_t {
+                ss_sp: stack.as_mut_ptr().cast(),
+                ss_flags: 0,
+                ss_size: LEN,
+            };
+            let mut theirs = ours;
+            // SAFETY: both are initialised; the memory is this thread's own until theirs is restored.
+            let set = unsafe { libc::sigaltstack(&raw const ours, &raw mut theirs) };
+            assert_eq!(set, 0);
+            body();
+            // SAFETY: as above; what is restored is what the standard library had set.
+            let restored = unsafe { libc::sigaltstack(&raw const theirs, std::ptr::null_mut()) };
+            assert_eq!(restored, 0);
+            LEN - stack.iter().take_while(|&&byte| byte == PAINT).count()
+        });
+        thread.join().expect("the body does not panic")
     })
 }
 

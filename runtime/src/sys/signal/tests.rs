@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering::SeqCst};
 
 use super::super::mmap::Reservation;
-use super::super::testing::{in_child, test_name};
+use super::super::testing::{alternate_stack_used, in_child, test_name};
 use super::super::uffd::{FaultScope, Features, Mode, Protect, Stop, Uffd, Wake};
 use super::*;
 use crate::addr::{PAGE_SIZE, PageRange, page_floor};
@@ -137,6 +137,27 @@ fn a_thread_resolves_its_own_faults() {
         expect(9, Access::ReadMissing);
     };
     let name = test_name!("a_thread_resolves_its_own_faults");
+    if let Some(ended) = in_child(name, &[], body) {
+        ended.assert_passed();
+    }
+}
+
+#[test]
+fn the_handler_fits_the_stack_that_std_gives_a_thread() {
+    let body = || {
+        let fixture = Fixture::set_up();
+        install(resolve).unwrap();
+        let used = alternate_stack_used(|| assert_eq!(fixture.load(0), 7));
+        // SAFETY: no preconditions.
+        let frame = unsafe { libc::getauxval(libc::AT_MINSIGSTKSZ) } as usize;
+        // Half of the 8 KiB, beside the kernel's frame, is left to the resolver proper.
+        assert!(
+            used > 0 && used < frame + 4096,
+            "{used} bytes, frame {frame}"
+        );
+        super::super::process::write_stderr(format!("used {used} of {frame} + 4096\n").as_bytes());
+    };
+    let name = test_name!("the_handler_fits_the_stack_that_std_gives_a_thread");
     if let Some(ended) = in_child(name, &[], body) {
         ended.assert_passed();
     }
