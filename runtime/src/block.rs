@@ -11,6 +11,8 @@
 //! | `junk` of device *d* | the page of *d*'s window is populated, but stale; it is discarded before the window page is filled again |
 //! | `pinned` | a [`Pin`](crate::Pin) keeps the page with the CPU; devices access it in place |
 //! | `unmovable` | the kernel refused to move the page (pinned for DMA, protected): devices access it in place |
+//! | `pending` | the kernel is discarding or unmapping the page, or accesses to a frame that was given up are in flight: nobody may touch it until that is over |
+//! | `displaced` | `mremap` moved the page: it comes home at its new address, and is out of devices' reach |
 //! | `gone` | the page left the region (unmapped, moved or discarded for good) and is no longer ours |
 //!
 //! The *holders* of a page are the CPU, unless it is `away`, and every device whose `frames` contain it. From them
@@ -60,6 +62,10 @@ impl DeviceSet {
         self.0 |= 1 << device.0;
     }
 
+    pub(crate) const fn contains(self, device: DeviceId) -> bool {
+        self.0 >> device.0 & 1 == 1
+    }
+
     /// Every device slot.
     pub(crate) const fn all() -> Self {
         Self(!0)
@@ -107,6 +113,8 @@ pub(crate) struct BlockState {
     gone: PageMask,
     pinned: PageMask,
     unmovable: PageMask,
+    pending: PageMask,
+    displaced: PageMask,
     holdings: [Holding; MAX_DEVICES],
     /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
     occupied: u8,
@@ -137,6 +145,8 @@ impl BlockState {
             gone: PageMask::EMPTY,
             pinned: PageMask::EMPTY,
             unmovable: PageMask::EMPTY,
+            pending: PageMask::EMPTY,
+            displaced: PageMask::EMPTY,
             holdings: [NONE; MAX_DEVICES],
             occupied: 0,
             lease: Lease::default(),
@@ -147,8 +157,17 @@ impl BlockState {
         self.away
     }
 
+    /// Pages out of devices' reach for good.
     pub(crate) fn gone(&self) -> PageMask {
-        self.gone
+        self.gone | self.displaced
+    }
+
+    pub(crate) fn pending(&self) -> PageMask {
+        self.pending
+    }
+
+    pub(crate) fn displaced(&self) -> PageMask {
+        self.displaced
     }
 
     /// Pages that devices access in place: pinned or unmovable.
@@ -278,11 +297,30 @@ impl BlockState {
         self.away |= pages;
     }
 
-    /// The pages left the region.
-    pub(crate) fn left(&mut self, pages: PageMask) {
+    /// The pages' contents were discarded: nobody's copy is current, and the CPU holds what zero-fill will give.
+    pub(crate) fn discarded(&mut self, pages: PageMask) {
         self.revoked_all(pages, None);
         self.away -= pages;
+    }
+
+    /// The pages left the region.
+    pub(crate) fn left(&mut self, pages: PageMask) {
+        self.discarded(pages);
+        self.displaced -= pages;
         self.gone |= pages;
+    }
+
+    /// The pages were moved to another address; what is away comes home there.
+    pub(crate) fn displaced_to_new_address(&mut self, pages: PageMask) {
+        self.displaced |= pages - self.gone;
+    }
+
+    pub(crate) fn set_pending(&mut self, pages: PageMask, pending: bool) {
+        if pending {
+            self.pending |= pages;
+        } else {
+            self.pending -= pages;
+        }
     }
 
     pub(crate) fn set_pinned(&mut self, pages: PageMask, pinned: bool) {
@@ -300,7 +338,7 @@ impl BlockState {
     /// What has to happen so that `device` may access `want`.
     pub(crate) fn plan(&self, device: DeviceId, want: PageMask, access: Access, read: OnRead) -> Plan {
         let in_place = want & (self.pinned | (self.unmovable - self.away));
-        let want = want - in_place - self.gone;
+        let want = want - in_place - self.gone();
         let mine = self.frames(device);
         let others = self.held_by_devices(Some(device));
         match access {
@@ -340,7 +378,7 @@ impl BlockState {
     pub(crate) fn is_consistent(&self) -> bool {
         let held = self.held_by_devices(None) | !self.away;
         let disjoint = DeviceId::all().all(|d| !self.frames(d).intersects(&self.junk(d)));
-        disjoint && (held | self.gone) == PageMask::FULL
+        disjoint && (held | self.gone()) == PageMask::FULL
     }
 }
 

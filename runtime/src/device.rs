@@ -69,6 +69,19 @@ pub unsafe trait Device: Send + Sync + 'static {
 
     /// Second pass: whether every access through a removed translation has ended.
     fn quiesced(&self, table: &Self::Table, inv: &Invalidation) -> bool;
+
+    /// Stops accesses: until [`resume`](Self::resume), none begins through any translation. Called, by one thread at a time,
+    /// before an event is read, for with the reading its cause goes on. A device without it may serve an access of
+    /// memory that was just unmapped for as long as the event takes to apply: microseconds.
+    fn pause(&self) {}
+
+    /// Whether every access that had begun before [`pause`](Self::pause) has ended. Polled for a short while only.
+    fn is_paused(&self) -> bool {
+        true
+    }
+
+    /// Ends a pause.
+    fn resume(&self) {}
 }
 
 /// The lock of a device, under which its translations change.
@@ -296,6 +309,9 @@ pub(crate) trait AnyMapped: Send + Sync {
     fn residency(&self) -> &Residency;
     fn invalidate(&self, inv: &Invalidation) -> Result<(), WouldBlock>;
     fn quiesced(&self, inv: &Invalidation) -> bool;
+    fn pause(&self);
+    fn is_paused(&self) -> bool;
+    fn resume(&self);
     /// The region is going: forget it.
     fn unmap(&self);
 }
@@ -324,6 +340,18 @@ impl<D: Device> AnyMapped for Mapped<D> {
 
     fn quiesced(&self, inv: &Invalidation) -> bool {
         self.attached.device.quiesced(&self.table, inv)
+    }
+
+    fn pause(&self) {
+        self.attached.device.pause();
+    }
+
+    fn is_paused(&self) -> bool {
+        self.attached.device.is_paused()
+    }
+
+    fn resume(&self) {
+        self.attached.device.resume();
     }
 
     fn unmap(&self) {

@@ -34,6 +34,11 @@ impl Door {
             Delivery::Inline => wanted |= Features::SIGBUS,
             Delivery::Thread => wanted |= Features::EXACT_ADDRESS | Features::THREAD_ID,
         }
+        wanted |= Features::EVENT_REMAP | Features::EVENT_UNMAP;
+        if Uffd::probe(FaultScope::UserMode).is_ok_and(|has| has.contains(Features::MOVE)) {
+            // Without MOVE our own discards are `madvise`, which would wait for our own reader (hazards M4).
+            wanted |= Features::EVENT_REMOVE;
+        }
         let scopes: &[FaultScope] = match delivery {
             // In SIGBUS mode the kernel's own accesses fail in any case.
             Delivery::Inline => &[FaultScope::UserMode],
@@ -79,6 +84,11 @@ impl Door {
     /// Whether system calls that touch an absent page wait for it instead of failing.
     pub(crate) fn is_transparent(&self) -> bool {
         self.delivery == Delivery::Thread && self.uffd.scope() == FaultScope::UserAndKernel
+    }
+
+    /// Whether changes of the mappings arrive as events.
+    pub(crate) fn has_events(&self) -> bool {
+        self.uffd.enabled().intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
     }
 
     /// Index of this door, below 2.

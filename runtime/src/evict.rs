@@ -83,7 +83,8 @@ fn evict_block(device: &dyn AnyMapped, region: &Region, block: usize, max: usize
 
 /// Up to `max` resident pages of the block, stale ones first.
 fn choose(state: &BlockState, device: &dyn AnyMapped, max: usize) -> PageMask {
-    let (junk, frames) = (state.junk(device.id()), state.frames(device.id()));
+    let ours = !state.pending();
+    let (junk, frames) = (state.junk(device.id()) & ours, state.frames(device.id()) & ours);
     let max = max.max(1);
     if junk.count() + frames.count() <= max {
         return junk | frames;
@@ -162,6 +163,9 @@ fn release_attempt(
     let gate = space.gate().enter();
     let mut state = region.lock_block(block);
     let resident = state.resident(device.id()) & pages;
+    if resident.intersects(&state.pending()) {
+        return Ok(false);
+    }
     let Some(bounds) = resident.bounds() else { return Ok(true) };
     let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };
     let inv = Invalidation::new(block, resident & state.frames(device.id()), Keep::Nothing);

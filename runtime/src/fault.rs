@@ -18,6 +18,7 @@
 
 use core::ops::Range;
 
+use crate::addr::{PAGE_SIZE, page_floor};
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
 use crate::error::Access;
@@ -25,9 +26,10 @@ use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granule_around};
 use crate::notifier::Bracket;
 use crate::region::{Region, RegionKind};
-use crate::space::{AddressSpace, GateGuard, PlaceKind};
+use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
 pub(crate) use crate::sys::flight::Flight;
+use crate::sys::uffd::{Protect, Stop};
 use crate::sys::{clock, process};
 
 /// What the hardware or the kernel said about a CPU fault.
@@ -66,6 +68,8 @@ enum Class {
     Collapse(Range<usize>),
     /// It is shared, but the CPU's copy is missing (discarded meanwhile): copy it back (hazards G4).
     Restore,
+    /// The kernel is at work on the page.
+    Pending,
     /// Nobody holds anything: zero-fill.
     ZeroFill,
     /// Write-protected without reason: clear it.
@@ -74,6 +78,9 @@ enum Class {
 
 /// How long a shootdown waits for an open span before its page goes home all the same (hazards W2).
 pub(crate) const SPAN_DEADLINE_NS: u64 = 2_000_000_000;
+
+/// How soon a fault on a page that the kernel is at work on looks again.
+const PENDING_POLL_NS: u64 = 50_000;
 
 /// Resolves a CPU fault in the thread that may wait for it: the faulting one.
 pub(crate) fn resolve(space: &'static AddressSpace, fault: &CpuFault) -> Verdict {
@@ -121,6 +128,7 @@ pub(crate) struct Pending {
     flight: Flight,
     bracket: Bracket<Flight>,
     class: Class,
+    page: (usize, usize),
     holders: DeviceSet,
     inv: Invalidation,
     since_ns: u64,
@@ -136,10 +144,9 @@ impl Pending {
 
     /// Goes on where the fault left off, if nothing else has changed.
     pub(crate) fn finish(self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
-        let Self { flight, bracket, class, .. } = self;
+        let Self { flight, bracket, class, page: (block, page), .. } = self;
         let region = flight.region();
         let gate = space.gate().enter();
-        let (block, page) = region.locate(fault.addr);
         let mut state = region.lock_block(block);
         let attempt = if classify(region, &state, block, page, fault) == class {
             act(region, &gate, block, &mut state, &class, page, fault)
@@ -155,18 +162,27 @@ impl Pending {
 pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else { return Attempt::Done(Verdict::NotOurs) };
-    if let PlaceKind::Window(_) = place.kind {
-        return Attempt::Done(Verdict::Window);
-    }
     let region = &*place.region;
-    let (block, page) = region.locate(fault.addr);
+    let (block, page) = match place.kind {
+        PlaceKind::Body => region.locate(fault.addr),
+        PlaceKind::Moved(from) => region.locate(fault.addr - place.range.start() + from),
+        PlaceKind::Tail => return Attempt::Done(zero_fill_tail(region, fault)),
+        PlaceKind::Window(_) => return Attempt::Done(Verdict::Window),
+    };
     let mut state = region.lock_block(block);
+    if matches!(place.kind, PlaceKind::Body) && state.displaced().contains(page) {
+        return Attempt::Done(Verdict::NotOurs);
+    }
     let class = classify(region, &state, block, page, fault);
     if first == First::Yes {
         count_fault(region, &class, fault);
     }
     let run = match &class {
         Class::Gone => return Attempt::Done(Verdict::NotOurs),
+        Class::Pending => {
+            count(&region.counters().waits, 1);
+            return Attempt::WaitUntil(clock::monotonic_ns() + PENDING_POLL_NS);
+        }
         Class::MoveHome(run) | Class::ShareHome(run) | Class::Collapse(run) => run.clone(),
         Class::Restore | Class::ZeroFill | Class::StaleProtection => page..page + 1,
     };
@@ -184,14 +200,30 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     }
     count(&region.counters().waits, 1);
     let flight = Flight::begin(region);
-    Attempt::Pending(Pending { flight, bracket, class, holders, inv, since_ns: clock::monotonic_ns() })
+    Attempt::Pending(Pending { flight, bracket, class, page: (block, page), holders, inv, since_ns: clock::monotonic_ns() })
+}
+
+/// Memory that a growing `mremap` added behind pages of ours: registered, for the kernel says so, and nobody else's.
+fn zero_fill_tail(region: &Region, fault: &CpuFault) -> Verdict {
+    let page = page_floor(fault.addr);
+    let zeros = AddressSpace::global().zeros();
+    match region.door().copy(page, zeros, PAGE_SIZE, Protect::No).stop {
+        Stop::Complete | Stop::Exists | Stop::Changing => Verdict::Resolved,
+        _ => Verdict::NotOurs,
+    }
 }
 
 fn classify(region: &Region, state: &BlockState, block: usize, page: usize, fault: &CpuFault) -> Class {
-    if state.gone().contains(page) || region.kind() != RegionKind::Managed {
+    let displaced = state.displaced().contains(page);
+    if (state.gone().contains(page) && !displaced) || region.kind() != RegionKind::Managed {
         return Class::Gone;
     }
-    let near = granule_around(page, region.granule()) & region.body_mask(block);
+    if state.pending().contains(page) {
+        return Class::Pending;
+    }
+    let body = region.body_mask(block) - state.pending();
+    // Displaced pages come home one by one: their neighbours may have gone elsewhere.
+    let near = if displaced { PageMask::page(page) } else { granule_around(page, region.granule()) & body - state.gone() };
     let reads = fault.access == Some(Access::Read);
     if state.away().contains(page) {
         let Some(holder) = state.holder_of(page) else { return Class::ZeroFill };
@@ -217,7 +249,7 @@ fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {
         Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore => count(&counters.cpu_read_faults, 1),
         Class::Collapse(_) => count(&counters.cpu_protect_faults, 1),
         Class::ZeroFill => count(&counters.cpu_zero_fills, 1),
-        Class::StaleProtection | Class::Gone => count(&counters.cpu_spurious_faults, 1),
+        Class::StaleProtection | Class::Gone | Class::Pending => count(&counters.cpu_spurious_faults, 1),
     }
 }
 
@@ -229,7 +261,7 @@ fn lease_of_device(state: &mut BlockState, class: &Class) -> Option<u64> {
 }
 
 /// First pass over `holders`, then whether all are quiesced already.
-pub(crate) fn invalidate(region: &Region, gate: &GateGuard<'_>, holders: DeviceSet, inv: &Invalidation) -> bool {
+pub(crate) fn invalidate(region: &Region, gate: &impl Inside, holders: DeviceSet, inv: &Invalidation) -> bool {
     for id in holders.iter() {
         if let Some(device) = region.device(gate, id) {
             // Blocking invalidations are not refused.
@@ -240,7 +272,7 @@ pub(crate) fn invalidate(region: &Region, gate: &GateGuard<'_>, holders: DeviceS
 }
 
 /// Second pass: whether every device of `holders` is done with the pages.
-pub(crate) fn quiesced(region: &Region, gate: &GateGuard<'_>, holders: DeviceSet, inv: &Invalidation) -> bool {
+pub(crate) fn quiesced(region: &Region, gate: &impl Inside, holders: DeviceSet, inv: &Invalidation) -> bool {
     holders.iter().all(|id| region.device(gate, id).is_none_or(|device| device.quiesced(inv)))
 }
 
@@ -271,7 +303,7 @@ pub(crate) fn wait_quiesced(space: &AddressSpace, region: &Region, holders: Devi
 /// Changes the page table as `class` says. The holders are invalidated and quiesced, the bracket is open.
 fn act(
     region: &Region,
-    gate: &GateGuard<'_>,
+    gate: &impl Inside,
     block: usize,
     state: &mut BlockState,
     class: &Class,
@@ -281,9 +313,11 @@ fn act(
     let access = fault.access.unwrap_or(Access::Write);
     let mut mover = Mover::new(region, block, state);
     let moved = match class {
-        Class::Gone => return Attempt::Done(Verdict::NotOurs),
+        Class::Gone | Class::Pending => return Attempt::Again,
         Class::MoveHome(run) => move_home(&mut mover, region, gate, page, run, Cause::Demand),
         Class::ShareHome(run) => share_home(&mut mover, region, gate, page, run),
+        // Populated already: the fault was raised while the page was on its way.
+        Class::Restore if mover.is_home(page) => Ok(()),
         Class::Restore => share_home(&mut mover, region, gate, page, &(page..page + 1)),
         Class::Collapse(run) => mover.unprotect(run.clone()),
         Class::ZeroFill => mover.zero_fill_host(page, access),
@@ -313,7 +347,7 @@ fn act(
 pub(crate) fn move_home(
     mover: &mut Mover<'_>,
     region: &Region,
-    gate: &GateGuard<'_>,
+    gate: &impl Inside,
     page: usize,
     run: &Range<usize>,
     cause: Cause,
@@ -336,7 +370,7 @@ pub(crate) fn move_home(
 fn share_home(
     mover: &mut Mover<'_>,
     region: &Region,
-    gate: &GateGuard<'_>,
+    gate: &impl Inside,
     page: usize,
     run: &Range<usize>,
 ) -> Result<(), Stall> {

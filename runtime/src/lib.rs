@@ -10,6 +10,7 @@ mod device;
 mod door;
 mod edge;
 mod error;
+mod events;
 mod evict;
 mod fault;
 mod inline;

@@ -27,7 +27,7 @@ use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::share::Shared;
-use crate::space::AddressSpace;
+use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::{Cause, Stats};
 use crate::sys::arc::MapArc;
 use crate::sys::signal::AsyncSignalsBlocked;
@@ -192,7 +192,7 @@ impl Raw {
         }
         // 3. The kernel has the faults again; 4. nobody finds the region; 5. nobody refers to it any more.
         if let (RegionKind::Managed, Some(body)) = (region.kind(), region.body()) {
-            region.door().unregister(body);
+            unregister_what_is_left(region, body);
             space.unpublish_region(region);
             region.wait_landed();
         }
@@ -207,6 +207,40 @@ impl Raw {
             });
         }
         result
+    }
+}
+
+/// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now.
+fn unregister_what_is_left(region: &Region, body: PageRange) {
+    let gate = AddressSpace::global().gate().enter();
+    for place in AddressSpace::global().places(&gate) {
+        if place.kind == PlaceKind::Tail && place.region.id() == region.id() {
+            region.door().unregister(place.range);
+        }
+    }
+    let gone = |block: usize| region.lock_block(block).gone();
+    if (0..region.nr_blocks()).all(|block| gone(block).is_empty()) {
+        drop(gate);
+        region.door().unregister(body);
+        return;
+    }
+    drop(gate);
+    for block in 0..region.nr_blocks() {
+        let (left, displaced) = {
+            let _gate = AddressSpace::global().gate().enter();
+            let state = region.lock_block(block);
+            (region.body_mask(block) - state.gone(), state.displaced())
+        };
+        for page in displaced.runs().flatten() {
+            if let Some(page) = PageRange::from_pages(region.host_addr_of(block, page), 1) {
+                region.door().unregister(page);
+            }
+        }
+        for run in left.runs() {
+            if let Some(pages) = PageRange::from_pages(region.addr_of(block, run.start), run.len()) {
+                region.door().unregister(pages);
+            }
+        }
     }
 }
 

@@ -1,12 +1,17 @@
-//! The thread door: a monitor thread reads faults from the userfaultfd and resolves them.
+//! The reader of a userfaultfd: one thread per door.
 //!
-//! The monitor never waits for one fault: what has to wait, for an access in flight, a lease or a passing `EAGAIN`, is put
-//! aside and looked at again, so that a worker whose own read fault would let it finish is not stuck behind a write fault
-//! that waits for that worker (hazards W1).
+//! Through the thread door it serves faults as [`crate::fault`] says; through both it reads the events of changed mappings
+//! and hands them to [`crate::events`]. It reads one message at a time, with the gate closed: for an event that is the
+//! rule (hazards G1, G5), and which of the two a message is shows only when it has been read.
+//!
+//! It never waits for one fault: what has to wait, for an access in flight, a lease or a passing `EAGAIN`, is put aside and
+//! looked at again, so that a worker whose own read fault would let it finish is not stuck behind a write fault that waits
+//! for that worker (hazards W1).
 
 use std::time::Duration;
 
 use crate::error::{Access, Error, ErrorKind, Result};
+use crate::events;
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
 use crate::addr::page_floor;
 use crate::addr::PAGE_SIZE;
@@ -14,7 +19,8 @@ use crate::options::Delivery;
 use crate::space::{AddressSpace, Door};
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
-use crate::sys::uffd::{Doorbell, Event, EventBuffer, Wake};
+use crate::sys::event::{Doorbell, Event, EventBuffer};
+use crate::sys::uffd::Wake;
 use crate::sys::clock;
 
 /// Faults that can be put aside; when all are, the monitor waits for one of them before it reads on.
@@ -28,72 +34,109 @@ enum Aside {
 
 /// Starts the monitor of a door that needs one.
 pub(crate) fn spawn(operation: &'static str, space: &'static AddressSpace, door: &'static Door) -> Result<()> {
-    if door.delivery() != Delivery::Thread {
+    if door.delivery() != Delivery::Thread && !door.has_events() {
         return Ok(());
     }
     let failed = |e: std::io::Error| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0));
     let doorbell = Doorbell::new().map_err(failed)?;
-    let mut aside = Vec::with_capacity(ASIDE);
+    // Room for all that can be outstanding: the reader does not allocate while somebody waits for it.
+    let (aside, pending) = (Vec::with_capacity(ASIDE), Vec::with_capacity(4096));
     std::thread::Builder::new()
-        .name("svm-monitor".into())
+        .name(if door.delivery() == Delivery::Thread { "svm-monitor" } else { "svm-events" }.into())
         .spawn(move || {
             // The monitor holds runtime locks all the time: no asynchronous handler may ever run on it.
             let _signals = AsyncSignalsBlocked::new();
-            let _bomb = AbortOnUnwind;
-            run(space, door, &doorbell, &mut aside)
+            let _bomb = AbortOnEnd;
+            Reader { space, door, aside, pending }.run(&doorbell);
         })
         .map(drop)
         .map_err(failed)
 }
 
 /// If the monitor dies, every thread that faults would wait for ever: better a loud end (design rule 2).
-struct AbortOnUnwind;
+struct AbortOnEnd;
 
-impl Drop for AbortOnUnwind {
+impl Drop for AbortOnEnd {
     fn drop(&mut self) {
         process::abort_with_message(format_args!("svm: the fault monitor died; pages that are away cannot come home"));
     }
 }
 
-fn run(space: &'static AddressSpace, door: &'static Door, doorbell: &Doorbell, aside: &mut Vec<Aside>) {
-    let mut messages = EventBuffer::<16>::new();
-    loop {
-        let timeout = (!aside.is_empty()).then_some(Duration::ZERO);
-        let ready = door.uffd().poll(doorbell, timeout);
-        if ready.broken {
-            return;
-        }
-        if ready.message && aside.len() + 16 <= ASIDE && messages.fill(door.uffd()).is_ok() {
-            for event in messages.by_ref() {
-                if let Event::PageFault { addr, write, wp, tid } = event {
-                    let access = if write { Access::Write } else { Access::Read };
-                    let fault = CpuFault { addr, access: Some(access), protection: Some(wp), thread: tid as usize };
-                    let attempt = fault::begin(space, &fault, First::Yes);
-                    settle(door, fault, attempt, aside);
-                }
-            }
-        }
-        for _ in 0..aside.len() {
-            match aside.swap_remove(0) {
-                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => aside.push(Aside::Retry(fault, at_ns)),
-                Aside::Retry(fault, _) => {
-                    let attempt = fault::begin(space, &fault, First::No);
-                    settle(door, fault, attempt, aside);
-                }
-                Aside::Pending(fault, pending) if !pending.is_ready(space) => aside.push(Aside::Pending(fault, pending)),
-                Aside::Pending(fault, pending) => {
-                    let attempt = pending.finish(space, &fault);
-                    settle(door, fault, attempt, aside);
-                }
-            }
-        }
-        if !aside.is_empty() {
-            process::sched_yield();
-        }
-    }
+struct Reader {
+    space: &'static AddressSpace,
+    door: &'static Door,
+    aside: Vec<Aside>,
+    pending: Vec<events::Pending>,
 }
 
-fn settle(door: &Door, fault: CpuFault, attempt: Attempt, aside: &mut Vec<Aside>) {
+impl Reader {
+    fn run(mut self, doorbell: &Doorbell) {
+        let mut message = EventBuffer::<1>::new();
+        loop {
+            let ready = self.door.uffd().poll(doorbell, self.timeout());
+            if ready.broken {
+                return;
+            }
+            if ready.message && self.aside.len() < ASIDE {
+                self.read_one(&mut message);
+            }
+            self.look_again();
+            if !self.aside.is_empty() {
+                process::sched_yield();
+            }
+        }
+    }
+
+    /// How long to wait for a message: not at all while faults are aside, a moment while ranges are pending.
+    fn timeout(&self) -> Option<Duration> {
+        if !self.aside.is_empty() {
+            Some(Duration::ZERO)
+        } else if !self.pending.is_empty() {
+            Some(Duration::from_millis(1))
+        } else {
+            None
+        }
+    }
+
+    fn read_one(&mut self, message: &mut EventBuffer<1>) {
+        let closed = self.space.gate().close();
+        events::pause(self.space, self.door, &closed);
+        let event = message.fill(self.door.uffd()).ok().and_then(|_| message.next());
+        if let Some(event) = &event {
+            events::apply(self.space, &closed, event, &mut self.pending);
+        }
+        events::resume(self.space, self.door, &closed);
+        drop(closed);
+        if let Some(Event::PageFault { addr, write, wp, tid }) = event {
+            let access = if write { Access::Write } else { Access::Read };
+            let fault = CpuFault { addr, access: Some(access), protection: Some(wp), thread: tid as usize };
+            let attempt = fault::begin(self.space, &fault, First::Yes);
+            self.settle(fault, attempt);
+        }
+    }
+
+    /// Looks at everything that was put aside once more.
+    fn look_again(&mut self) {
+        let space = self.space;
+        self.pending.retain_mut(|pending| !pending.poll(space));
+        for _ in 0..self.aside.len() {
+            match self.aside.swap_remove(0) {
+                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => self.aside.push(Aside::Retry(fault, at_ns)),
+                Aside::Retry(fault, _) => {
+                    let attempt = fault::begin(space, &fault, First::No);
+                    self.settle(fault, attempt);
+                }
+                Aside::Pending(fault, pending) if !pending.is_ready(space) => self.aside.push(Aside::Pending(fault, pending)),
+                Aside::Pending(fault, pending) => {
+                    let attempt = pending.finish(space, &fault);
+                    self.settle(fault, attempt);
+                }
+            }
+        }
+    }
+
+fn settle(&mut self, fault: CpuFault, attempt: Attempt) {
+    let (door, aside) = (self.door, &mut self.aside);
     let page = page_floor(fault.addr);
     match attempt {
         // Most resolutions have woken the thread already; the one that found nothing to do has not.
@@ -112,4 +155,5 @@ fn settle(door: &Door, fault: CpuFault, attempt: Attempt, aside: &mut Vec<Aside>
         Attempt::WaitUntil(ns) => aside.push(Aside::Retry(fault, ns)),
         Attempt::Pending(pending) => aside.push(Aside::Pending(fault, pending)),
     }
+}
 }

@@ -93,7 +93,7 @@ impl<'a> Mover<'a> {
     }
 
     fn host(&self, page: usize) -> usize {
-        self.region.addr_of(self.block, page)
+        self.region.host_addr_of(self.block, page)
     }
 
     fn frame(&self, device: &dyn AnyMapped, page: usize) -> usize {
@@ -169,6 +169,11 @@ impl<'a> Mover<'a> {
             (Stop::Exists, _) => Settled::Blocked,
             _ => Settled::Again,
         }
+    }
+
+    /// Whether the CPU's page is there.
+    pub(crate) fn is_home(&self, page: usize) -> bool {
+        self.is_populated(self.host(page))
     }
 
     fn is_populated(&self, addr: usize) -> bool {

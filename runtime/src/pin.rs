@@ -90,6 +90,12 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
     let space = AddressSpace::global();
     let gate = space.gate().enter();
     let mut state = region.lock_block(block);
+    if let Some(gone) = (pages & state.gone()).first_from(0) {
+        return Err(Stall::Refused(gone));
+    }
+    if state.pending().intersects(&pages) {
+        return Ok(false);
+    }
     state.set_pinned(pages, true);
     let bounds = pages.bounds().unwrap_or(0..1);
     let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };

@@ -38,7 +38,7 @@ use crate::movement::{Mover, Stall, granules_of};
 use crate::notifier::{Hub, RangeKey, Subscription, Token};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
-use crate::space::{AddressSpace, GateGuard};
+use crate::space::{AddressSpace, Inside};
 use crate::stats::{Cause, count};
 use crate::sync::Deadline;
 use crate::sys::arc::MapArc;
@@ -328,8 +328,11 @@ fn unstick<D: Device>(
         return Err(DeviceFaultKind::Protection);
     }
     if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
-        if let Some(page) = PageRange::containing(addr, 1) {
-            let _ = mmap::advise(page, Advice::PopulateWrite);
+        // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
+        let granule = region.granule() * crate::addr::PAGE_SIZE;
+        let body = region.body().and_then(|body| PageRange::containing(addr & !(granule - 1), granule)?.intersect(body));
+        if let Some(pages) = body.and_then(|p| p.intersect(vma.range)) {
+            let _ = mmap::advise(pages, Advice::PopulateWrite);
         }
         return Ok(());
     }
@@ -376,6 +379,9 @@ impl<D: Device> Round<'_, D> {
         if let Some(gone) = (self.want & state.gone()).first_from(0) {
             return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
         }
+        if state.pending().intersects(&self.want) {
+            return Outcome::Again;
+        }
         if let Some(until) = lease_of_cpu(&mut state) {
             return Outcome::WaitUntil(until);
         }
@@ -421,7 +427,7 @@ impl<D: Device> Round<'_, D> {
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
     fn plan(&self, state: &BlockState) -> (PageMask, Plan) {
-        let beside = self.company() - state.gone() - state.in_place() - state.held_by_devices(Some(self.id()));
+        let beside = self.company() - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
         let all = self.want | beside;
         (all, state.plan(self.id(), all, self.access, self.region.on_read()))
     }
@@ -442,7 +448,7 @@ impl<D: Device> Round<'_, D> {
     }
 
     /// First pass over the other devices, then whether they are done.
-    fn exclude_others(&self, gate: &GateGuard<'_>, state: &BlockState, plan: &Plan) -> bool {
+    fn exclude_others(&self, gate: &impl Inside, state: &BlockState, plan: &Plan) -> bool {
         self.invalidations(plan)
             .iter()
             .filter(|inv| !inv.pages().is_empty())
@@ -460,7 +466,7 @@ impl<D: Device> Round<'_, D> {
     #[expect(clippy::too_many_arguments, reason = "the tail of one function, split where it is entered from two places")]
     fn finish<T>(
         &self,
-        gate: &GateGuard<'_>,
+        gate: &impl Inside,
         state: &mut BlockState,
         want: PageMask,
         plan: &Plan,
@@ -494,7 +500,7 @@ impl<D: Device> Round<'_, D> {
     /// The movements of a plan. The other holders have been excluded.
     fn execute(
         &self,
-        gate: &GateGuard<'_>,
+        gate: &impl Inside,
         state: &mut BlockState,
         plan: &Plan,
         scratch: &mut Scratch,
@@ -525,7 +531,7 @@ impl<D: Device> Round<'_, D> {
     }
 
     /// Gets a run from the windows of the devices that hold it.
-    fn fetch_from_devices(&self, gate: &GateGuard<'_>, mover: &mut Mover<'_>, run: Pages<usize>) -> Result<(), Stall> {
+    fn fetch_from_devices(&self, gate: &impl Inside, mover: &mut Mover<'_>, run: Pages<usize>) -> Result<(), Stall> {
         let me: &dyn AnyMapped = &**self.mapped;
         let mut at = run.start;
         while at < run.end {

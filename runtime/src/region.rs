@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mask::PageMask;
 use crate::notifier::Hub;
 use crate::options::Options;
-use crate::space::{Door, Gated, GateGuard};
+use crate::space::{Door, Gated, Inside};
 use crate::stats::{Counters, Stats};
 use crate::sync::{Mutex, MutexGuard};
 use crate::sys::arc::MapArc;
@@ -58,7 +58,16 @@ pub(crate) struct Region {
     /// Faults that wait outside the gate and still refer to the region; it is not freed before they are gone.
     in_flight: AtomicU32,
     pins: Mutex<Pins>,
+    has_displacements: AtomicBool,
+    displacements: Mutex<[Option<Displacement>; 8]>,
     counters: Counters,
+}
+
+/// Part of a region that `mremap` has moved, by its original address.
+#[derive(Clone, Copy, Debug)]
+struct Displacement {
+    from: PageRange,
+    to: usize,
 }
 
 /// Page ranges under a pin. A handful at most: a list is enough, and its first entries need no allocation.
@@ -97,6 +106,8 @@ impl Region {
             uses: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
             pins: Mutex::new(Pins::default()),
+            has_displacements: AtomicBool::new(false),
+            displacements: Mutex::new([None; 8]),
             counters: Counters::default(),
         };
         MapArc::new(region).map_err(no_memory)
@@ -167,6 +178,26 @@ impl Region {
         self.base + block * BLOCK_SIZE + page * PAGE_SIZE
     }
 
+    /// Where the CPU finds page `page` of block `block`: at its address, or where `mremap` has moved it.
+    pub(crate) fn host_addr_of(&self, block: usize, page: usize) -> usize {
+        let addr = self.addr_of(block, page);
+        if !self.has_displacements.load(Ordering::Relaxed) {
+            return addr;
+        }
+        let moved = self.displacements.lock();
+        moved.iter().rev().flatten().find(|d| d.from.contains_addr(addr)).map_or(addr, |d| addr - d.from.start() + d.to)
+    }
+
+    /// Records that the kernel moved `from` to `to`. False if there is no room to remember it.
+    pub(crate) fn displace(&self, from: PageRange, to: usize) -> bool {
+        let mut moved = self.displacements.lock();
+        let Some(slot) = moved.iter_mut().find(|d| d.is_none()) else { return false };
+        *slot = Some(Displacement { from, to });
+        // Relaxed: under the closed gate, and read inside it.
+        self.has_displacements.store(true, Ordering::Relaxed);
+        true
+    }
+
     /// Block and page within it of `addr`, which lies in the range.
     pub(crate) fn locate(&self, addr: usize) -> (usize, usize) {
         let page = (addr - self.base) / PAGE_SIZE;
@@ -198,7 +229,7 @@ impl Region {
     }
 
     /// The devices that map this region.
-    pub(crate) fn devices<'g>(&'g self, gate: &'g GateGuard<'_>) -> &'g DeviceTable {
+    pub(crate) fn devices<'g>(&'g self, gate: &'g impl Inside) -> &'g DeviceTable {
         self.devices.load(gate)
     }
 
@@ -272,7 +303,7 @@ impl Region {
 
     /// Totals of this region and of what its devices did to it. Waits for faults in progress: a thread is woken by the
     /// system call that serves it, a moment before its fault is counted.
-    pub(crate) fn stats(&self, gate: &GateGuard<'_>) -> Stats {
+    pub(crate) fn stats(&self, gate: &impl Inside) -> Stats {
         for block in self.blocks.iter() {
             drop(block.lock());
         }
@@ -284,7 +315,7 @@ impl Region {
     }
 
     /// The device of slot `id`, if it maps this region.
-    pub(crate) fn device<'g>(&'g self, gate: &'g GateGuard<'_>, id: DeviceId) -> Option<&'g dyn AnyMapped> {
+    pub(crate) fn device<'g>(&'g self, gate: &'g impl Inside, id: DeviceId) -> Option<&'g dyn AnyMapped> {
         self.devices(gate)[id.index()].as_deref()
     }
 }

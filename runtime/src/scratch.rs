@@ -45,8 +45,7 @@ impl Scratch {
             none => none.insert(Area::new(door)?),
         };
         if area.next + ROUND > CAPACITY {
-            door.discard(area.registered.start(), area.next * PAGE_SIZE);
-            area.next = 0;
+            area.empty()?;
         }
         Ok(())
     }
@@ -73,6 +72,19 @@ impl Area {
         let registered = reservation.range();
         door.register(registered, Role::Window).map_err(failed)?;
         Ok(Self { _reservation: reservation, registered, door, next: 0 })
+    }
+}
+
+impl Area {
+    /// Drops everything in it. While it is not registered, so that no event comes of it.
+    fn empty(&mut self) -> Result<()> {
+        self.door.unregister(self.registered);
+        self.door.discard(self.registered.start(), self.next * PAGE_SIZE);
+        self.door
+            .register(self.registered, Role::Window)
+            .map_err(|errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno))?;
+        self.next = 0;
+        Ok(())
     }
 }
 

@@ -20,10 +20,10 @@ use crate::block::{DeviceId, MAX_DEVICES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::region::Region;
-use crate::sync::Gate;
+use crate::sync::{Closed, Gate};
 pub(crate) use crate::sync::GateGuard;
 use crate::sys::arc::{MapArc, MapSlice};
-pub(crate) use crate::sys::gated::Gated;
+pub(crate) use crate::sys::gated::{Gated, Inside};
 pub(crate) use crate::door::Door;
 use crate::door::index_of;
 use crate::sys::maps::{Maps, Vma};
@@ -37,6 +37,10 @@ use crate::{inline, monitor};
 pub(crate) enum PlaceKind {
     /// The body of a region.
     Body,
+    /// Where the kernel has moved part of a body to, from the address given: what was away comes home here.
+    Moved(usize),
+    /// What a growing `mremap` has added behind such a part: registered as well, and nobody else's.
+    Tail,
     /// The window of a device: nothing ever faults there but by a bug, or after a stuck span was overrun.
     Window(DeviceId),
 }
@@ -48,6 +52,32 @@ pub(crate) struct Place {
     pub(crate) kind: PlaceKind,
     pub(crate) region: MapArc<Region>,
 }
+
+impl Place {
+    /// What is left of the place without `range`: nothing, itself, or up to two parts. Windows stay whole.
+    fn without(&self, range: PageRange) -> impl Iterator<Item = Place> + Clone + use<> {
+        let part = |start: usize, end: usize| {
+            let range = PageRange::new(start, end)?;
+            let kind = match self.kind {
+                PlaceKind::Moved(from) => PlaceKind::Moved(from + (start - self.range.start())),
+                kind => kind,
+            };
+            Some(Place { range, kind, region: self.region.clone() })
+        };
+        let parts = if matches!(self.kind, PlaceKind::Window(_)) || !self.range.overlaps(range) {
+            [Some(self.clone()), None]
+        } else {
+            [
+                part(self.range.start(), range.start().min(self.range.end())),
+                part(range.end().max(self.range.start()), self.range.end()),
+            ]
+        };
+        parts.into_iter().flatten()
+    }
+}
+
+/// How many ranges may be published when a mapping that is mirrored changes; the sort's room on the reader's stack.
+const MAX_PLACES: usize = 16_384;
 
 /// All published ranges, sorted, none overlapping another.
 type Places = MapSlice<Place>;
@@ -183,11 +213,30 @@ impl AddressSpace {
     }
 
     /// The place that `addr` lies in.
-    pub(crate) fn lookup<'g>(&'g self, gate: &'g GateGuard<'_>, addr: usize) -> Option<&'g Place> {
+    pub(crate) fn lookup<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Place> {
         let places = self.places.load(gate);
         let after = places.partition_point(|p| p.range.start() <= addr);
         let place = &places[after.checked_sub(1)?];
         (addr < place.range.end()).then_some(place)
+    }
+
+    /// All published ranges.
+    pub(crate) fn places<'g>(&'g self, gate: &'g impl Inside) -> &'g [Place] {
+        self.places.load(gate)
+    }
+
+    /// While the gate is closed: takes `range` out of every published body (or moved part of one), and publishes `moved`.
+    pub(crate) fn republish(&self, closed: &Closed<'_>, range: PageRange, moved: &[Option<Place>]) -> Result<(), i32> {
+        self.places.update_closed(closed, |places| {
+            let left = places.iter().flat_map(|place| place.without(range));
+            let all = MapSlice::collect(left.chain(moved.iter().flatten().cloned()))?;
+            // Sorted anew, into a second slice: the iterators above are in no common order.
+            let mut order: [u32; MAX_PLACES] = [0; MAX_PLACES];
+            let order = order.get_mut(..all.len()).ok_or(libc::ENOMEM)?;
+            order.iter_mut().zip(0..).for_each(|(slot, i)| *slot = i);
+            order.sort_unstable_by_key(|&i| all[i as usize].range.start());
+            MapSlice::collect(order.iter().map(|&i| all[i as usize].clone()))
+        })
     }
 
     /// Makes `region` known to faults.
@@ -221,7 +270,7 @@ impl AddressSpace {
 
     /// Makes a region unknown again, and waits until no fault can still refer to it through the map.
     pub(crate) fn unpublish_region(&self, region: &Region) {
-        self.unpublish(|p| p.kind == PlaceKind::Body && p.region.id() == region.id());
+        self.unpublish(|p| !matches!(p.kind, PlaceKind::Window(_)) && p.region.id() == region.id());
     }
 
     /// Makes a window unknown again.

@@ -9,7 +9,13 @@ use core::marker::PhantomData;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
 use super::arc::MapArc;
-use crate::sync::{Gate, GateGuard, Mutex};
+use crate::sync::{Closed, Gate, GateGuard, Mutex};
+
+/// Proof of being where no grace period can end: inside the gate, or its closer.
+pub(crate) trait Inside {}
+
+impl Inside for GateGuard<'_> {}
+impl Inside for Closed<'_> {}
 
 /// See the [module](self).
 pub(crate) struct Gated<T> {
@@ -27,7 +33,7 @@ impl<T> Gated<T> {
     }
 
     /// The value now. It stays valid while the caller is inside the gate.
-    pub(crate) fn load<'g>(&'g self, _gate: &'g GateGuard<'_>) -> &'g T {
+    pub(crate) fn load<'g>(&'g self, _gate: &'g impl Inside) -> &'g T {
         // Acquire pairs with the Release of `update`: the value is seen initialised.
         let current = self.current.load(Ordering::Acquire);
         // SAFETY: `current` came from `MapArc::into_raw` and its reference is given up only by `update`, after a grace
@@ -38,20 +44,35 @@ impl<T> Gated<T> {
     /// Replaces the value by what `f` makes of it, and frees the old one after a grace period. Not inside the gate, which
     /// would wait for itself. If `f` fails, for want of memory, nothing changes.
     pub(crate) fn update(&self, gate: &Gate, f: impl FnOnce(&T) -> Result<T, i32>) -> Result<(), i32> {
-        let old = {
-            let _writer = self.writer.lock();
-            let current = self.current.load(Ordering::Relaxed);
-            // SAFETY: as in `load`; the writer's lock keeps others from replacing it meanwhile.
-            let value = f(unsafe { MapArc::<T>::borrow_raw(current) })?;
-            let new = MapArc::new(value)?.into_raw();
-            // Release pairs with the Acquire of `load`.
-            self.current.store(new, Ordering::Release);
-            current
-        };
+        let old = self.exchange(f)?;
         gate.synchronize();
         // SAFETY: `old` is unreachable for new readers, and the grace period has ended the old ones.
         drop(unsafe { MapArc::<T>::from_raw(old) });
         Ok(())
+    }
+
+    /// [`update`](Self::update) by the closer of the gate: nobody is inside, so there is nobody to wait for.
+    pub(crate) fn update_closed(
+        &self,
+        _closed: &Closed<'_>,
+        f: impl FnOnce(&T) -> Result<T, i32>,
+    ) -> Result<(), i32> {
+        let old = self.exchange(f)?;
+        // SAFETY: `old` is unreachable for new readers, and there are no old ones while the gate is closed.
+        drop(unsafe { MapArc::<T>::from_raw(old) });
+        Ok(())
+    }
+
+    /// Puts what `f` makes of the value in its place, and returns the reference to the old one.
+    fn exchange(&self, f: impl FnOnce(&T) -> Result<T, i32>) -> Result<*mut (), i32> {
+        let _writer = self.writer.lock();
+        let current = self.current.load(Ordering::Relaxed);
+        // SAFETY: as in `load`; the writer's lock keeps others from replacing it meanwhile.
+        let value = f(unsafe { MapArc::<T>::borrow_raw(current) })?;
+        let new = MapArc::new(value)?.into_raw();
+        // Release pairs with the Acquire of `load`.
+        self.current.store(new, Ordering::Release);
+        Ok(current)
     }
 }
 
