@@ -15,7 +15,7 @@ pub(crate) fn run<V>(
     let options = mirroring(setup);
     let (mut x, mut y) = (vec![0.0_f32; n], vec![0.0_f32; n]);
     timed(&mut time.build, || {
-        arrays::saxpy(setup.seed, &mut x, &mut y)
+        arrays::saxpy(setup.seed, &mut x, &mut y);
     });
 
     let x = svm::mirror_ref_with(&x, &options)?;
