@@ -20,7 +20,16 @@ struct Outcome {
 
 /// Runs the binary with arguments separated by blanks, in `dir`.
 fn accel_sim(dir: &Path, arguments: &str) -> Outcome {
-    let mut child = Command::new(env!("CARGO_BIN_EXE_accel-sim"))
+    accel_sim_without(dir, "", arguments)
+}
+
+/// The same, on a kernel that is made to lack something.
+fn accel_sim_without(dir: &Path, disabled: &str, arguments: &str) -> Outcome {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_accel-sim"));
+    if !disabled.is_empty() {
+        command.env("SVM_DISABLE", disabled);
+    }
+    let mut child = command
         .args(arguments.split(' '))
         .current_dir(dir)
         .stdin(Stdio::null())
@@ -196,4 +205,160 @@ fn help_says_what_can_be_asked() {
     ] {
         assert!(stdout.contains(option), "{option} is missing in:\n{stdout}");
     }
+}
+
+/// A graph in each format, the highest rank first: everything points at `hub`.
+const LOCKFILE: &str = r#"
+version = 4
+
+[[package]]
+name = "hub"
+version = "1.0.0"
+
+[[package]]
+name = "left"
+version = "0.2.0"
+dependencies = ["hub"]
+
+[[package]]
+name = "right"
+version = "0.3.0"
+dependencies = ["hub", "left"]
+"#;
+const MATRIX: &str = "%%MatrixMarket matrix coordinate pattern general\n3 3 3\n2 1\n3 1\n3 2\n";
+const EDGES: &str = "# a star\n20 10\n30,10\n30 20 0.5\n";
+
+/// Asserts that a run is verified, quiet, and says so in its last line; returns its report.
+fn verified(files: &Files, arguments: &str) -> String {
+    let Outcome {
+        status,
+        stdout,
+        stderr,
+    } = accel_sim(&files.0, arguments);
+    assert_eq!(status, Some(0), "{arguments}: {stderr}\n{stdout}");
+    assert_eq!(
+        stdout.lines().last(),
+        Some("verified"),
+        "{arguments}:\n{stdout}"
+    );
+    assert_eq!(stderr, "", "{arguments}: not quiet on a pipe");
+    assert!(!stdout.contains('\u{1b}'), "{arguments}: escapes on a pipe");
+    stdout
+}
+
+#[test]
+fn every_graph_format_is_ranked_and_verified() {
+    let files = Files::new(
+        "formats",
+        &[
+            ("Cargo.lock", LOCKFILE),
+            ("star.mtx", MATRIX),
+            ("star.el", EDGES),
+        ],
+    );
+    for (arguments, top) in [
+        ("--input Cargo.lock", "hub 1.0.0"),
+        ("--input star.mtx", "1"),
+        ("--input star.el", "10"),
+    ] {
+        let report = verified(&files, &format!("run pagerank {arguments}"));
+        let mut lines = report.lines().skip_while(|line| *line != "Highest ranks:");
+        let first = lines.nth(2).expect("a first rank");
+        let name = first.trim().strip_prefix('1').expect("place 1").trim();
+        assert!(
+            name.starts_with(&format!("{top} ")),
+            "{arguments}:\n{report}"
+        );
+    }
+}
+
+#[test]
+fn every_way_to_run_is_verified() {
+    let files = Files::new("ways", &[]);
+    for arguments in [
+        "run pagerank --rmat 10",
+        "run pagerank --rmat 10 --workers 1 --granule 4k",
+        "run pagerank --rmat 10 --workers 4 --granule 2m",
+        "run pagerank --rmat 10 --delivery thread",
+        "run pagerank --rmat 0",
+        "run pagerank --rmat 4 --iterations 1 --damping 0.5 --seed 9",
+        "run saxpy --n 100000",
+        "run saxpy --n 5000 --delivery thread --granule 4k",
+        "run list --n 5000",
+        "run list --n 1",
+    ] {
+        verified(&files, arguments);
+    }
+}
+
+#[test]
+fn a_working_set_larger_than_device_memory_is_evicted_and_verified() {
+    let files = Files::new("evict", &[]);
+    // 32 MiB of y and x.
+    let arguments = "run saxpy --n 4194304 --workers 2 --device-memory 16M --json report.json";
+    let report = verified(&files, arguments);
+    let json = fs::read_to_string(files.0.join("report.json")).expect("the report");
+    let json: serde_json::Value = serde_json::from_str(&json).expect("a report in JSON");
+    let evicted = &json["counters"]["to_host"]["pages_by_cause"]["evict"];
+    assert!(evicted.as_u64() > Some(0), "nothing was evicted:\n{report}");
+}
+
+#[test]
+fn the_json_report_agrees_with_the_exit_status() {
+    let files = Files::new("json", &[("Cargo.lock", LOCKFILE)]);
+    verified(
+        &files,
+        "run pagerank --input Cargo.lock --json report.json --top 2",
+    );
+    let json = fs::read_to_string(files.0.join("report.json")).expect("the report");
+    let json: serde_json::Value = serde_json::from_str(&json).expect("a report in JSON");
+    assert_eq!(json["verified"], true);
+    assert_eq!(json["input"]["sizes"]["packages"], 3);
+    assert_eq!(json["top"][0]["name"], "hub 1.0.0");
+    assert_eq!(json["top"].as_array().map(Vec::len), Some(2));
+    for way in ["to_device", "to_host"] {
+        let migrations = &json["counters"][way];
+        let (runs, pages) = (migrations["runs"].as_u64(), migrations["pages"].as_u64());
+        assert!(runs > Some(0) && runs <= pages, "{way}: {migrations}");
+    }
+}
+
+#[test]
+fn what_the_accelerator_refuses_exits_1() {
+    let files = Files::new("refused", &[]);
+    for arguments in [
+        "run list --n 10 --workers 0",
+        "run list --n 10 --workers 100000",
+        "run list --n 10 --device-memory 0",
+        "run list --n 10 --json missing/report.json",
+    ] {
+        let Outcome { status, stderr, .. } = accel_sim(&files.0, arguments);
+        assert_eq!(status, Some(1), "{arguments}: {stderr}");
+        assert!(stderr.starts_with("accel-sim: "), "{arguments}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{arguments}: {stderr}");
+    }
+}
+
+#[test]
+fn doctor_says_what_there_is_and_is_not() {
+    let files = Files::new("doctor", &[]);
+    let well = accel_sim(&files.0, "doctor");
+    assert_eq!(well.status, Some(0), "{}{}", well.stdout, well.stderr);
+    assert!(well.stdout.contains("userfaultfd"), "{}", well.stdout);
+    assert!(
+        well.stdout.ends_with("memory can be mirrored here\n"),
+        "{}",
+        well.stdout
+    );
+
+    let ill = accel_sim_without(&files.0, "userfaultfd", "doctor");
+    assert_eq!(ill.status, Some(1), "{}{}", ill.stdout, ill.stderr);
+    assert!(
+        ill.stdout.contains("mirroring is refused"),
+        "{}",
+        ill.stdout
+    );
+    let run = accel_sim_without(&files.0, "userfaultfd", "run list --n 10");
+    assert_eq!(run.status, Some(1), "{}", run.stdout);
+    assert!(run.stderr.contains("userfaultfd"), "{}", run.stderr);
 }

@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     match run(&Cli::parse().command) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("accel-sim: {error:#}");
+            eprintln!("accel-sim: {}", told(&error));
             if error.is::<input::Error>() {
                 ExitCode::from(BAD_INPUT)
             } else {
@@ -56,21 +56,53 @@ fn run(command: &Command) -> anyhow::Result<ExitCode> {
         Command::Run(Workload::Pagerank(args)) => (workload::pagerank(args)?, &args.common.json),
         Command::Run(Workload::Saxpy(args)) => (workload::saxpy(args)?, &args.common.json),
         Command::Run(Workload::List(args)) => (workload::list(args)?, &args.common.json),
-        Command::Doctor => return kernels::doctor(),
+        Command::Doctor => return doctor(),
     };
     if let Some(path) = json {
         write_json(&summary, path).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    // Not `println!`, which panics when the reader has gone.
-    let mut stdout = io::stdout().lock();
-    stdout
-        .write_all(summary.render().as_bytes())
-        .and_then(|()| stdout.flush())
-        .context("cannot write the report")?;
+    print(&summary.render())?;
     match summary.failures() {
         None => Ok(ExitCode::SUCCESS),
         Some(failures) => anyhow::bail!("not verified: {failures}"),
     }
+}
+
+/// Says what this machine lets us do, and what is done about the rest.
+fn doctor() -> anyhow::Result<ExitCode> {
+    let capabilities = svm::Capabilities::probe();
+    let usable = capabilities.is_usable();
+    let verdict = if usable {
+        "memory can be mirrored here"
+    } else {
+        "memory can NOT be mirrored here"
+    };
+    print(&format!("{capabilities}\n{verdict}\n"))?;
+    Ok(if usable {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Writes to standard output; unlike `print!` it does not panic when the reader has gone.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes());
+    written
+        .and_then(|()| stdout.flush())
+        .context("cannot write the report")
+}
+
+/// An error and its causes in one line, without those that the text before already tells.
+fn told(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn write_json(summary: &Summary, path: &Path) -> io::Result<()> {
