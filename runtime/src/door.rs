@@ -91,6 +91,11 @@ impl Door {
         self.uffd.enabled().intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
     }
 
+    /// Whether a fault or an event waits to be read.
+    pub(crate) fn has_message(&self) -> bool {
+        self.uffd.has_message()
+    }
+
     /// Index of this door, below 2.
     pub(crate) fn index(&self) -> usize {
         index_of(self.delivery)

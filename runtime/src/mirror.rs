@@ -129,7 +129,10 @@ impl Raw {
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
             return Ok(open(region));
         };
-        space.publish_region(&region)?;
+        if space.publish_region(&region).is_err() {
+            space.drain_events();
+            space.publish_region(&region)?;
+        }
         match door.register(body, Role::Body) {
             Ok(()) => Ok(open(region)),
             Err(errno) => {

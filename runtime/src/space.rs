@@ -251,6 +251,18 @@ impl AddressSpace {
         self.publish("map", Place { range, kind: PlaceKind::Window(device), region: region.clone() })
     }
 
+    /// Waits until what the kernel has to tell was read and applied: memory whose UNMAP nobody has read yet looks as if it
+    /// were still mirrored (hazards G7). A stream of faults through the thread door does not hold it up for ever.
+    pub(crate) fn drain_events(&self) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        let has_message = || self.doors.iter().filter_map(OnceLock::get).any(|door| door.has_events() && door.has_message());
+        while has_message() && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        // Read is not applied: the reader holds the gate closed until it is.
+        drop(self.gate.enter());
+    }
+
     fn publish(&self, operation: &'static str, place: Place) -> Result<()> {
         let start = place.range.start();
         let mut overlaps = false;

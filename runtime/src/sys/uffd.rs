@@ -683,6 +683,12 @@ impl Uffd {
         })
     }
 
+    /// Whether a message can be read, at this moment.
+    pub(crate) fn has_message(&self) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+    }
+
     /// Sleeps until a message can be read, the doorbell rings, or `timeout` has passed.
     ///
     /// [`Ready::message`] is a hint: another reader may be faster, and a fault may be resolved before
