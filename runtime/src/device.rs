@@ -280,6 +280,7 @@ pub(crate) struct Attached<D: Device> {
     pub(crate) id: DeviceId,
     pub(crate) device: D,
     pub(crate) residency: Residency,
+    space: &'static AddressSpace,
     /// What happened in regions that are gone.
     retired: Counters,
     mapped: Gated<MapSlice<MapArc<Mapped<D>>>>,
@@ -515,6 +516,7 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
         id,
         device,
         residency: Residency { resident: AtomicUsize::new(0), capacity },
+        space,
         retired: Counters::default(),
         mapped: Gated::new(MapSlice::empty()).map_err(no_memory)?,
         control: std::sync::Mutex::new(()),
@@ -528,6 +530,12 @@ impl<D: Device> Attachment<D> {
     #[must_use]
     pub fn device(&self) -> &D {
         &self.attached.device
+    }
+
+    /// Whether this is a forked child and the device was attached in the parent: its threads, if it had any, are not here.
+    #[must_use]
+    pub fn is_forked(&self) -> bool {
+        !self.attached.space.is_usable()
     }
 
     /// Bytes of device memory, `None` for no limit.
@@ -551,6 +559,9 @@ impl<D: Device> Attachment<D> {
         let attached = &self.attached;
         let _control = attached.control.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let space = AddressSpace::get("map")?;
+        if !core::ptr::eq(space, attached.space) || region.region.door().is_disowned() {
+            return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
+        }
         if let Some(known) = attached.with_mapped(|list| list.iter().find(|m| m.region.id() == region.id()).cloned()) {
             return Ok(MappedRef(known));
         }
@@ -601,8 +612,11 @@ impl<D: Device> Attachment<D> {
     /// # Errors
     /// [`ErrorKind::Lost`] if a page could not be brought home.
     pub fn release(&self) -> Result<()> {
+        if self.is_forked() {
+            return Err(Error::new("release", ErrorKind::Forked));
+        }
         let _signals = AsyncSignalsBlocked::new();
-        let mut scratch = Scratch::new(AddressSpace::get("release")?)?;
+        let mut scratch = Scratch::new(self.attached.space)?;
         for mapped in self.attached.mapped_list() {
             evict::release_region(&*mapped, &mapped.region, &mut scratch, Cause::Explicit)?;
         }
@@ -622,7 +636,7 @@ impl<D: Device> Attachment<D> {
 
 impl<D: Device> Attached<D> {
     fn with_mapped<R>(&self, f: impl FnOnce(&MapSlice<MapArc<Mapped<D>>>) -> R) -> R {
-        let gate = AddressSpace::global().gate().enter();
+        let gate = self.space.gate().enter();
         f(self.mapped.load(&gate))
     }
 
@@ -660,7 +674,7 @@ pub(crate) fn retry_no_memory(mut update: impl FnMut() -> Result<(), i32>) {
 impl<D: Device> Drop for Attachment<D> {
     fn drop(&mut self) {
         let _signals = AsyncSignalsBlocked::new();
-        let space = AddressSpace::global();
+        let space = self.attached.space;
         if !space.is_usable() {
             return;
         }

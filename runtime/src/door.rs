@@ -4,6 +4,8 @@
 //! every waiter to read zeros (design rule 2). Each has its own regions, windows and scratch areas, for a page can only be
 //! moved safely within one userfaultfd (hazards M1).
 
+use core::sync::atomic::{AtomicBool, Ordering};
+
 use crate::addr::PageRange;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
@@ -15,6 +17,7 @@ use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, W
 pub(crate) struct Door {
     uffd: Uffd,
     delivery: Delivery,
+    disowned: AtomicBool,
 }
 
 /// What a range is registered for.
@@ -65,7 +68,7 @@ impl Door {
             let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
-        Ok(Self { uffd, delivery })
+        Ok(Self { uffd, delivery, disowned: AtomicBool::new(false) })
     }
 
     pub(crate) fn uffd(&self) -> &Uffd {
@@ -74,6 +77,18 @@ impl Door {
 
     pub(crate) fn delivery(&self) -> Delivery {
         self.delivery
+    }
+
+    /// In the child of a fork: the descriptor was the parent's, and an ioctl on it would reach the parent's memory.
+    pub(crate) fn disown_in_child(&self) {
+        self.disowned.store(true, Ordering::Relaxed);
+        // SAFETY: in the child's handler, where no other thread exists that could be using the descriptor.
+        unsafe { self.uffd.disown_in_child() };
+    }
+
+    /// Whether this door was left behind by a fork: windows behind it are not mapped here.
+    pub(crate) fn is_disowned(&self) -> bool {
+        self.disowned.load(Ordering::Relaxed)
     }
 
     /// Whether pages can be moved, or must be copied.

@@ -13,6 +13,7 @@ mod error;
 mod events;
 mod evict;
 mod fault;
+mod fork;
 mod inline;
 mod mask;
 mod mirror;

@@ -22,6 +22,7 @@ use crate::addr::PageRange;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::evict;
+use crate::fork;
 use crate::options::Options;
 use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
@@ -30,6 +31,7 @@ use crate::share::Shared;
 use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::{Cause, Stats};
 use crate::sys::arc::MapArc;
+use crate::sys::mmap::{self, Advice};
 use crate::sys::signal::AsyncSignalsBlocked;
 use crate::view::{View, ViewMut};
 
@@ -134,7 +136,10 @@ impl Raw {
             space.publish_region(&region)?;
         }
         match door.register(body, Role::Body) {
-            Ok(()) => Ok(open(region)),
+            Ok(()) => {
+                fork::keep_from_children(space, body);
+                Ok(open(region))
+            }
             Err(errno) => {
                 space.unpublish_region(&region);
                 match errno {
@@ -171,11 +176,12 @@ impl Raw {
             return Ok(());
         }
         let _signals = AsyncSignalsBlocked::new();
-        let space = AddressSpace::global();
-        if !space.is_usable() {
+        let region = &self.region;
+        if region.door().is_disowned() {
+            // A forked child: its memory is plain, and every page was home when it was made.
             return Ok(());
         }
-        let region = &self.region;
+        let space = AddressSpace::global();
         // 1. No new update begins, and whoever waits to begin one is told.
         region.hub().release();
         // 2. Every page home, every window empty.
@@ -213,18 +219,24 @@ impl Raw {
     }
 }
 
+/// Makes pages ordinary memory again.
+fn restore(region: &Region, pages: PageRange) {
+    region.door().unregister(pages);
+    let _ = mmap::advise(pages, Advice::DoFork);
+}
+
 /// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now.
 fn unregister_what_is_left(region: &Region, body: PageRange) {
     let gate = AddressSpace::global().gate().enter();
     for place in AddressSpace::global().places(&gate) {
         if place.kind == PlaceKind::Tail && place.region.id() == region.id() {
-            region.door().unregister(place.range);
+            restore(region, place.range);
         }
     }
     let gone = |block: usize| region.lock_block(block).gone();
     if (0..region.nr_blocks()).all(|block| gone(block).is_empty()) {
         drop(gate);
-        region.door().unregister(body);
+        restore(region, body);
         return;
     }
     drop(gate);
@@ -236,12 +248,12 @@ fn unregister_what_is_left(region: &Region, body: PageRange) {
         };
         for page in displaced.runs().flatten() {
             if let Some(page) = PageRange::from_pages(region.host_addr_of(block, page), 1) {
-                region.door().unregister(page);
+                restore(region, page);
             }
         }
         for run in left.runs() {
             if let Some(pages) = PageRange::from_pages(region.addr_of(block, run.start), run.len()) {
-                region.door().unregister(pages);
+                restore(region, pages);
             }
         }
     }

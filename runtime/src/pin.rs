@@ -53,6 +53,9 @@ pub(crate) fn pin<'a>(
     let Some(pages) = PageRange::containing(bytes.start, bytes.len()).and_then(|p| p.intersect(body)) else {
         return Ok(none);
     };
+    if region.door().is_disowned() {
+        return Err(Error::new("pin", ErrorKind::Forked).at(addr));
+    }
     let _signals = AsyncSignalsBlocked::new();
     let pages = (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
     region.add_pin(pages.clone());
@@ -128,7 +131,7 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
 
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
-        if self.pages.is_empty() || !AddressSpace::global().is_usable() {
+        if self.pages.is_empty() || self.region.door().is_disowned() {
             return;
         }
         let _signals = AsyncSignalsBlocked::new();

@@ -25,6 +25,7 @@
 
 use core::fmt;
 use core::ops::{Deref, Range as Pages};
+use core::sync::atomic::Ordering;
 use core::time::Duration;
 
 use crate::addr::{PAGES_PER_BLOCK, PageRange};
@@ -150,6 +151,9 @@ impl<D: Device> Range<D> {
         let deadline = Deadline::after(timeout);
         let region = mapped.shared_region();
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        if region.door().is_disowned() {
+            return Err(DeviceFault::new(addr, Access::Read, DeviceFaultKind::Forked));
+        }
         let covered = covered_by_granules(region, &pages);
         let at = self.subscription(region);
         let (_, subscription) = &mut self.subscriptions[at];
@@ -188,6 +192,9 @@ impl<D: Device> Range<D> {
         let region = mapped.shared_region();
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
+        if region.door().is_disowned() {
+            return Err(fault(DeviceFaultKind::Forked));
+        }
         if access == Access::Write && !region.is_writable() {
             return Err(fault(DeviceFaultKind::Protection));
         }
@@ -372,6 +379,10 @@ impl<D: Device> Round<'_, D> {
     fn run<T>(&self, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
         let space = AddressSpace::global();
         let gate = space.gate().enter();
+        // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
+        if space.forking().load(Ordering::SeqCst) != 0 {
+            return Outcome::Again;
+        }
         let mut state = self.region.lock_block(self.block);
         if let Some(outside) = (self.want - self.region.body_mask(self.block)).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
@@ -415,7 +426,7 @@ impl<D: Device> Round<'_, D> {
             self.wait_for_others(space, flight.region(), &plan);
             let gate = space.gate().enter();
             let mut state = self.region.lock_block(self.block);
-            if self.plan(&state) != (want, plan) {
+            if self.plan(&state) != (want, plan) || space.forking().load(Ordering::SeqCst) != 0 {
                 self.mapped.residency().release(needed);
                 drop(bracket);
                 return Outcome::Again;

@@ -24,7 +24,7 @@ pub(crate) struct Scratch {
 
 #[derive(Debug)]
 struct Area {
-    _reservation: Reservation,
+    reservation: Option<Reservation>,
     registered: PageRange,
     door: &'static Door,
     next: usize,
@@ -71,7 +71,7 @@ impl Area {
         let reservation = Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
         let registered = reservation.range();
         door.register(registered, Role::Window).map_err(failed)?;
-        Ok(Self { _reservation: reservation, registered, door, next: 0 })
+        Ok(Self { reservation: Some(reservation), registered, door, next: 0 })
     }
 }
 
@@ -90,6 +90,10 @@ impl Area {
 
 impl Drop for Area {
     fn drop(&mut self) {
+        if self.door.is_disowned() {
+            core::mem::forget(self.reservation.take());
+            return;
+        }
         // Before the reservation is unmapped, which would else post an event and wait for its reader.
         self.door.unregister(self.registered);
     }

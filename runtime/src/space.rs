@@ -12,8 +12,8 @@
 //! for an address that nobody knows (hazards G6).
 
 use core::ops::ControlFlow;
-use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Mutex as StdMutex, OnceLock, PoisonError};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::{DeviceId, MAX_DEVICES};
@@ -27,7 +27,7 @@ pub(crate) use crate::sys::gated::{Gated, Inside};
 pub(crate) use crate::door::Door;
 use crate::door::index_of;
 use crate::sys::maps::{Maps, Vma};
-use crate::sys::mmap::MapArray;
+use crate::sys::mmap::{MapArray, MapBox};
 use crate::sys::pagemap::{PageState, Pagemap};
 use crate::window::Window;
 use crate::{inline, monitor};
@@ -91,13 +91,16 @@ pub(crate) struct AddressSpace {
     control: StdMutex<()>,
     devices: AtomicU8,
     forked: AtomicBool,
+    forking: AtomicU32,
+    fork_bracket: StdMutex<()>,
     pagemap: Pagemap,
     maps: Maps,
     /// A block of zeros to copy from: never written, so it costs no memory.
     zeros: MapArray<u8>,
 }
 
-static SPACE: OnceLock<AddressSpace> = OnceLock::new();
+/// The current address space; null before the first, never changed but by a forked child's first use.
+static SPACE: AtomicPtr<AddressSpace> = AtomicPtr::new(core::ptr::null_mut());
 
 impl AddressSpace {
     fn new() -> std::io::Result<Self> {
@@ -109,6 +112,8 @@ impl AddressSpace {
             control: StdMutex::new(()),
             devices: AtomicU8::new(0),
             forked: AtomicBool::new(false),
+            forking: AtomicU32::new(0),
+            fork_bracket: StdMutex::new(()),
             pagemap: Pagemap::open()?,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
@@ -162,27 +167,51 @@ impl AddressSpace {
 
     /// The address space, made on first use. For control paths.
     pub(crate) fn get(operation: &'static str) -> Result<&'static Self> {
-        let space = match SPACE.get() {
-            Some(space) => space,
-            None => {
-                let made = Self::new().map_err(|e| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0)))?;
-                SPACE.get_or_init(|| made)
-            }
-        };
-        if space.forked.load(Ordering::Relaxed) {
-            return Err(Error::new(operation, ErrorKind::Forked));
+        if let Some(space) = Self::existing().filter(|s| s.is_usable()) {
+            return Ok(space);
         }
+        static MAKING: StdMutex<()> = StdMutex::new(());
+        let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(space) = Self::existing().filter(|s| s.is_usable()) {
+            return Ok(space);
+        }
+        let failed = |e: std::io::Error| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0));
+        let space = MapBox::leak(MapBox::new(Self::new().map_err(failed)?).map_err(failed)?);
+        crate::fork::install().map_err(failed)?;
+        // Release pairs with the Acquire of `existing`.
+        SPACE.store(core::ptr::from_mut(space), Ordering::Release);
         Ok(space)
     }
 
     /// The address space, if anything was ever mirrored or attached. For the fault path: one load, no initialisation.
     pub(crate) fn existing() -> Option<&'static Self> {
-        SPACE.get()
+        // Acquire pairs with the Release of `get`.
+        let space = SPACE.load(Ordering::Acquire);
+        // SAFETY: null, or a leaked box that is never freed.
+        unsafe { space.cast_const().as_ref() }
+    }
+
+    /// How many forks are under way: while there are, no page goes to a device.
+    pub(crate) fn forking(&self) -> &AtomicU32 {
+        &self.forking
+    }
+
+    /// Serialises the changes of who is inherited by children; never held across a fork, never taken on the fault path.
+    pub(crate) fn fork_bracket(&self) -> MutexGuard<'_, ()> {
+        self.fork_bracket.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In the child of a fork: this space was the parent's. Async-signal-safe.
+    pub(crate) fn abandon_in_child(&self) {
+        self.forked.store(true, Ordering::Relaxed);
+        for door in self.doors.iter().filter_map(OnceLock::get) {
+            door.disown_in_child();
+        }
     }
 
     /// The address space that something which exists belongs to.
     pub(crate) fn global() -> &'static Self {
-        SPACE.get().expect("a mirror or device exists, so its address space does")
+        Self::existing().expect("a mirror or device exists, so its address space does")
     }
 
     /// Whether this process may still use it: not a forked child.

@@ -80,6 +80,11 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
+        if self.door.is_disowned() {
+            // In a forked child the window was never mapped; what is at its address now is somebody else's.
+            core::mem::forget(self.reservation.take());
+            return;
+        }
         // Unregistered first: unmapping a registered range would post an event and wait for its reader.
         if let Some(body) = self.registered.take() {
             self.door.unregister(body);

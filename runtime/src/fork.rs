@@ -1,0 +1,110 @@
+//! Forking.
+//!
+//! A child of `fork` has its own memory, with the contents of that moment. userfaultfd gives it neither the faults nor the
+//! pages that are away, which it would read as zeros. So (hazards F1, F2):
+//!
+//! 1. Mirrored bodies are `MADV_DONTFORK`, windows and scratch areas always: a raw `clone` that runs no handler gets a
+//!    child that faults where it would read zeros.
+//! 2. *prepare*, in the forking thread: from now on device rounds wait; every page comes home; bodies are `DOFORK`.
+//!    Threads that fork at once are counted: the first opens this bracket, the last closes it.
+//! 3. *parent*: bodies are `DONTFORK` again, device rounds go on. Pages are shared copy-on-write with the child until written;
+//!    what refuses to move for that reason is written to first ([`crate::range`]).
+//! 4. *child*: the parent's descriptors are disowned, handles of the parent answer [`Forked`](crate::ErrorKind::Forked), and
+//!    the next mirror starts an address space of the child's own.
+
+use core::sync::atomic::Ordering;
+
+use crate::addr::PageRange;
+use crate::evict;
+use crate::region::Region;
+use crate::scratch::Scratch;
+use crate::space::{AddressSpace, PlaceKind};
+use crate::stats::Cause;
+use crate::sys::arc::MapArc;
+use crate::sys::mmap::{self, Advice};
+use crate::sys::process;
+
+/// Has libc call the three handlers around every fork of this process, once.
+pub(crate) fn install() -> std::io::Result<()> {
+    static ONCE: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
+    let mut installed = ONCE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !*installed {
+        process::at_fork(prepare, parent, child)?;
+        *installed = true;
+    }
+    Ok(())
+}
+
+fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
+    loop {
+        let count = space.places(&space.gate().enter()).len();
+        let mut regions: Vec<MapArc<Region>> = Vec::with_capacity(count);
+        let gate = space.gate().enter();
+        let places = space.places(&gate);
+        if places.len() <= count {
+            let bodies = places.iter().filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+            regions.extend(bodies.map(|p| p.region.clone()));
+            return regions;
+        }
+    }
+}
+
+fn advise_bodies(space: &AddressSpace, advice: Advice) {
+    let mut next = 0;
+    loop {
+        // One at a time: `madvise` takes the mmap lock, and is not called inside the gate.
+        let range = {
+            let gate = space.gate().enter();
+            let bodies = space.places(&gate).iter().filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+            bodies.map(|p| p.range).filter(|r| r.start() >= next).min_by_key(|r| r.start())
+        };
+        let Some(range) = range else { return };
+        // Where part of it was unmapped meanwhile there is nothing to inherit.
+        let _ = mmap::advise(range, advice);
+        next = range.end();
+    }
+}
+
+extern "C" fn prepare() {
+    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let _bracket = space.fork_bracket();
+    // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
+    let first = space.forking().fetch_add(1, Ordering::SeqCst) == 0;
+    space.gate().synchronize();
+    if let Ok(mut scratch) = Scratch::new(space) {
+        for region in regions(space) {
+            let devices = region.devices(&space.gate().enter()).clone();
+            for device in devices.iter().flatten() {
+                // A page that cannot come home stays away; the child faults on it, which is better than a zero.
+                let _ = evict::release_region(&**device, &region, &mut scratch, Cause::Explicit);
+            }
+        }
+    }
+    if first {
+        advise_bodies(space, Advice::DoFork);
+    }
+}
+
+extern "C" fn parent() {
+    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let _bracket = space.fork_bracket();
+    // Another thread may be between its prepare and its fork: the last one closes the bracket.
+    if space.forking().fetch_sub(1, Ordering::SeqCst) == 1 {
+        advise_bodies(space, Advice::DontFork);
+    }
+}
+
+/// A new body: not for children that nobody has prepared, unless a fork is being prepared at this moment.
+pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
+    let _bracket = space.fork_bracket();
+    if space.forking().load(Ordering::SeqCst) == 0 {
+        // Advice: where it fails a child of a raw clone reads zeros, as it would without us.
+        let _ = mmap::advise(body, Advice::DontFork);
+    }
+}
+
+extern "C" fn child() {
+    if let Some(space) = AddressSpace::existing() {
+        space.abandon_in_child();
+    }
+}
