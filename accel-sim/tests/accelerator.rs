@@ -612,8 +612,8 @@ fn three_mirrors_four_workers_and_cpu_writers() {
             let mut cpu = vec![0_u64; n];
             (0..written).for_each(|w| cpu[w * 4099 % n] += 1);
             for shared in [&a, &b, &c] {
-                for i in 0..n {
-                    assert_eq!(shared.load(i), (cpu[i] << 32) + 1, "element {i}");
+                for (i, cpu) in cpu.iter().enumerate() {
+                    assert_eq!(shared.load(i), (cpu << 32) + 1, "element {i}");
                 }
             }
         }

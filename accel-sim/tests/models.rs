@@ -229,6 +229,7 @@ fn elements_against_shootdown(mut cached: u64, accesses: usize, light_only: bool
                     walked
                 };
                 slot.access(
+                    sync::light_fence,
                     m.generation.word(),
                     PAGE as u64,
                     Rights::Write,
