@@ -543,7 +543,7 @@ impl Lane<'_> {
             assert!(
                 O::SIZE <= 63 * PAGE_SIZE,
                 "an element lies on 64 pages at most"
-            )
+            );
         };
         let region = &self.spaces[reach.space];
         let pages = region.pages(addr, O::SIZE);
