@@ -37,11 +37,13 @@ impl Sim {
     }
 
     /// What worker `i` publishes.
+    #[inline]
     pub(crate) fn slot(&self, i: usize) -> &Slot {
         &self.slots[i]
     }
 
     /// The flush generation of all translation caches.
+    #[inline]
     pub(crate) fn generation(&self) -> &AtomicU64 {
         self.generation.word()
     }

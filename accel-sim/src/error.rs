@@ -74,7 +74,8 @@ impl fmt::Display for Error {
             Error::BadCacheSize(n) => {
                 write!(
                     f,
-                    "a translation cache of {n} entries: it has a power of two from 1 to {}",
+                    "a translation cache of {n} entries: it has a power of two from {} to {}",
+                    crate::MIN_CACHE_ENTRIES,
                     crate::MAX_CACHE_ENTRIES
                 )
             }

@@ -74,9 +74,7 @@ where
     }
 
     fn item(&self, worker: &Worker, launch: &Launch, batch: usize) -> Result<(), Failure> {
-        worker
-            .cache()
-            .use_for(launch.id(), self.operands.spaces.len());
+        worker.cache().use_for(launch.id());
         let lane = Lane::new(worker, launch, &self.operands.views, &self.operands.spaces);
         let elements = <V as ViewSet>::elements(&lane);
         worker.slot().enter_element_mode();

@@ -19,60 +19,62 @@ use svm::addr::PAGE_SIZE;
 use svm::{Access, DeviceFault, DeviceFaultKind, Ptr};
 
 use crate::launch::{Launch, Operand};
-use crate::shootdown::{Rights, STRADDLE};
+use crate::shootdown::{Rights, STRADDLE, Slot};
 use crate::space::Space;
-use crate::sync::Ordering;
+use crate::sync::{AtomicU64, Ordering, compiler_fence, light_fence};
 use crate::table::Place;
+use crate::view::MAX_VIEWS;
 use crate::view::sealed::Handle;
 use crate::words::{self, Atomic, word_bytes};
 use crate::worker::Worker;
 
 /// A worker's translation cache: direct-mapped, its own. Each region of a launch has an equal part of it, so that arrays which are
-/// walked together do not drive each other out.
+/// walked together do not drive each other out, and so that a page which is the edge of two regions is found in each.
 #[derive(Debug)]
 pub(crate) struct Cache {
     entries: Box<[Entry]>,
-    /// The launch that the entries belong to: what a key means changes with it.
+    /// The launch that the entries belong to: what a part stands for changes with it.
     launch: Cell<u64>,
-    /// Entries of a region's part, a power of two.
-    part: Cell<usize>,
 }
 
 /// One cached translation.
+///
+/// A *tag* is `host page << 1 | rare`. A translation is *rare* when its page is not where the pages of its region usually are, or when the
+/// hit path would need a real fence; [`Lane::access`] then leaves it to the slow path, and needs to look for neither.
 #[derive(Debug, Default)]
 struct Entry {
-    /// The page and region it is for, if loads may use it; else 0.
+    /// The tag, if loads may use it.
     read: Cell<u64>,
-    /// The same, if stores may.
+    /// The tag, if stores may.
     write: Cell<u64>,
-    /// The flush generation it was walked to under (shootdown rule S5).
+    /// The flush generation it was walked to under (shootdown rule S5). No generation is 0.
     generation: Cell<u64>,
     /// What to add to a host address.
     offset: Cell<isize>,
 }
 
-/// What an entry's key is made of: a host page, and which of the launch's regions it belongs to. A page can be the edge of two
-/// regions and lie in two windows.
-#[inline(always)]
-fn key(host_page: u64, space: usize) -> u64 {
-    host_page << 3 | (space as u64 + 1)
+impl Entry {
+    #[inline(always)]
+    fn tag(&self, rights: Rights) -> u64 {
+        match rights {
+            Rights::Read => self.read.get(),
+            Rights::Write => self.write.get(),
+        }
+    }
 }
 
 impl Cache {
     pub(crate) fn new(nr_entries: usize) -> Cache {
-        assert!(nr_entries.is_power_of_two());
+        assert!(nr_entries.is_power_of_two() && nr_entries >= MAX_VIEWS);
         Cache {
             entries: (0..nr_entries).map(|_| Entry::default()).collect(),
             launch: Cell::new(0),
-            part: Cell::new(nr_entries),
         }
     }
 
     /// Prepares for items of a launch: empties the cache unless it is of that launch.
-    pub(crate) fn use_for(&self, launch: u64, nr_spaces: usize) {
+    pub(crate) fn use_for(&self, launch: u64) {
         if self.launch.replace(launch) != launch {
-            self.part
-                .set((self.entries.len() / nr_spaces.next_power_of_two()).max(1));
             for entry in &self.entries {
                 // No generation is 0.
                 entry.generation.set(0);
@@ -80,27 +82,69 @@ impl Cache {
         }
     }
 
-    #[inline(always)]
-    fn entry(&self, host_page: u64, space: usize) -> &Entry {
-        let part = self.part.get();
-        // In range but where there are more regions than entries; the mask spares the check.
-        &self.entries[(space * part + (host_page as usize & (part - 1))) & (self.entries.len() - 1)]
+    /// The part of region `space` out of `nr_spaces`: a power of two of entries.
+    fn part(&self, space: usize, nr_spaces: usize) -> &[Entry] {
+        let len = self.entries.len() / nr_spaces.next_power_of_two();
+        &self.entries[space * len..][..len]
     }
 }
 
+/// What an access to one region needs at hand.
+#[derive(Clone, Copy)]
+struct Reach<'s> {
+    slot: &'s Slot,
+    generation: &'s AtomicU64,
+    /// The region's part of the cache.
+    cached: &'s [Entry],
+    /// What to add to a host address, where the page is where it usually is.
+    offset: isize,
+    space: usize,
+}
+
+impl<'s> Reach<'s> {
+    fn new(worker: &'s Worker, spaces: &'s [Space], space: usize) -> Reach<'s> {
+        Reach {
+            slot: worker.slot(),
+            generation: worker.generation(),
+            cached: worker.cache().part(space, spaces.len()),
+            offset: spaces[space].offset(spaces[space].usual_place()),
+            space,
+        }
+    }
+
+    #[inline(always)]
+    fn entry(self, host_page: u64) -> &'s Entry {
+        // A part is a power of two.
+        &self.cached[host_page as usize & (self.cached.len() - 1)]
+    }
+}
+
+/// One of the launch's views, for pointers to lead into.
+#[derive(Clone, Copy)]
+struct Target<'s> {
+    addr: usize,
+    /// 0 for an argument that is no view.
+    len_bytes: usize,
+    rights: Rights,
+    reach: Reach<'s>,
+}
+
 /// What is done at an element's place.
-trait Op {
+trait Op: Copy {
     type Out;
 
     const RIGHTS: Rights;
     const SIZE: usize;
+    /// Bytes of the words it is done by: the alignment of elements, or 8.
+    const WORD: usize;
 
     /// # Safety
     ///
     /// As [`words::load`] or [`words::store`].
-    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> Self::Out;
+    unsafe fn at(self, at: impl Fn(usize) -> usize) -> Self::Out;
 }
 
+#[derive(Clone, Copy)]
 struct Load<T>(PhantomData<T>);
 
 impl<T: Pod> Op for Load<T> {
@@ -108,14 +152,16 @@ impl<T: Pod> Op for Load<T> {
 
     const RIGHTS: Rights = Rights::Read;
     const SIZE: usize = size_of::<T>();
+    const WORD: usize = word_bytes::<T>();
 
     #[inline(always)]
-    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> T {
+    unsafe fn at(self, at: impl Fn(usize) -> usize) -> T {
         // SAFETY: by the same contract.
         unsafe { words::load(at) }
     }
 }
 
+#[derive(Clone, Copy)]
 struct Store<T>(T);
 
 impl<T: Pod> Op for Store<T> {
@@ -123,25 +169,28 @@ impl<T: Pod> Op for Store<T> {
 
     const RIGHTS: Rights = Rights::Write;
     const SIZE: usize = size_of::<T>();
+    const WORD: usize = word_bytes::<T>();
 
     #[inline(always)]
-    unsafe fn at(&self, at: impl Fn(usize) -> usize) {
+    unsafe fn at(self, at: impl Fn(usize) -> usize) {
         // SAFETY: by the same contract.
         unsafe { words::store(at, self.0) }
     }
 }
 
 /// An atomic update, which never lies across pages.
+#[derive(Clone, Copy)]
 struct Rmw<T, F>(F, PhantomData<T>);
 
-impl<T: Atomic, R, F: Fn(usize) -> R> Op for Rmw<T, F> {
+impl<T: Atomic, R, F: Fn(usize) -> R + Copy> Op for Rmw<T, F> {
     type Out = R;
 
     const RIGHTS: Rights = Rights::Write;
     const SIZE: usize = size_of::<T>();
+    const WORD: usize = word_bytes::<T>();
 
     #[inline(always)]
-    unsafe fn at(&self, at: impl Fn(usize) -> usize) -> R {
+    unsafe fn at(self, at: impl Fn(usize) -> usize) -> R {
         (self.0)(at(0))
     }
 }
@@ -152,6 +201,7 @@ pub struct Lane<'s> {
     launch: &'s Launch,
     views: &'s [Option<Operand>],
     spaces: &'s [Space],
+    targets: [Option<Target<'s>>; MAX_VIEWS],
     hits: Cell<u64>,
     misses: Cell<u64>,
 }
@@ -171,11 +221,21 @@ impl<'s> Lane<'s> {
         views: &'s [Option<Operand>],
         spaces: &'s [Space],
     ) -> Lane<'s> {
+        let mut targets = [None; MAX_VIEWS];
+        for (target, view) in targets.iter_mut().zip(views.iter().flatten()) {
+            *target = Some(Target {
+                addr: view.addr,
+                len_bytes: view.len_bytes,
+                rights: view.rights,
+                reach: Reach::new(worker, spaces, view.space),
+            });
+        }
         Lane {
             worker,
             launch,
             views,
             spaces,
+            targets,
             hits: Cell::new(0),
             misses: Cell::new(0),
         }
@@ -202,8 +262,8 @@ impl<'s> Lane<'s> {
     /// views or is not aligned; or what keeps its pages from coming.
     #[inline]
     pub fn load<T: Pod>(&self, ptr: Ptr<T>) -> Result<T, DeviceFault> {
-        let space = self.find::<T>(ptr, Rights::Read)?;
-        self.access(space, ptr.addr(), &Load(PhantomData))
+        let reach = self.find::<T>(ptr, Rights::Read)?;
+        self.access(reach, ptr.addr(), Load(PhantomData))
     }
 
     /// Follows a pointer for a store.
@@ -213,8 +273,8 @@ impl<'s> Lane<'s> {
     /// As [`load`](Self::load); and [`Protection`](DeviceFaultKind::Protection) if it leads to a view that is only read.
     #[inline]
     pub fn store<T: Pod>(&self, ptr: Ptr<T>, value: T) -> Result<(), DeviceFault> {
-        let space = self.find::<T>(ptr, Rights::Write)?;
-        self.access(space, ptr.addr(), &Store(value))
+        let reach = self.find::<T>(ptr, Rights::Write)?;
+        self.access(reach, ptr.addr(), Store(value))
     }
 
     /// Follows a pointer and atomically adds to what it leads to; returns the value before.
@@ -224,11 +284,11 @@ impl<'s> Lane<'s> {
     /// As [`store`](Self::store).
     #[inline]
     pub fn fetch_add<T: Atomic>(&self, ptr: Ptr<T>, operand: T) -> Result<T, DeviceFault> {
-        let space = self.find::<T>(ptr, Rights::Write)?;
+        let reach = self.find::<T>(ptr, Rights::Write)?;
         self.access(
-            space,
+            reach,
             ptr.addr(),
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
                 unsafe { T::fetch_add(at, operand) }
             }),
@@ -247,11 +307,11 @@ impl<'s> Lane<'s> {
         current: T,
         new: T,
     ) -> Result<Result<T, T>, DeviceFault> {
-        let space = self.find::<T>(ptr, Rights::Write)?;
+        let reach = self.find::<T>(ptr, Rights::Write)?;
         self.access(
-            space,
+            reach,
             ptr.addr(),
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
                 unsafe { T::compare_exchange(at, current, new) }
             }),
@@ -272,7 +332,7 @@ impl<'s> Lane<'s> {
     #[inline]
     pub unsafe fn load_anywhere<T: Pod>(&self, ptr: Ptr<T>) -> Result<T, DeviceFault> {
         match self.find::<T>(ptr, Rights::Read) {
-            Ok(space) => self.access(space, ptr.addr(), &Load(PhantomData)),
+            Ok(reach) => self.access(reach, ptr.addr(), Load(PhantomData)),
             // SAFETY: by contract.
             Err(_) => Ok(unsafe { words::load(|offset| ptr.addr() + offset) }),
         }
@@ -290,7 +350,7 @@ impl<'s> Lane<'s> {
     #[inline]
     pub unsafe fn store_anywhere<T: Pod>(&self, ptr: Ptr<T>, value: T) -> Result<(), DeviceFault> {
         match self.find::<T>(ptr, Rights::Write) {
-            Ok(space) => self.access(space, ptr.addr(), &Store(value)),
+            Ok(reach) => self.access(reach, ptr.addr(), Store(value)),
             Err(fault) if fault.kind == DeviceFaultKind::Protection => Err(fault),
             Err(_) => {
                 // SAFETY: by contract.
@@ -300,131 +360,195 @@ impl<'s> Lane<'s> {
         }
     }
 
-    /// The region of the view that the value lies wholly in.
-    #[inline]
-    fn find<T>(&self, ptr: Ptr<T>, rights: Rights) -> Result<usize, DeviceFault> {
+    /// The view that the value lies wholly in, if it permits the access.
+    #[inline(always)]
+    fn find<T>(&self, ptr: Ptr<T>, rights: Rights) -> Result<Reach<'s>, DeviceFault> {
         let addr = ptr.addr();
-        let mut kind = DeviceFaultKind::OutOfViews;
-        if addr % align_of::<T>() == 0 {
-            for view in self.views.iter().flatten() {
-                let offset = addr.wrapping_sub(view.addr);
-                if offset < view.len_bytes && size_of::<T>() <= view.len_bytes - offset {
-                    if rights == Rights::Read || view.rights == Rights::Write {
-                        return Ok(view.space);
-                    }
-                    kind = DeviceFaultKind::Protection;
+        if addr.is_multiple_of(align_of::<T>()) {
+            for target in &self.targets {
+                let Some(target) = target else { break };
+                let offset = addr.wrapping_sub(target.addr);
+                if offset < target.len_bytes
+                    && size_of::<T>() <= target.len_bytes - offset
+                    && (rights == Rights::Read || target.rights == Rights::Write)
+                {
+                    return Ok(target.reach);
                 }
             }
         }
-        Err(DeviceFault::new(addr, access_of(rights), kind))
+        Err(self.stray(addr, rights))
     }
 
-    /// Makes one access to the element at host address `addr`, which lies in a view of region `space` that permits it.
+    /// Why a pointer leads to no view that permits the access.
+    #[cold]
+    fn stray(&self, addr: usize, rights: Rights) -> DeviceFault {
+        let in_view = |t: &Target<'_>| addr.wrapping_sub(t.addr) < t.len_bytes;
+        let read_only = rights == Rights::Write && self.targets.iter().flatten().any(in_view);
+        let kind = if read_only {
+            DeviceFaultKind::Protection
+        } else {
+            DeviceFaultKind::OutOfViews
+        };
+        DeviceFault::new(addr, access_of(rights), kind)
+    }
+
+    /// Ends the kernel here if its launch is over: another item failed, or a span of it outstayed a shootdown (hazards W2).
+    fn check_stop(&self, addr: usize, rights: Rights) -> Result<(), DeviceFault> {
+        if self.launch.is_stopping() {
+            return Err(DeviceFault::new(
+                addr,
+                access_of(rights),
+                DeviceFaultKind::Stuck,
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Lane<'_> {
+    /// Makes one access to the element at host address `addr`, which lies in a view of this region that permits it.
     #[inline(always)]
-    fn access<O: Op>(&self, space: usize, addr: usize, op: &O) -> Result<O::Out, DeviceFault> {
-        // A number that is its own alignment never lies across pages, which the compiler sees here.
-        let straddles = addr % PAGE_SIZE + O::SIZE > PAGE_SIZE || O::SIZE == 0;
-        let mut attempt = 0;
-        while !straddles {
+    fn access<O: Op>(&self, reach: Reach<'_>, addr: usize, op: O) -> Result<O::Out, DeviceFault> {
+        // An element that is one word never lies across pages, which the compiler knows here.
+        if O::SIZE == O::WORD || (O::SIZE != 0 && addr % PAGE_SIZE + O::SIZE <= PAGE_SIZE) {
             let host_page = (addr / PAGE_SIZE) as u64;
-            let key = key(host_page, space);
-            let entry = self.worker.cache().entry(host_page, space);
-            let allowed = match O::RIGHTS {
-                Rights::Read => &entry.read,
-                Rights::Write => &entry.write,
-            };
-            let done = self.worker.slot().access(
-                self.worker.generation(),
+            let entry = reach.entry(host_page);
+            let done = reach.slot.access(
+                compiler_fence,
+                reach.generation,
                 host_page,
                 O::RIGHTS,
-                |generation| {
-                    (entry.generation.get() == generation && allowed.get() == key)
-                        .then(|| entry.offset.get())
+                |now| {
+                    (entry.generation.get() == now && entry.tag(O::RIGHTS) == host_page << 1)
+                        .then_some(())
                 },
-                |offset| {
-                    let device = addr.wrapping_add_signed(offset);
+                |()| {
+                    let device = addr.wrapping_add_signed(reach.offset);
                     // SAFETY: the element lies in this page, inside a view of the launch, which keeps it mapped; the translation is valid until
-                    // the access is withdrawn (shootdown S1-S5). Elements are only accessed by atomic words of their alignment: spans of
-                    // this memory would need the exclusive borrow that this launch holds.
+                    // the access is withdrawn (shootdown S1-S5), and the compiler's fence suffices, as the tag is not rare. Elements are
+                    // only accessed by atomic words of their alignment: spans of this memory would need the exclusive borrow that
+                    // this launch holds.
                     unsafe { op.at(|o| device + o) }
                 },
             );
             if let Some(out) = done {
-                if attempt == 0 {
-                    self.hits.set(self.hits.get() + 1);
-                }
+                self.hits.set(self.hits.get() + 1);
                 return Ok(out);
             }
-            self.miss(space, host_page, O::RIGHTS, attempt)?;
-            attempt += 1;
         }
-        self.access_slow(space, addr, op)
+        self.access_slow(reach, addr, op)
+    }
+
+    /// All but a usual hit.
+    #[cold]
+    #[inline(never)]
+    fn access_slow<O: Op>(
+        &self,
+        reach: Reach<'_>,
+        addr: usize,
+        op: O,
+    ) -> Result<O::Out, DeviceFault> {
+        if O::SIZE == 0 {
+            // SAFETY: there is no word to find.
+            return Ok(unsafe { op.at(|_| addr) });
+        }
+        if addr % PAGE_SIZE + O::SIZE > PAGE_SIZE {
+            return self.access_across_pages(reach, addr, op);
+        }
+        let host_page = (addr / PAGE_SIZE) as u64;
+        let counter = |attempt| {
+            if attempt == 0 {
+                &self.hits
+            } else {
+                &self.misses
+            }
+        };
+        for attempt in 0.. {
+            let entry = reach.entry(host_page);
+            let done = reach.slot.access(
+                light_fence,
+                reach.generation,
+                host_page,
+                O::RIGHTS,
+                |now| {
+                    let known =
+                        entry.generation.get() == now && entry.tag(O::RIGHTS) >> 1 == host_page;
+                    known.then(|| entry.offset.get())
+                },
+                |offset| {
+                    let device = addr.wrapping_add_signed(offset);
+                    // SAFETY: as in `access`, with a fence that suffices always.
+                    unsafe { op.at(|o| device + o) }
+                },
+            );
+            if let Some(out) = done {
+                counter(attempt).set(counter(attempt).get() + 1);
+                return Ok(out);
+            }
+            self.miss(reach, host_page, O::RIGHTS, attempt)?;
+        }
+        unreachable!("the loop ends by returning")
     }
 
     /// Fills the cache entry of a page, by a walk or after a far fault.
-    #[cold]
-    #[inline(never)]
     fn miss(
         &self,
-        space: usize,
+        reach: Reach<'_>,
         host_page: u64,
         rights: Rights,
         attempt: u32,
     ) -> Result<(), DeviceFault> {
-        if attempt == 0 {
-            self.misses.set(self.misses.get() + 1);
-        }
-        let region = &self.spaces[space];
+        let region = &self.spaces[reach.space];
         let page = region.page(host_page);
         for round in 0.. {
             self.check_stop(region.addr_of(page), rights)?;
             // S5: the generation is read before the walk. Acquire: as in `Slot::access`.
-            let generation = self.worker.generation().load(Ordering::Acquire);
+            let generation = reach.generation.load(Ordering::Acquire);
             if let Some(place) = region.place(page, rights) {
-                let key = key(host_page, space);
-                let entry = self.worker.cache().entry(host_page, space);
-                let allowed = |rights| {
-                    if region.place(page, rights) == Some(place) {
-                        key
+                let entry = reach.entry(host_page);
+                let rare = place != region.usual_place() || !svm::barriers_are_asymmetric();
+                let tag = |rights| {
+                    let there = region.place(page, rights) == Some(place);
+                    if there {
+                        host_page << 1 | u64::from(rare)
                     } else {
                         0
                     }
                 };
-                entry.read.set(allowed(Rights::Read));
-                entry.write.set(allowed(Rights::Write));
+                entry.read.set(tag(Rights::Read));
+                entry.write.set(tag(Rights::Write));
                 entry.offset.set(region.offset(place));
                 entry.generation.set(generation);
                 return Ok(());
             }
             // W1: nothing of this worker's is published while it waits.
-            self.worker.slot().leave_element_mode();
+            reach.slot.leave_element_mode();
             let fetched = self
                 .worker
                 .fetch(region, page..page + 1, rights, attempt + round);
-            self.worker.slot().enter_element_mode();
+            reach.slot.enter_element_mode();
             fetched?;
         }
         unreachable!("the loop ends by returning")
     }
 
-    /// An element that lies across pages, or has no bytes.
-    #[cold]
-    #[inline(never)]
-    fn access_slow<O: Op>(&self, space: usize, addr: usize, op: &O) -> Result<O::Out, DeviceFault> {
+    /// An element that lies across pages: all of them are needed at once.
+    fn access_across_pages<O: Op>(
+        &self,
+        reach: Reach<'_>,
+        addr: usize,
+        op: O,
+    ) -> Result<O::Out, DeviceFault> {
         const {
             assert!(
                 O::SIZE <= 63 * PAGE_SIZE,
                 "an element lies on 64 pages at most"
-            )
+            );
         };
-        let region = &self.spaces[space];
-        if O::SIZE == 0 {
-            // SAFETY: there is no word to find.
-            return Ok(unsafe { op.at(|_| addr) });
-        }
+        let region = &self.spaces[reach.space];
         let pages = region.pages(addr, O::SIZE);
         let spans = [(region.host_pages(&pages), O::RIGHTS)];
-        let slot = self.worker.slot();
+        let slot = reach.slot;
         for attempt in 0.. {
             self.check_stop(addr, O::RIGHTS)?;
             let mut missing = pages.start;
@@ -464,18 +588,6 @@ impl<'s> Lane<'s> {
         }
         unreachable!("the loop ends by returning")
     }
-
-    /// Ends the kernel here if its launch is over: another item failed, or a span of it outstayed a shootdown (hazards W2).
-    fn check_stop(&self, addr: usize, rights: Rights) -> Result<(), DeviceFault> {
-        if self.launch.is_stopping() {
-            return Err(DeviceFault::new(
-                addr,
-                access_of(rights),
-                DeviceFaultKind::Stuck,
-            ));
-        }
-        Ok(())
-    }
 }
 
 fn rmw<T: Atomic, F>(f: F) -> Rmw<T, F> {
@@ -492,9 +604,9 @@ pub(crate) fn access_of(rights: Rights) -> Access {
 /// A view that an element kernel reads.
 pub struct Elements<'s, T> {
     lane: &'s Lane<'s>,
+    reach: Reach<'s>,
     addr: usize,
     len: usize,
-    space: usize,
     _elements: PhantomData<T>,
 }
 
@@ -539,9 +651,9 @@ impl<'s, T: Pod> Elements<'s, T> {
             .expect("an argument with elements is a view");
         Elements {
             lane: handle.lane,
+            reach: Reach::new(handle.lane.worker, handle.lane.spaces, view.space),
             addr: view.addr,
             len: view.len,
-            space: view.space,
             _elements: PhantomData,
         }
     }
@@ -571,7 +683,7 @@ impl<'s, T: Pod> Elements<'s, T> {
     /// If there is no element `i`; that ends the launch with an error.
     #[inline]
     pub fn load(&self, i: usize) -> Result<T, DeviceFault> {
-        self.access(i, &Load(PhantomData))
+        self.access(i, Load(PhantomData))
     }
 
     /// The pointer to element `i`, for [`Lane::load`] and for storing in memory.
@@ -596,8 +708,8 @@ impl<'s, T: Pod> Elements<'s, T> {
     }
 
     #[inline(always)]
-    fn access<O: Op>(&self, i: usize, op: &O) -> Result<O::Out, DeviceFault> {
-        self.lane.access(self.space, self.addr_of(i), op)
+    fn access<O: Op>(&self, i: usize, op: O) -> Result<O::Out, DeviceFault> {
+        self.lane.access(self.reach, self.addr_of(i), op)
     }
 }
 
@@ -645,7 +757,7 @@ impl<'s, T: Pod> ElementsMut<'s, T> {
     /// As [`load`](Self::load).
     #[inline]
     pub fn store(&self, i: usize, value: T) -> Result<(), DeviceFault> {
-        self.0.access(i, &Store(value))
+        self.0.access(i, Store(value))
     }
 
     /// The pointer to element `i`.
@@ -674,7 +786,7 @@ impl<T: Atomic> ElementsMut<'_, T> {
     pub fn fetch_add(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
         self.0.access(
             i,
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
                 unsafe { T::fetch_add(at, operand) }
             }),
@@ -694,7 +806,7 @@ impl<T: Atomic> ElementsMut<'_, T> {
     pub fn fetch_min(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
         self.0.access(
             i,
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: as in `fetch_add`.
                 unsafe { T::fetch_min(at, operand) }
             }),
@@ -714,7 +826,7 @@ impl<T: Atomic> ElementsMut<'_, T> {
     pub fn fetch_max(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
         self.0.access(
             i,
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: as in `fetch_add`.
                 unsafe { T::fetch_max(at, operand) }
             }),
@@ -734,7 +846,7 @@ impl<T: Atomic> ElementsMut<'_, T> {
     pub fn swap(&self, i: usize, value: T) -> Result<T, DeviceFault> {
         self.0.access(
             i,
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: as in `fetch_add`.
                 unsafe { T::swap(at, value) }
             }),
@@ -759,7 +871,7 @@ impl<T: Atomic> ElementsMut<'_, T> {
     ) -> Result<Result<T, T>, DeviceFault> {
         self.0.access(
             i,
-            &rmw::<T, _>(|at| {
+            rmw::<T, _>(|at| {
                 // SAFETY: as in `fetch_add`.
                 unsafe { T::compare_exchange(at, current, new) }
             }),

@@ -42,7 +42,7 @@ mod worker;
 pub use accelerator::{Accelerator, Job, Scope, ScopedLaunch};
 pub use error::Error;
 pub use lane::{Elements, ElementsMut, Lane};
-pub use options::{MAX_CACHE_ENTRIES, MAX_WORKERS, Options};
+pub use options::{MAX_CACHE_ENTRIES, MAX_WORKERS, MIN_CACHE_ENTRIES, Options};
 pub use stats::{Stats, WorkerStats};
 pub use view::{Indices, MAX_VIEWS, SpanSet, ViewSet, indices};
 pub use words::Atomic;

@@ -7,6 +7,9 @@ use crate::error::Error;
 /// Workers that an accelerator can have.
 pub const MAX_WORKERS: usize = 256;
 
+/// Entries that a worker's translation cache has at least.
+pub const MIN_CACHE_ENTRIES: usize = 8;
+
 /// Entries that a worker's translation cache can have.
 pub const MAX_CACHE_ENTRIES: usize = 1 << 16;
 
@@ -79,7 +82,8 @@ impl Options {
         if self.workers == 0 || self.workers > MAX_WORKERS {
             return Err(Error::BadWorkerCount(self.workers));
         }
-        if !self.cache_entries.is_power_of_two() || self.cache_entries > MAX_CACHE_ENTRIES {
+        let sizes = MIN_CACHE_ENTRIES..=MAX_CACHE_ENTRIES;
+        if !self.cache_entries.is_power_of_two() || !sizes.contains(&self.cache_entries) {
             return Err(Error::BadCacheSize(self.cache_entries));
         }
         if self.memory_bytes == Some(0) {

@@ -60,7 +60,7 @@
 
 use std::ops::Range;
 
-use crate::sync::{AtomicU64, Ordering, Rule, broken, fence, heavy_fence, light_fence};
+use crate::sync::{AtomicU64, Ordering, Rule, broken, fence, heavy_fence};
 
 /// Spans that an item can hold at once: six views, and one for an element that lies across pages.
 pub(crate) const MAX_SPANS: usize = 7;
@@ -192,10 +192,12 @@ impl Slot {
 
     /// Runs one element access on `page`, if `check` (the look-up, given the generation it must be good for) finds a translation.
     ///
-    /// `access` is inside the epoch with the check: this is the hit path.
+    /// `access` is inside the epoch with the check: this is the hit path. `light_fence` is that of [`sync`](crate::sync), or its
+    /// `compiler_fence` where that is enough.
     #[inline(always)]
     pub(crate) fn access<T, R>(
         &self,
+        light_fence: impl FnOnce(),
         generation: &AtomicU64,
         page: u64,
         rights: Rights,
@@ -239,20 +241,29 @@ impl Slot {
 }
 
 /// The flush generation, alone on its cache lines: read at every element access, written by shootdowns.
+///
+/// It lies at the end of its lines, because the worker's slot, a multiple of 128 bytes away, begins with the word that is stored just before
+/// this one is loaded: at equal distances from a 4 KiB boundary the processor would take the load for one of that word, and wait.
 #[derive(Debug)]
 #[repr(C, align(128))]
-pub(crate) struct Generation(AtomicU64);
+pub(crate) struct Generation {
+    _apart: [u64; 15],
+    current: AtomicU64,
+}
 
 impl Generation {
     /// The first generation; no cached translation is stamped with 0.
     pub(crate) fn new() -> Generation {
-        Generation(AtomicU64::new(1))
+        Generation {
+            _apart: [0; 15],
+            current: AtomicU64::new(1),
+        }
     }
 
     /// The word, for [`Slot::access`].
     #[inline(always)]
     pub(crate) fn word(&self) -> &AtomicU64 {
-        &self.0
+        &self.current
     }
 
     /// Takes translations away: `clear` clears their bits. Called under the device lock, so that generations follow each other.
@@ -284,8 +295,8 @@ impl Generation {
 
     fn bump(&self) {
         // One writer at a time (the device lock), so no read-modify-write. Release: pairs with the Acquire in `Slot::access`.
-        self.0
-            .store(self.0.load(Ordering::Relaxed) + 1, Ordering::Release);
+        self.current
+            .store(self.current.load(Ordering::Relaxed) + 1, Ordering::Release);
     }
 }
 

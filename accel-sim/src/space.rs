@@ -90,6 +90,16 @@ impl Space {
         }
     }
 
+    /// Where most pages of the region are for the device.
+    #[inline]
+    pub(crate) fn usual_place(&self) -> Place {
+        if self.in_place {
+            Place::Host
+        } else {
+            Place::Window
+        }
+    }
+
     fn edges(&self) -> Place {
         match self.sharing {
             Sharing::Borrowed => Place::Window,

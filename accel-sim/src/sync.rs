@@ -6,6 +6,12 @@
 
 pub(crate) use std::sync::atomic::{AtomicU64, Ordering, fence};
 
+/// The hit path's half of the asymmetric fence, where [`heavy_fence`] is known to be a membarrier.
+#[inline(always)]
+pub(crate) fn compiler_fence() {
+    std::sync::atomic::compiler_fence(Ordering::SeqCst);
+}
+
 /// The hit path's half of the asymmetric fence: the compiler keeps the order, the processor need not. (Without membarrier(2) it is
 /// a full fence.)
 ///

@@ -215,6 +215,7 @@ fn update<B: Copy>(
 
 #[cfg(test)]
 mod tests {
+    use super::sealed::Update;
     use super::*;
 
     #[test]

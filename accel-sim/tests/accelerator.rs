@@ -292,7 +292,7 @@ fn a_list_is_followed_through_two_mirrors() {
 fn a_pointer_out_of_the_views_ends_the_launch_with_its_address() {
     within_deadline(|| {
         let accel = accel(2);
-        let elsewhere = vec![7_u64; 4];
+        let elsewhere = [7_u64; 4];
         let outside = Ptr::to(&elsewhere[2]);
         let mut data = vec![1_u64; 10_000];
         let inside = Ptr::to(&data[0]);
@@ -317,10 +317,10 @@ fn a_pointer_out_of_the_views_ends_the_launch_with_its_address() {
             .expect_err("a view that is read only");
         assert_eq!(fault(error).kind, DeviceFaultKind::Protection);
 
-        // SAFETY: the vector outlives the launch and nobody writes it.
+        // SAFETY: the array outlives the launch and nobody writes it.
         accel
             .run_items(1, mirror.view_mut(), |lane, _, data| {
-                // SAFETY: the vector is aligned, outlives the launch, and nobody writes it.
+                // SAFETY: the array is aligned, outlives the launch, and nobody writes it.
                 data.store(3, unsafe { lane.load_anywhere(outside) }?)
             })
             .expect("the unsafe door");
@@ -612,8 +612,8 @@ fn three_mirrors_four_workers_and_cpu_writers() {
             let mut cpu = vec![0_u64; n];
             (0..written).for_each(|w| cpu[w * 4099 % n] += 1);
             for shared in [&a, &b, &c] {
-                for i in 0..n {
-                    assert_eq!(shared.load(i), (cpu[i] << 32) + 1, "element {i}");
+                for (i, cpu) in cpu.iter().enumerate() {
+                    assert_eq!(shared.load(i), (cpu << 32) + 1, "element {i}");
                 }
             }
         }

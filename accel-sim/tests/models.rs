@@ -229,6 +229,7 @@ fn elements_against_shootdown(mut cached: u64, accesses: usize, light_only: bool
                     walked
                 };
                 slot.access(
+                    sync::light_fence,
                     m.generation.word(),
                     PAGE as u64,
                     Rights::Write,
@@ -349,21 +350,21 @@ fn a_shooter_waits_only_for_what_intersects() {
 #[test]
 fn s1_publish_before_the_check() {
     fails_without(Rule::PublishFirst, || {
-        span_against_shootdown(Rights::Write, Users::All)
+        span_against_shootdown(Rights::Write, Users::All);
     });
 }
 
 #[test]
 fn s1_fence_before_the_check() {
     fails_without(Rule::WorkerFence, || {
-        span_against_shootdown(Rights::Write, Users::All)
+        span_against_shootdown(Rights::Write, Users::All);
     });
 }
 
 #[test]
 fn s2_fence_before_the_look() {
     fails_without(Rule::ShooterFence, || {
-        span_against_shootdown(Rights::Write, Users::All)
+        span_against_shootdown(Rights::Write, Users::All);
     });
     fails_without(Rule::ShooterFence, hits_against_shootdown);
 }

@@ -53,4 +53,4 @@ pub use range::{Committed, Interrupted, Range, Update, Valid};
 pub use share::Shared;
 pub use stats::{Cause, Stats};
 pub use view::{SharedView, View, ViewMut};
-pub use worker::{WorkerThread, heavy_barrier, light_barrier, worker_thread};
+pub use worker::{WorkerThread, barriers_are_asymmetric, heavy_barrier, light_barrier, worker_thread};

@@ -35,6 +35,13 @@ pub fn light_barrier() {
     membarrier::light();
 }
 
+/// Whether [`light_barrier`] is a compiler fence and no more, so that a hit path may have that instead. Decided once, at the first use of
+/// the runtime, and for good.
+#[must_use]
+pub fn barriers_are_asymmetric() -> bool {
+    membarrier::is_asymmetric()
+}
+
 impl fmt::Debug for WorkerThread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkerThread").finish_non_exhaustive()
