@@ -25,4 +25,4 @@ unset LOOM_MAX_PERMUTATIONS LOOM_MAX_DURATION LOOM_CHECKPOINT_FILE
 
 export RUSTFLAGS="${RUSTFLAGS-} --cfg loom"
 export RUST_BACKTRACE=0
-exec cargo test --release --target-dir "${CARGO_TARGET_DIR:-target}/loom" -p svm --lib "${1-}" -- --nocapture
+exec cargo test --release --target-dir "${CARGO_TARGET_DIR:-target}/loom" -p svm-models --lib "${1-}" -- --nocapture
