@@ -6,7 +6,7 @@ mod hub;
 mod interval;
 mod listener;
 #[cfg(all(test, loom))]
-mod models;
+pub(crate) mod models;
 mod storage;
 #[cfg(all(test, not(loom)))]
 mod tests;

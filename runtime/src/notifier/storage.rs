@@ -31,7 +31,9 @@ pub(super) fn allocate<T>(segment: usize, mut element: impl FnMut() -> T) -> Chu
 /// The memory of segment `segment`.
 #[cfg(loom)]
 pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T> {
-    core::iter::repeat_with(element).take(FIRST << segment).collect()
+    core::iter::repeat_with(element)
+        .take(FIRST << segment)
+        .collect()
 }
 
 /// Where the element `index` lives: segment, and place in it.

@@ -5,17 +5,18 @@
 //! so that the one it shows is among the shortest.
 
 use super::shim::UnsafeCell;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 std::thread_local! {
     // All threads of a model are run by the one that runs the model.
     static STEPS: RefCell<Vec<(usize, &'static str, Option<u32>)>> = const { RefCell::new(Vec::new()) };
     static REACHED: RefCell<BTreeSet<&'static str>> = const { RefCell::new(BTreeSet::new()) };
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
     static LAST_COUNT: RefCell<Arc<AtomicU64>> = RefCell::new(Arc::new(AtomicU64::new(0)));
 }
 
@@ -97,7 +98,9 @@ const MOST_PREEMPTIONS: usize = 12;
 
 /// A model that took less than this is run again with one preemption more: `MODELS_DEEPEN_BELOW_MS`, by default never.
 fn deepen_below() -> Duration {
-    let limit = std::env::var("MODELS_DEEPEN_BELOW_MS").ok().and_then(|ms| ms.parse().ok());
+    let limit = std::env::var("MODELS_DEEPEN_BELOW_MS")
+        .ok()
+        .and_then(|ms| ms.parse().ok());
     Duration::from_millis(limit.unwrap_or(0))
 }
 
@@ -136,13 +139,29 @@ pub(crate) fn check(name: &str, model: fn(), to_reach: &[&'static str]) {
     }
 }
 
+/// Runs `body`; a panic on this thread is not reported meanwhile.
+fn quietly<R>(body: impl FnOnce() -> R) -> R {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        // Loom's coroutines put in a hook of their own when the first one runs; ours has to come after it.
+        loom::model(|| ());
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !IS_QUIET.get() {
+                report(panic);
+            }
+        }));
+    });
+    IS_QUIET.set(true);
+    let result = body();
+    IS_QUIET.set(false);
+    result
+}
+
 /// Expects `model` to fail in some schedule, and returns one with as few preemptions as any.
 pub(crate) fn find_failure(model: fn()) -> Option<Failure> {
     for bound in 0..=preemptions().max(3) {
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| ()));
-        let found = catch_unwind(AssertUnwindSafe(|| explore(bound, model)));
-        std::panic::set_hook(hook);
+        let found = quietly(|| catch_unwind(AssertUnwindSafe(|| explore(bound, model))));
         if let Err(payload) = found {
             let message = payload
                 .downcast_ref::<String>()
