@@ -272,9 +272,8 @@ const MUTATIONS: &[(Mutation, &str, fn())] = &[
 #[test]
 fn mutations_are_caught() {
     for &(mutation, reason, model) in MUTATIONS {
-        with_mutation(mutation, || {
-            expect_failure(&format!("{mutation:?}"), reason, model)
-        });
+        let name = format!("{mutation:?}");
+        with_mutation(mutation, || expect_failure(&name, reason, model));
     }
 }
 

@@ -162,6 +162,10 @@ fn device_vs_cpu() {
     device_and_cpu(WhileWaiting::Keep);
 }
 
+fn device_vs_cpu_without_bracket() {
+    device_and_cpu(WhileWaiting::Close);
+}
+
 /// Two devices take the page from the CPU and from each other.
 fn device_vs_device() {
     let block = Block::new(Holder::Cpu);
@@ -203,7 +207,9 @@ models! {
 
 #[test]
 fn a_bracket_closed_while_waiting_lets_the_device_back_in() {
-    expect_failure("bracket closed while the round waits", STALE, || {
-        device_and_cpu(WhileWaiting::Close)
-    });
+    expect_failure(
+        "bracket closed while the round waits",
+        STALE,
+        device_vs_cpu_without_bracket,
+    );
 }
