@@ -210,7 +210,7 @@ impl<H: Deref<Target = Hub>> Subscription<H> {
     ///
     /// # Panics
     ///
-    /// If the hub holds some sixty million ranges.
+    /// If there is no memory for it, or the hub holds some sixty million ranges.
     pub fn insert(hub: H, interval: Interval) -> Self {
         let key = hub.insert_range(interval);
         Self { hub, key }

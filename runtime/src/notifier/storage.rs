@@ -1,12 +1,16 @@
 //! Arrays that grow without moving, for state that is read while a fault is being served.
 //!
 //! Segment *k* holds 2^k times as many elements as the first, and never moves: growing is hanging in one more segment,
-//! which is allocated before any lock is taken. The elements' memory is a [`Chunk`], the one name to change when it should come
-//! from another place.
+//! which is allocated before any lock is taken.
 
 use std::sync::OnceLock;
 
+/// The memory of one segment: a mapping of our own, for malloc's may become mirrored (hazards W6).
+#[cfg(not(loom))]
+pub(super) type Chunk<T> = crate::sys::mmap::MapArray<T>;
+
 /// The memory of one segment.
+#[cfg(loom)]
 pub(super) type Chunk<T> = Box<[T]>;
 
 /// Elements of segment 0.
@@ -15,7 +19,17 @@ pub(super) const FIRST: usize = if cfg!(loom) { 2 } else { 64 };
 /// Segments at most: more elements than a `u32` index is worth to a region.
 pub(super) const SEGMENTS: usize = if cfg!(loom) { 3 } else { 20 };
 
-/// The memory of segment `segment`; allocates, so not for the fault path and not under a lock.
+/// The memory of segment `segment`: a system call, so not for the fault path and not under a lock.
+#[cfg(not(loom))]
+pub(super) fn allocate<T>(segment: usize, mut element: impl FnMut() -> T) -> Chunk<T> {
+    match Chunk::from_fn(FIRST << segment, |_| element()) {
+        Ok(chunk) => chunk,
+        Err(error) => panic!("no memory for the ranges of a hub: {error}"),
+    }
+}
+
+/// The memory of segment `segment`.
+#[cfg(loom)]
 pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T> {
     core::iter::repeat_with(element)
         .take(FIRST << segment)

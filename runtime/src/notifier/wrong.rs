@@ -181,15 +181,15 @@ impl Protocol for Kernel {
     }
 }
 
-/// What the seed replaces: `range->valid`, with the count of active invalidations that makes it "bool plus a counter".
-struct ValidFlag(Monitor<ValidFlagState>);
+/// What the seed replaces: `range->valid`. `COUNTED`: with the count of active invalidations that makes it "bool plus a counter".
+struct ValidFlag<const COUNTED: bool>(Monitor<ValidFlagState>);
 
 struct ValidFlagState {
     nr_active: u32,
     is_valid: bool,
 }
 
-impl Protocol for ValidFlag {
+impl<const COUNTED: bool> Protocol for ValidFlag<COUNTED> {
     type Token = ();
 
     fn new() -> Self {
@@ -220,7 +220,7 @@ impl Protocol for ValidFlag {
         change();
         self.0.with(|hub| {
             hub.nr_active -= 1;
-            hub.is_valid |= hub.nr_active == 0;
+            hub.is_valid |= hub.nr_active == 0 || !COUNTED;
         });
         self.0.changed.notify_all();
     }
@@ -382,7 +382,8 @@ impl<P: Protocol> World<P> {
                 continue;
             };
             lane.did("begin");
-            let version = self.page.load(Relaxed);
+            // A read-modify-write reads the latest: these protocols are wrong even where memory is not weak.
+            let version = self.page.fetch_or(0, Relaxed);
             lane.did_with("snapshot: version", version);
             if driver == Driver::ChecksBeforeLock && !self.protocol.interrupted(token) {
                 lane.did("not interrupted");
@@ -447,6 +448,10 @@ fn aba_with<P: Protocol>(driver: Driver) {
     world.check_at_rest();
 }
 
+fn commit_checks_before_lock() {
+    aba_with::<Ours>(Driver::ChecksBeforeLock);
+}
+
 /// The range is registered after the invalidation has started.
 fn registered_late<P: Protocol>() {
     let world = World::<P>::new();
@@ -460,6 +465,35 @@ fn registered_late<P: Protocol>() {
     };
     world.invalidate(Lane(1));
     fault.join().unwrap();
+    world.check_at_rest();
+}
+
+/// The seed's ladder: an overlapping invalidation is in progress from before the fault begins; a disjoint one starts and ends
+/// beside it.
+fn three_cpus<P: Protocol>() {
+    let world = World::<P>::new();
+    world.protocol.register();
+    let mut others = None;
+    world.protocol.invalidate(true, || {
+        Lane(0).did("invalidate_start (overlaps)");
+        world.call_back(Lane(0));
+        let (faulting, disjoint) = (Arc::clone(&world), Arc::clone(&world));
+        others = Some([
+            thread::spawn(move || faulting.fault(Lane(1), Driver::Right)),
+            thread::spawn(move || {
+                disjoint
+                    .protocol
+                    .invalidate(false, || Lane(2).did("invalidate_start (disjoint)"));
+                Lane(2).did("invalidate_end (disjoint)");
+            }),
+        ]);
+        world.change(Lane(0));
+    });
+    Lane(0).did("invalidate_end (overlaps)");
+    others
+        .into_iter()
+        .flatten()
+        .for_each(|other| other.join().unwrap());
     world.check_at_rest();
 }
 
@@ -630,6 +664,13 @@ fn ours_aba() {
 fn ours_registered_late() {
     registered_late::<Ours>();
 }
+fn ours_three_cpus() {
+    three_cpus::<Ours>();
+}
+/// "No, this can not happen", says the seed's thread of the counter; the ABA can.
+fn valid_flag_with_a_counter_three_cpus() {
+    three_cpus::<ValidFlag<true>>();
+}
 fn ours_unrelated_open() {
     unrelated_open::<Ours>();
 }
@@ -658,6 +699,8 @@ fn remover_compares_under_the_lock() {
 models! {
     ours_aba reaches ["interrupted: retry"]
     ours_registered_late reaches ["interrupted: retry"]
+    ours_three_cpus reaches ["invalidate_end (overlaps)"]
+    valid_flag_with_a_counter_three_cpus reaches ["invalidate_end (overlaps)"]
     ours_unrelated_open reaches ["interrupted: retry"]
     kernel_aba reaches ["interrupted: retry"]
     kernel_registered_late reaches ["interrupted: retry"]
@@ -672,7 +715,12 @@ const STALE: &str = "stale translation";
 
 #[test]
 fn a_valid_flag_with_a_counter_is_an_aba() {
-    expect_failure("valid flag with a counter", STALE, aba::<ValidFlag>);
+    expect_failure("valid flag with a counter", STALE, aba::<ValidFlag<true>>);
+}
+
+#[test]
+fn a_valid_flag_alone_falls_from_the_ladder_of_three() {
+    expect_failure("valid flag", STALE, three_cpus::<ValidFlag<false>>);
 }
 
 #[test]
@@ -709,9 +757,11 @@ fn a_remover_that_compares_without_the_lock_frees_too_early() {
 
 #[test]
 fn a_commit_that_checks_before_it_locks_is_stale() {
-    expect_failure("commit checks outside the device lock", STALE, || {
-        aba_with::<Ours>(Driver::ChecksBeforeLock)
-    });
+    expect_failure(
+        "commit checks outside the device lock",
+        STALE,
+        commit_checks_before_lock,
+    );
 }
 
 #[test]

@@ -5,17 +5,18 @@
 //! so that the one it shows is among the shortest.
 
 use super::shim::UnsafeCell;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Once};
+use std::time::{Duration, Instant};
 
 std::thread_local! {
     // All threads of a model are run by the one that runs the model.
     static STEPS: RefCell<Vec<(usize, &'static str, Option<u32>)>> = const { RefCell::new(Vec::new()) };
     static REACHED: RefCell<BTreeSet<&'static str>> = const { RefCell::new(BTreeSet::new()) };
+    static IS_QUIET: Cell<bool> = const { Cell::new(false) };
     static LAST_COUNT: RefCell<Arc<AtomicU64>> = RefCell::new(Arc::new(AtomicU64::new(0)));
 }
 
@@ -92,6 +93,17 @@ fn preemptions() -> usize {
         .unwrap_or(2)
 }
 
+/// More than any model here has use for: the count of schedules no longer grows.
+const MOST_PREEMPTIONS: usize = 12;
+
+/// A model that took less than this is run again with one preemption more: `MODELS_DEEPEN_BELOW_MS`, by default never.
+fn deepen_below() -> Duration {
+    let limit = std::env::var("MODELS_DEEPEN_BELOW_MS")
+        .ok()
+        .and_then(|ms| ms.parse().ok());
+    Duration::from_millis(limit.unwrap_or(0))
+}
+
 /// Runs `model` in every schedule with at most `preemptions` preemptions; returns how many there were.
 fn explore(preemptions: usize, model: fn()) -> u64 {
     let nr_schedules = Arc::new(AtomicU64::new(0));
@@ -107,29 +119,49 @@ fn explore(preemptions: usize, model: fn()) -> u64 {
 
 /// Expects `model` to hold in every schedule, and each of `to_reach` to be reached in some.
 pub(crate) fn check(name: &str, model: fn(), to_reach: &[&'static str]) {
-    let begun = Instant::now();
-    let bound = preemptions();
-    let nr_schedules = explore(bound, model);
-    assert!(nr_schedules > 1, "{name}: one schedule is no model");
+    let mut bound = preemptions();
+    loop {
+        let begun = Instant::now();
+        let nr_schedules = explore(bound, model);
+        let took = begun.elapsed();
+        println!("{name}: {nr_schedules} schedules, {bound} preemptions, {took:.1?}");
+        assert!(nr_schedules > 1, "{name}: one schedule is no model");
+        if took >= deepen_below() || bound == MOST_PREEMPTIONS {
+            break;
+        }
+        bound += 1;
+    }
     for what in to_reach {
         assert!(
             REACHED.with_borrow(|reached| reached.contains(what)),
             "{name}: no schedule reaches \"{what}\""
         );
     }
-    println!(
-        "{name}: {nr_schedules} schedules, {bound} preemptions, {:.1?}",
-        begun.elapsed()
-    );
+}
+
+/// Runs `body`; a panic on this thread is not reported meanwhile.
+fn quietly<R>(body: impl FnOnce() -> R) -> R {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        // Loom's coroutines put in a hook of their own when the first one runs; ours has to come after it.
+        loom::model(|| ());
+        let report = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !IS_QUIET.get() {
+                report(panic);
+            }
+        }));
+    });
+    IS_QUIET.set(true);
+    let result = body();
+    IS_QUIET.set(false);
+    result
 }
 
 /// Expects `model` to fail in some schedule, and returns one with as few preemptions as any.
 pub(crate) fn find_failure(model: fn()) -> Option<Failure> {
     for bound in 0..=preemptions().max(3) {
-        let hook = std::panic::take_hook();
-        std::panic::set_hook(Box::new(|_| ()));
-        let found = catch_unwind(AssertUnwindSafe(|| explore(bound, model)));
-        std::panic::set_hook(hook);
+        let found = quietly(|| catch_unwind(AssertUnwindSafe(|| explore(bound, model))));
         if let Err(payload) = found {
             let message = payload
                 .downcast_ref::<String>()

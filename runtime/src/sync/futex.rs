@@ -1,6 +1,6 @@
 //! A word that threads can sleep on.
 //!
-//! One interface, two bodies. On Linux it is `futex(2)` with an absolute `CLOCK_MONOTONIC` deadline. In a model it is the
+//! One interface, two bodies. Outside models it is `futex(2)` with an absolute `CLOCK_MONOTONIC` deadline. In a model it is the
 //! kernel's algorithm on loom's primitives: the *bucket* lock makes "compare, then sleep" atomic against "wake", as the hash
 //! bucket's lock does in `kernel/futex`. That is all the code above relies on:
 //!
@@ -10,6 +10,8 @@
 
 use super::Deadline;
 use super::shim::atomic::AtomicU32;
+#[cfg(not(loom))]
+use crate::sys::{self, futex::Waited};
 use core::ops::Deref;
 
 /// Why a sleeper woke.
@@ -55,19 +57,22 @@ impl Futex {
         if deadline == Deadline::PASSED {
             return Woken::TimedOut;
         }
-        host::wait(&self.word, expected, deadline)
+        match sys::futex::wait(&self.word, expected, deadline.as_ns()) {
+            Waited::TimedOut => Woken::TimedOut,
+            Waited::Woken | Waited::Changed | Waited::Interrupted => Woken::LookAgain,
+        }
     }
 
     /// Wakes one sleeper, if there is any.
     #[cold]
     pub(crate) fn wake_one(&self) {
-        host::wake(&self.word, 1);
+        sys::futex::wake(&self.word, 1);
     }
 
     /// Wakes every sleeper.
     #[cold]
     pub(crate) fn wake_all(&self) {
-        host::wake(&self.word, i32::MAX);
+        sys::futex::wake_all(&self.word);
     }
 }
 
@@ -111,102 +116,4 @@ pub(super) fn monotonic_ns() -> u64 {
 }
 
 #[cfg(not(loom))]
-pub(super) use host::monotonic_ns;
-
-/// The system calls. They move to `sys::futex` and `sys::clock` when those are merged.
-#[cfg(all(target_os = "linux", not(loom)))]
-mod host {
-    use super::{Deadline, Woken};
-    use core::ptr;
-    use core::sync::atomic::AtomicU32;
-
-    pub(super) fn wait(word: &AtomicU32, expected: u32, deadline: Deadline) -> Woken {
-        let timeout = deadline.as_ns().map(timespec);
-        let timeout = timeout.as_ref().map_or(ptr::null(), ptr::from_ref);
-        // SAFETY: FUTEX_WAIT_BITSET reads `word`, which outlives the call by its borrow, and `timeout`, which is null or
-        // points to a local; the bitset must not be zero, and is not. The call writes no memory of ours.
-        let rc = unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                word.as_ptr(),
-                libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
-                expected,
-                timeout,
-                ptr::null::<u32>(),
-                libc::FUTEX_BITSET_MATCH_ANY,
-            )
-        };
-        if rc == -1 && errno() == libc::ETIMEDOUT {
-            Woken::TimedOut
-        } else {
-            Woken::LookAgain
-        }
-    }
-
-    pub(super) fn wake(word: &AtomicU32, at_most: i32) {
-        // SAFETY: FUTEX_WAKE uses the address of `word` as a key only.
-        unsafe {
-            libc::syscall(
-                libc::SYS_futex,
-                word.as_ptr(),
-                libc::FUTEX_WAKE | libc::FUTEX_PRIVATE_FLAG,
-                at_most,
-            );
-        }
-    }
-
-    pub(in crate::sync) fn monotonic_ns() -> u64 {
-        let mut now = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // SAFETY: `now` is a local that the call fills in.
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
-        // The monotonic clock is never negative.
-        now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
-    }
-
-    fn timespec(at_ns: u64) -> libc::timespec {
-        // A `u64` of nanoseconds is 585 years: the seconds fit any `time_t`, the rest is below 10^9.
-        libc::timespec {
-            tv_sec: (at_ns / 1_000_000_000)
-                .try_into()
-                .unwrap_or(libc::time_t::MAX),
-            tv_nsec: (at_ns % 1_000_000_000).try_into().unwrap_or(0),
-        }
-    }
-
-    fn errno() -> i32 {
-        // SAFETY: no precondition. It is a plain, not a lazy, thread-local of the C library.
-        let errno = unsafe { libc::__errno_location() };
-        // SAFETY: the address of this thread's errno is valid, aligned and this thread's alone while the thread lives.
-        unsafe { *errno }
-    }
-}
-
-/// Elsewhere nothing can be mirrored; the primitives are correct, by giving up the processor in place of sleeping.
-#[cfg(all(not(target_os = "linux"), not(loom)))]
-mod host {
-    use super::{Deadline, Woken};
-    use core::sync::atomic::{AtomicU32, Ordering};
-    use std::sync::OnceLock;
-    use std::time::Instant;
-
-    pub(super) fn wait(word: &AtomicU32, expected: u32, deadline: Deadline) -> Woken {
-        while word.load(Ordering::Relaxed) == expected {
-            if deadline.has_passed() {
-                return Woken::TimedOut;
-            }
-            std::thread::yield_now();
-        }
-        Woken::LookAgain
-    }
-
-    pub(super) fn wake(_: &AtomicU32, _: i32) {}
-
-    pub(in crate::sync) fn monotonic_ns() -> u64 {
-        static ORIGIN: OnceLock<Instant> = OnceLock::new();
-        let since = ORIGIN.get_or_init(Instant::now).elapsed().as_nanos();
-        1 + u64::try_from(since).unwrap_or(u64::MAX - 1)
-    }
-}
+pub(super) use sys::clock::monotonic_ns;

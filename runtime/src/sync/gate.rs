@@ -65,7 +65,8 @@ const SHARDS: usize = if cfg!(loom) { 2 } else { 16 };
 
 /// Sections that run side by side, against a closer that runs alone.
 ///
-/// See the [module's text](self) for the protocol.
+/// Sections are short and never sleep; a closer waits for those inside and keeps new ones out; a grace period
+/// ([`synchronize`](Self::synchronize)) waits for those inside and keeps nobody out.
 #[derive(Debug)]
 pub struct Gate {
     state: CachePadded<Futex>,

@@ -242,36 +242,53 @@ models! {
     gate_grace_periods_follow reaches ["read the old", "read the new", "read the newest"]
 }
 
+const RACE: &str = "Causality violation";
+const STUCK: &str = "deadlock";
+
 /// Each mutation of the primitives, the reason for which the checker rejects it, and the model that does.
+const MUTATIONS: &[(Mutation, &str, fn())] = &[
+    (Mutation::MutexLockRelaxed, RACE, mutex_excludes),
+    (Mutation::MutexUnlockRelaxed, RACE, mutex_excludes),
+    (Mutation::MutexForgetsSleepers, STUCK, mutex_excludes),
+    (Mutation::WakeWithoutFence, STUCK, wait_queue_wakes),
+    (Mutation::WaitWithoutSecondLook, STUCK, wait_queue_wakes),
+    (Mutation::GateEnterWithoutSecondLook, RACE, gate_closes),
+    (Mutation::GateEnterWithoutFence, RACE, gate_closes),
+    (Mutation::GateCloseWithoutFence, RACE, gate_closes),
+    (Mutation::GateLeaveRelaxed, RACE, gate_hands_over),
+    (Mutation::GateLeaveWithoutWake, STUCK, gate_closes),
+    (
+        Mutation::GateSynchronizeWithoutWait,
+        RACE,
+        gate_grace_period,
+    ),
+    (
+        Mutation::GateEnterWithoutSecondLook,
+        RACE,
+        gate_grace_periods_follow,
+    ),
+];
+
 #[test]
 fn mutations_are_caught() {
-    const RACE: &str = "Causality violation";
-    const STUCK: &str = "deadlock";
-    let list: [(Mutation, &str, fn()); 12] = [
-        (Mutation::MutexLockRelaxed, RACE, mutex_excludes),
-        (Mutation::MutexUnlockRelaxed, RACE, mutex_excludes),
-        (Mutation::MutexForgetsSleepers, STUCK, mutex_excludes),
-        (Mutation::WakeWithoutFence, STUCK, wait_queue_wakes),
-        (Mutation::WaitWithoutSecondLook, STUCK, wait_queue_wakes),
-        (Mutation::GateEnterWithoutSecondLook, RACE, gate_closes),
-        (Mutation::GateEnterWithoutFence, RACE, gate_closes),
-        (Mutation::GateCloseWithoutFence, RACE, gate_closes),
-        (Mutation::GateLeaveRelaxed, RACE, gate_hands_over),
-        (Mutation::GateLeaveWithoutWake, STUCK, gate_closes),
-        (
-            Mutation::GateSynchronizeWithoutWait,
-            RACE,
-            gate_grace_period,
-        ),
-        (
-            Mutation::GateEnterWithoutSecondLook,
-            RACE,
-            gate_grace_periods_follow,
-        ),
-    ];
-    for (mutation, reason, model) in list {
-        with_mutation(mutation, || {
-            expect_failure(&format!("{mutation:?}"), reason, model)
-        });
+    for &(mutation, reason, model) in MUTATIONS {
+        let name = format!("{mutation:?}");
+        with_mutation(mutation, || expect_failure(&name, reason, model));
+    }
+}
+
+#[test]
+fn every_mutation_is_tried() {
+    let tried = || {
+        MUTATIONS
+            .iter()
+            .chain(crate::notifier::models::MUTATIONS)
+            .map(|&(mutation, ..)| mutation)
+    };
+    for &mutation in Mutation::ALL {
+        assert!(
+            tried().any(|tried| tried == mutation),
+            "no model is run with {mutation:?}"
+        );
     }
 }

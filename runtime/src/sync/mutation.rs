@@ -6,13 +6,23 @@
 
 use super::shim::atomic::Ordering;
 
-/// One way to break the code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(
-    not(loom),
-    allow(dead_code, reason = "asked about in the code, set by models alone")
-)]
-pub(crate) enum Mutation {
+macro_rules! mutations {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// One way to break the code.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[cfg_attr(not(loom), allow(dead_code, reason = "asked about in the code, set by models alone"))]
+        pub(crate) enum Mutation {
+            $($(#[$doc])* $name,)*
+        }
+
+        #[cfg(all(test, loom))]
+        impl Mutation {
+            pub(crate) const ALL: &[Self] = &[$(Self::$name),*];
+        }
+    };
+}
+
+mutations! {
     /// `Mutex::lock` takes the word without acquiring what its last holder wrote.
     MutexLockRelaxed,
     /// `Mutex` unlocks without releasing what its holder wrote.
