@@ -20,25 +20,25 @@ const NOBODY: u32 = 65534;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A copy of this binary that anybody may execute, in a directory of its own; gone when dropped.
-struct Copy(PathBuf);
+struct Binary(PathBuf);
 
-impl Copy {
+impl Binary {
     fn new(test: &str) -> io::Result<Self> {
         let dir = env::temp_dir().join(format!("svm-unprivileged-{}-{test}", std::process::id()));
         fs::create_dir(&dir)?;
         let copy = Self(dir);
         fs::set_permissions(&copy.0, fs::Permissions::from_mode(0o755))?;
-        fs::copy(env::current_exe()?, copy.binary())?;
-        fs::set_permissions(copy.binary(), fs::Permissions::from_mode(0o755))?;
+        fs::copy(env::current_exe()?, copy.path())?;
+        fs::set_permissions(copy.path(), fs::Permissions::from_mode(0o755))?;
         Ok(copy)
     }
 
-    fn binary(&self) -> PathBuf {
+    fn path(&self) -> PathBuf {
         self.0.join("test")
     }
 }
 
-impl Drop for Copy {
+impl Drop for Binary {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
@@ -58,29 +58,34 @@ fn as_plain_user(test: &'static str, body: fn()) {
         }
         return;
     }
-    let copy = Copy::new(test).expect("a copy of this binary");
-    let mut child = Command::new(copy.binary())
+    let copy = Binary::new(test).expect("a copy of this binary");
+    let mut child = Command::new(copy.path())
         .args(["--exact", test, "--nocapture"])
         .current_dir("/")
         // Dropping root as std does it also drops the supplementary groups.
         .uid(NOBODY)
         .gid(NOBODY)
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
         .spawn()
         .expect("nobody can run the copy");
     let start = Instant::now();
-    let status = loop {
-        if let Some(status) = child.try_wait().expect("it can be waited for") {
-            break status;
-        }
+    while child.try_wait().expect("it can be waited for").is_none() {
         if start.elapsed() > DEADLINE {
             child.kill().expect("it can be killed");
             child.wait().expect("it can be waited for");
             panic!("{test} as nobody: no end within {DEADLINE:?}");
         }
         thread::sleep(Duration::from_millis(5));
-    };
-    assert!(status.success(), "{test} as nobody: {status}");
+    }
+    let output = child.wait_with_output().expect("its output");
+    let said = String::from_utf8_lossy(&output.stdout);
+    // Success alone could mean that no test has this name.
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{test} as nobody: {}\n{said}",
+        output.status
+    );
 }
 
 #[test]
