@@ -176,6 +176,11 @@ impl<'a> Mover<'a> {
         AddressSpace::global().is_populated(addr)
     }
 
+    /// Whether the CPU's page table has the page, whatever the directory says.
+    pub(crate) fn is_with_host(&self, page: usize) -> bool {
+        self.is_populated(self.host(page))
+    }
+
     /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.
     fn hole_len(&self, addr: usize, max: usize) -> usize {
         count(&self.region.counters().scan_calls, 1);
