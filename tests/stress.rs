@@ -701,7 +701,7 @@ fn list(run: &Run) -> Checked {
         for (k, &i) in order.iter().enumerate() {
             let next = order.get(k + 1).filter(|_| k + 1 < length);
             let next = next.map_or(Ptr::null(), |&j| Ptr::from_addr(at + j * size_of::<Node>()));
-            slice[i] = Node { value: rng.next() >> 8, next, _pad: [0; 6] };
+            slice[i] = Node { value: rng.next() >> 24, next, _pad: [0; 6] };
         }
         let wanted: u64 = order[..length].iter().map(|&i| slice[i].value).sum();
         let head: Ptr<Node> = Ptr::from_addr(at + order[0] * size_of::<Node>());
