@@ -316,8 +316,8 @@ fn act(
         Class::Gone | Class::Pending => return Attempt::Again,
         Class::MoveHome(run) => move_home(&mut mover, region, gate, page, run, Cause::Demand),
         Class::ShareHome(run) => share_home(&mut mover, region, gate, page, run),
-        // Populated already: the fault was raised while the page was on its way.
-        Class::Restore if mover.is_home(page) => Ok(()),
+        // The fault may be older than the copy: another thread's fault on the page, or beside it, brought that meanwhile.
+        Class::Restore if mover.is_with_host(page) => Ok(()),
         Class::Restore => share_home(&mut mover, region, gate, page, &(page..page + 1)),
         Class::Collapse(run) => mover.unprotect(run.clone()),
         Class::ZeroFill => mover.zero_fill_host(page, access),

@@ -171,14 +171,14 @@ impl<'a> Mover<'a> {
         }
     }
 
-    /// Whether the CPU's page is there.
-    pub(crate) fn is_home(&self, page: usize) -> bool {
-        self.is_populated(self.host(page))
-    }
-
     fn is_populated(&self, addr: usize) -> bool {
         count(&self.region.counters().scan_calls, 1);
         AddressSpace::global().is_populated(addr)
+    }
+
+    /// Whether the CPU's page table has the page, whatever the directory says.
+    pub(crate) fn is_with_host(&self, page: usize) -> bool {
+        self.is_populated(self.host(page))
     }
 
     /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.

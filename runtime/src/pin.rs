@@ -119,7 +119,8 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
         let run = (away & mover.state.frames(holder)).run_around(page);
         fault::move_home(&mut mover, region, &gate, page, &run, Cause::Explicit)?;
     }
-    for run in (mover.state.shared() & pages).runs() {
+    // All of them: a page that a device shared until it evicted its copy may be write-protected still.
+    for run in pages.runs() {
         mover.unprotect(run)?;
     }
     for run in pages.runs() {

@@ -412,7 +412,6 @@ impl<D: Device> Round<'_, D> {
         if !self.mapped.residency().reserve(needed) {
             return Outcome::Full(needed);
         }
-        let before = state.resident(self.id()).count();
         let changes = plan.changes().bounds().unwrap_or(0..1);
         let Ok(bracket) = self.region.hub().start(self.region.interval(self.block, changes), self.key) else {
             self.mapped.residency().release(needed);
@@ -426,14 +425,16 @@ impl<D: Device> Round<'_, D> {
             self.wait_for_others(space, flight.region(), &plan);
             let gate = space.gate().enter();
             let mut state = self.region.lock_block(self.block);
-            if self.plan(&state) != (want, plan) || space.forking().load(Ordering::SeqCst) != 0 {
+            // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
+            let forking = space.forking().load(Ordering::SeqCst) != 0;
+            if forking || self.plan(&state) != (want, plan) || (fill - state.resident(self.id())).count() != needed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
                 return Outcome::Again;
             }
-            return self.finish(&gate, &mut state, want, &plan, (before, needed), scratch, commit);
+            return self.finish(&gate, &mut state, want, &plan, needed, scratch, commit);
         }
-        self.finish(&gate, &mut state, want, &plan, (before, needed), scratch, commit)
+        self.finish(&gate, &mut state, want, &plan, needed, scratch, commit)
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -481,10 +482,11 @@ impl<D: Device> Round<'_, D> {
         state: &mut BlockState,
         want: PageMask,
         plan: &Plan,
-        (before, reserved): (usize, usize),
+        reserved: usize,
         scratch: &mut Scratch,
         commit: impl FnOnce(&Valid) -> T,
     ) -> Outcome<T> {
+        let before = state.resident(self.id()).count();
         let moved = self.execute(gate, state, plan, scratch);
         debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
         let after = state.resident(self.id()).count();
@@ -614,22 +616,24 @@ impl<D: Device> Round<'_, D> {
         let id = self.id();
         let all = self.want | self.company();
         let fill = all - state.frames(id);
-        let needed = fill.count();
+        let needed = (fill - state.resident(id)).count();
         if !self.mapped.residency().reserve(needed) {
             return Outcome::Full(needed);
         }
-        let before = state.frames(id).count();
+        let before = state.resident(id).count();
         let mut mover = Mover::new(self.region, self.block, state);
-        let mut stalled = Ok(());
+        // A release that stalled half-way has left stale pages.
+        let mut stalled = mover.clear_junk(&**self.mapped, fill, scratch);
         for run in fill.runs() {
-            stalled = mover.fill_from_input(&**self.mapped, run.clone());
             if stalled.is_err() {
                 break;
             }
-            self.count_arrival(&run);
+            stalled = mover.fill_from_input(&**self.mapped, run.clone());
+            if stalled.is_ok() {
+                self.count_arrival(&run);
+            }
         }
-        let _ = scratch;
-        self.mapped.residency().release(before + needed - state.frames(id).count());
+        self.mapped.residency().release(before + needed - state.resident(id).count());
         let valid = self.valid(state, all);
         if valid.readable.contains_all(&self.want) {
             return Outcome::Done(self.commit(state, &valid, commit));
