@@ -143,4 +143,20 @@ unsafe impl Device for Sim {
                 .intersects(&table.pages_of_block(inv.block(), &host_pages))
         })
     }
+
+    fn pause(&self) {
+        let device = self.lock.lock();
+        self.generation.toggle_pause();
+        drop(device);
+        self.generation.announce(self.workers());
+    }
+
+    fn is_paused(&self) -> bool {
+        quiesced(self.workers(), Users::All, |_| true)
+    }
+
+    fn resume(&self) {
+        let _device = self.lock.lock();
+        self.generation.toggle_pause();
+    }
 }

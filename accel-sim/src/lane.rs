@@ -19,7 +19,7 @@ use svm::addr::PAGE_SIZE;
 use svm::{Access, DeviceFault, DeviceFaultKind, Ptr};
 
 use crate::launch::{Launch, Operand};
-use crate::shootdown::{Rights, STRADDLE, Slot};
+use crate::shootdown::{Generation, Rights, STRADDLE, Slot};
 use crate::space::Space;
 use crate::sync::{AtomicU64, Ordering, compiler_fence, light_fence};
 use crate::table::Place;
@@ -504,6 +504,12 @@ impl Lane<'_> {
             self.check_stop(region.addr_of(page), rights)?;
             // S5: the generation is read before the walk. Acquire: as in `Slot::access`.
             let generation = reach.generation.load(Ordering::Acquire);
+            if Generation::is_paused(generation) {
+                reach.slot.leave_element_mode();
+                self.worker.wait_while_paused();
+                reach.slot.enter_element_mode();
+                continue;
+            }
             if let Some(place) = region.place(page, rights) {
                 let entry = reach.entry(host_page);
                 let rare = place != region.usual_place() || !svm::barriers_are_asymmetric();
@@ -553,7 +559,11 @@ impl Lane<'_> {
             self.check_stop(addr, O::RIGHTS)?;
             let mut missing = pages.start;
             let mut on_host = [0];
+            self.worker.wait_while_paused();
             let extent = slot.try_open(STRADDLE, &spans, || {
+                if self.worker.is_paused() {
+                    return None;
+                }
                 match region.places(&pages, O::RIGHTS, &mut on_host) {
                     Ok(extent) => Some(extent),
                     Err(page) => {

@@ -31,6 +31,8 @@
 //!     for writers. A worker that takes a CPU fault inside a span therefore never waits for itself.
 //! S4. The epoch covers the access: it is withdrawn (Release) after the last access, and the shooter's look is an Acquire.
 //! S5. A cached translation is used only under the generation that was read *before* the walk that filled it.
+//! S6. While the generation is odd the device is *paused*: no access begins. A hit needs no test for it, since no cached
+//!     translation is stamped with an odd generation; a walk and the opening of spans look for it.
 //!
 //! # Why it is safe
 //!
@@ -252,11 +254,11 @@ pub(crate) struct Generation {
 }
 
 impl Generation {
-    /// The first generation; no cached translation is stamped with 0.
+    /// The first generation: even, and no cached translation is stamped with 0.
     pub(crate) fn new() -> Generation {
         Generation {
             _apart: [0; 15],
-            current: AtomicU64::new(1),
+            current: AtomicU64::new(2),
         }
     }
 
@@ -271,12 +273,23 @@ impl Generation {
     /// Nothing may be concluded before [`Generation::announce`].
     pub(crate) fn take_away(&self, clear: impl FnOnce()) {
         if broken(Rule::BumpAfterClear) {
-            self.bump();
+            self.bump(2);
             clear();
         } else {
             clear();
-            self.bump();
+            self.bump(2);
         }
+    }
+
+    /// Pauses the device, or ends its pause (S6). Called under the device lock; a pause is to be announced.
+    pub(crate) fn toggle_pause(&self) {
+        self.bump(1);
+    }
+
+    /// Whether `generation`, as read from [`word`](Self::word), is that of a paused device.
+    #[inline]
+    pub(crate) const fn is_paused(generation: u64) -> bool {
+        generation & 1 == 1
     }
 
     /// On return each worker either sees what was taken away before, or is seen by [`quiesced`]. Needs no lock; never waits.
@@ -293,10 +306,10 @@ impl Generation {
         }
     }
 
-    fn bump(&self) {
+    fn bump(&self, by: u64) {
         // One writer at a time (the device lock), so no read-modify-write. Release: pairs with the Acquire in `Slot::access`.
         self.current
-            .store(self.current.load(Ordering::Relaxed) + 1, Ordering::Release);
+            .store(self.current.load(Ordering::Relaxed) + by, Ordering::Release);
     }
 }
 

@@ -230,7 +230,11 @@ fn open<'a>(
             }
         }
         let mut extents = [Extent::Window; MAX_VIEWS];
+        worker.wait_while_paused();
         let opened = worker.slot().try_open(0, &spans[..nr], || {
+            if worker.is_paused() {
+                return None;
+            }
             for (v, want) in wants.iter().enumerate() {
                 if let Some(want) = want {
                     extents[v] = want.space.extent(&want.pages, want.operand.rights).ok()?;

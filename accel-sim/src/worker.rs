@@ -15,11 +15,11 @@ use svm::{Attachment, DeviceFault};
 use crate::device::Sim;
 use crate::lane::{Cache, access_of};
 use crate::launch::Launch;
-use crate::shootdown::{Rights, Slot};
+use crate::shootdown::{Generation, Rights, Slot};
 use crate::space::Space;
 use crate::span::Bounce;
 use crate::stats::Counters;
-use crate::sync::AtomicU64;
+use crate::sync::{AtomicU64, Ordering};
 
 /// Locks that far faults take turns on; two blocks that share one only wait a little longer.
 const NR_TURNS: usize = 64;
@@ -109,6 +109,20 @@ impl Worker {
     #[inline(always)]
     pub(crate) fn generation(&self) -> &AtomicU64 {
         self.shared.attachment.device().generation()
+    }
+
+    /// Whether the device is paused (shootdown rule S6): what is checked while this says no is good.
+    #[inline]
+    pub(crate) fn is_paused(&self) -> bool {
+        // Acquire: as in `Slot::access`.
+        Generation::is_paused(self.generation().load(Ordering::Acquire))
+    }
+
+    /// Lets others run until the device is not paused: microseconds. Nothing of this worker's is published.
+    pub(crate) fn wait_while_paused(&self) {
+        while self.is_paused() {
+            std::thread::yield_now();
+        }
     }
 
     #[inline(always)]
