@@ -70,6 +70,30 @@ pub unsafe trait Device: Send + Sync + 'static {
     /// Second pass: whether every access through a removed translation has ended.
     fn quiesced(&self, table: &Self::Table, inv: &Invalidation) -> bool;
 
+    /// Where the device keeps its copies. A device with memory that the CPU cannot reach says [`DeviceMemory::Opaque`] and
+    /// implements the two copies below.
+    fn memory(&self) -> DeviceMemory {
+        DeviceMemory::Window
+    }
+
+    /// Copies `pages` (indices from the region's base) from host memory at `from` to the device. Only for opaque memory;
+    /// called with the block locked, under the rules of the callbacks.
+    ///
+    /// # Safety
+    /// `from` is readable for as many pages, and nobody writes there meanwhile.
+    unsafe fn copy_to_device(&self, table: &Self::Table, pages: Range<usize>, from: *const u8) {
+        let _ = (table, pages, from);
+    }
+
+    /// Copies `pages` from the device to host memory at `to`. Only for opaque memory; called with the block locked, perhaps
+    /// in a signal handler, under the rules of the callbacks.
+    ///
+    /// # Safety
+    /// `to` is writable for as many pages, and nobody else uses it meanwhile.
+    unsafe fn copy_to_host(&self, table: &Self::Table, pages: Range<usize>, to: *mut u8) {
+        let _ = (table, pages, to);
+    }
+
     /// Stops accesses: until [`resume`](Self::resume), none begins through any translation. Called, by one thread at a time,
     /// before an event is read, for with the reading its cause goes on. A device without it may serve an access of
     /// memory that was just unmapped for as long as the event takes to apply: microseconds.
@@ -82,6 +106,16 @@ pub unsafe trait Device: Send + Sync + 'static {
 
     /// Ends a pause.
     fn resume(&self) {}
+}
+
+/// Where a device keeps its copies of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceMemory {
+    /// In the window: page *i* of the region is page *i* of the window, and pages move there without a copy.
+    Window,
+    /// Somewhere else, behind [`Device::copy_to_device`] and [`Device::copy_to_host`], as the kernel's `drm_pagemap` has it.
+    Opaque,
 }
 
 /// The lock of a device, under which its translations change.
@@ -300,6 +334,8 @@ pub struct Mapped<D: Device> {
     /// Per block: touched since the eviction clock's hand last passed.
     touched: MapArray<AtomicU8>,
     edges: crate::edge::Edges,
+    /// For opaque memory: where pages pass through.
+    bounce: Option<Mutex<MapArray<u8>>>,
 }
 
 /// [`Mapped`] without the device's type: what the CPU's side needs of it.
@@ -313,6 +349,12 @@ pub(crate) trait AnyMapped: Send + Sync {
     fn pause(&self);
     fn is_paused(&self) -> bool;
     fn resume(&self);
+    /// A block's worth of plain memory between host and device, if the device's memory is opaque; one user at a time.
+    fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>>;
+    /// Copies `pages` (from the region's base) to opaque memory. `from` is readable and nobody writes there.
+    fn copy_to_device(&self, pages: Range<usize>, from: usize);
+    /// Copies `pages` from opaque memory into the bounce buffer.
+    fn copy_to_bounce(&self, pages: Range<usize>, bounce: &mut MapArray<u8>);
     /// The region is going: forget it.
     fn unmap(&self);
 }
@@ -341,6 +383,23 @@ impl<D: Device> AnyMapped for Mapped<D> {
 
     fn quiesced(&self, inv: &Invalidation) -> bool {
         self.attached.device.quiesced(&self.table, inv)
+    }
+
+    fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>> {
+        self.bounce.as_ref().map(Mutex::lock)
+    }
+
+    fn copy_to_device(&self, pages: Range<usize>, from: usize) {
+        let from = core::ptr::with_exposed_provenance(from);
+        // SAFETY: `movement`, the only caller, gives a run of populated window pages, or the bounce buffer, whose lock it holds;
+        // the block's lock keeps others from the window pages.
+        unsafe { self.attached.device.copy_to_device(&self.table, pages, from) };
+    }
+
+    fn copy_to_bounce(&self, pages: Range<usize>, bounce: &mut MapArray<u8>) {
+        debug_assert!(pages.len() <= PAGES_PER_BLOCK);
+        // SAFETY: the buffer is a block long, and exclusively borrowed.
+        unsafe { self.attached.device.copy_to_host(&self.table, pages, bounce.as_mut_ptr()) };
     }
 
     fn pause(&self) {
@@ -584,6 +643,13 @@ impl<D: Device> Attachment<D> {
             counters: Counters::default(),
             touched: MapArray::zeroed(region.nr_blocks().max(1)).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
             edges: crate::edge::Edges::new(),
+            bounce: match attached.device.memory() {
+                DeviceMemory::Window => None,
+                DeviceMemory::Opaque => {
+                    let buffer = MapArray::zeroed(BLOCK_SIZE);
+                    Some(Mutex::new(buffer.map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?))
+                }
+            },
         })
         .map_err(no_memory)?;
         let gate = space.gate();

@@ -39,7 +39,7 @@ pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
-    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, Mapped, MappedRef,
+    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo, Mapped, MappedRef,
     PageBits, RegionRef, WouldBlock, attach,
 };
 pub use edge::UseGuard;

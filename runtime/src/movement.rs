@@ -18,6 +18,11 @@
 //! Nothing is discarded by `madvise`, which would post an event to ourselves (hazards M4): stale pages MOVE to a scratch
 //! area that its owner empties where no lock is held.
 //!
+//! # Opaque device memory
+//! A device whose memory the CPU cannot reach copies instead: out, the pages are moved to the window as above, handed to
+//! the device from there, and discarded; home, the device fills a bounce buffer, and `UFFDIO_COPY` makes pages of it. A frame is then
+//! the device's own affair; its window page is empty.
+//!
 //! # Without `UFFDIO_MOVE` (Linux < 6.8, or `SVM_DISABLE=move`)
 //! A page is taken by write-protecting it, copying it and discarding the CPU's copy: between the first and the last step
 //! it cannot be written, so no write is lost. Discards are `MADV_DONTNEED`; this is legal under the block's lock only
@@ -238,7 +243,70 @@ impl<'a> Mover<'a> {
 
     /// Moves the CPU's pages of `run` into `device`'s window, which becomes their only holder. Pages that nobody has
     /// populated become zero-filled window pages, private ones if a write is to follow.
-    pub(crate) fn take(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
+    pub(crate) fn take(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        access: Access,
+        scratch: &mut Scratch,
+    ) -> Movement {
+        let taken = self.take_to_window(device, run.clone(), access);
+        // Also after a stall: what has left the CPU must get to the device.
+        self.hand_over(device, run, scratch)?;
+        taken
+    }
+
+    /// For opaque memory: gives the device those pages of `run` that are in its window, and empties the window.
+    fn hand_over(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+        if device.bounce().is_none() {
+            return Ok(());
+        }
+        let arrived = self.state.frames(device.id()) & PageMask::range(run);
+        for run in arrived.runs() {
+            device.copy_to_device(self.from_base(&run), self.frame(device, run.start));
+            self.empty_window(device, run, scratch)?;
+        }
+        Ok(())
+    }
+
+    /// Page indices from the region's base.
+    fn from_base(&self, run: &Range<usize>) -> Range<usize> {
+        self.block * PAGES_PER_BLOCK + run.start..self.block * PAGES_PER_BLOCK + run.end
+    }
+
+    /// Throws window pages away that nobody needs any more. The directory is not concerned.
+    fn empty_window(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+        if !self.has_move() {
+            self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            return Ok(());
+        }
+        let base = scratch.take(run.len(), self.frame(device, run.start));
+        let start = run.start;
+        self.move_run(
+            run,
+            |m, page| m.frame(device, page),
+            |_, page| base + (page - start) * PAGE_SIZE,
+            |_, _| {},
+            |_, _| Ok(()),
+        )
+    }
+
+    /// For opaque memory: makes pages of `run` at `destination` from what the device has.
+    fn copy_from_opaque(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        destination: impl Fn(&Self, usize) -> usize,
+        mode: Protect,
+        copied: impl FnMut(&mut BlockState, PageMask),
+    ) -> Movement {
+        let Some(mut bounce) = device.bounce() else { return Err(Stall::Lost(run.start)) };
+        device.copy_to_bounce(self.from_base(&run), &mut bounce);
+        let (buffer, start) = (bounce.as_ptr().expose_provenance(), run.start);
+        self.copy_run(run, |_, page| buffer + (page - start) * PAGE_SIZE, destination, mode, copied)
+    }
+
+    fn take_to_window(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
         let id = device.id();
         if !self.has_move() {
             return self.take_by_copy(device, run, access);
@@ -333,6 +401,9 @@ impl<'a> Mover<'a> {
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
+        if device.bounce().is_some() {
+            return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| state.moved_home(id, pages));
+        }
         if !self.has_move() {
             return self.bring_home_by_copy(device, run);
         }
@@ -374,34 +445,52 @@ impl<'a> Mover<'a> {
     /// Gives the CPU a copy of `device`'s pages of `run`, write-protected from the first instant; both are holders.
     pub(crate) fn share_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let pages = run.len() as u64;
-        self.copy_run(
-            run,
-            |m, page| m.frame(device, page),
-            |m, page| m.host(page),
-            Protect::Yes,
-            BlockState::copied_home,
-        )?;
+        if device.bounce().is_some() {
+            self.copy_from_opaque(device, run, Self::host, Protect::Yes, BlockState::copied_home)?;
+        } else {
+            self.copy_run(
+                run,
+                |m, page| m.frame(device, page),
+                |m, page| m.host(page),
+                Protect::Yes,
+                BlockState::copied_home,
+            )?;
+        }
         count(&self.region.counters().duplicated_pages, pages);
         Ok(())
     }
 
     /// Copies from `from`'s window to `to`'s; both are holders.
-    pub(crate) fn copy_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Movement {
+    pub(crate) fn copy_between(
+        &mut self,
+        from: &dyn AnyMapped,
+        to: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let id = to.id();
-        self.copy_run(
-            run,
-            |m, page| m.frame(from, page),
-            |m, page| m.frame(to, page),
-            Protect::No,
-            |state, pages| state.filled(id, pages),
-        )
+        let target = |m: &Self, page: usize| m.frame(to, page);
+        let filled = |state: &mut BlockState, pages: PageMask| state.filled(id, pages);
+        let copied = if from.bounce().is_some() {
+            self.copy_from_opaque(from, run.clone(), target, Protect::No, filled)
+        } else {
+            self.copy_run(run.clone(), |m, page| m.frame(from, page), target, Protect::No, filled)
+        };
+        self.hand_over(to, run, scratch)?;
+        copied
     }
 
     /// Moves from `from`'s window to `to`'s.
-    pub(crate) fn move_between(&mut self, from: &dyn AnyMapped, to: &dyn AnyMapped, run: Range<usize>) -> Movement {
+    pub(crate) fn move_between(
+        &mut self,
+        from: &dyn AnyMapped,
+        to: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let (source, destination) = (from.id(), to.id());
-        if !self.has_move() {
-            self.copy_between(from, to, run.clone())?;
+        if !self.has_move() || from.bounce().is_some() || to.bounce().is_some() {
+            self.copy_between(from, to, run.clone(), scratch)?;
             self.state.revoked(source, PageMask::range(run));
             return Ok(());
         }
@@ -418,20 +507,31 @@ impl<'a> Mover<'a> {
     }
 
     /// Fills `device`'s window from memory that no protocol guards: the source of a [`MirrorRef`](crate::MirrorRef).
-    pub(crate) fn fill_from_input(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
+    pub(crate) fn fill_from_input(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let id = device.id();
-        self.copy_run(
-            run,
+        let filled = self.copy_run(
+            run.clone(),
             |m, page| m.host(page),
             |m, page| m.frame(device, page),
             Protect::No,
             |state, pages| state.filled(id, pages),
-        )
+        );
+        self.hand_over(device, run, scratch)?;
+        filled
     }
 
     /// Empties window pages of `device` whose contents are stale, or held elsewhere.
     pub(crate) fn discard(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         let id = device.id();
+        if device.bounce().is_some() {
+            self.state.emptied(id, PageMask::range(run));
+            return Ok(());
+        }
         if !self.has_move() {
             self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
             self.state.emptied(id, PageMask::range(run));

@@ -523,16 +523,16 @@ impl<D: Device> Round<'_, D> {
         let mut mover = Mover::new(self.region, self.block, state);
         mover.clear_junk(me, plan.take | plan.duplicate | plan.from_device, scratch)?;
         for run in plan.from_device.runs() {
-            self.fetch_from_devices(gate, &mut mover, run)?;
+            self.fetch_from_devices(gate, &mut mover, run, scratch)?;
         }
         mover.state.revoked_all(plan.revoke & mover.state.frames(id), Some(id));
         for run in plan.take.runs() {
             mover.state.revoked_all(PageMask::range(run.clone()), Some(id));
-            mover.take(me, run.clone(), self.access)?;
+            mover.take(me, run.clone(), self.access, scratch)?;
             self.count_arrival(&run);
         }
         for run in plan.duplicate.runs() {
-            mover.take(me, run.clone(), Access::Read)?;
+            mover.take(me, run.clone(), Access::Read, scratch)?;
             mover.share_home(me, run.clone())?;
             self.count_arrival(&run);
         }
@@ -544,7 +544,13 @@ impl<D: Device> Round<'_, D> {
     }
 
     /// Gets a run from the windows of the devices that hold it.
-    fn fetch_from_devices(&self, gate: &impl Inside, mover: &mut Mover<'_>, run: Pages<usize>) -> Result<(), Stall> {
+    fn fetch_from_devices(
+        &self,
+        gate: &impl Inside,
+        mover: &mut Mover<'_>,
+        run: Pages<usize>,
+        scratch: &mut Scratch,
+    ) -> Result<(), Stall> {
         let me: &dyn AnyMapped = &**self.mapped;
         let mut at = run.start;
         while at < run.end {
@@ -554,10 +560,10 @@ impl<D: Device> Round<'_, D> {
             let held = mover.state.frames(holder.id()) & PageMask::range(at..run.end);
             let part = at..held.run_around(at).end;
             match self.access {
-                Access::Read => mover.copy_between(holder, me, part.clone())?,
+                Access::Read => mover.copy_between(holder, me, part.clone(), scratch)?,
                 Access::Write => {
                     let before = mover.state.resident(holder.id()).count();
-                    let moved = mover.move_between(holder, me, part.clone());
+                    let moved = mover.move_between(holder, me, part.clone(), scratch);
                     holder.residency().release(before - mover.state.resident(holder.id()).count());
                     moved?;
                     mover.state.revoked_all(PageMask::range(part.clone()), Some(self.id()));
@@ -628,7 +634,7 @@ impl<D: Device> Round<'_, D> {
             if stalled.is_err() {
                 break;
             }
-            stalled = mover.fill_from_input(&**self.mapped, run.clone());
+            stalled = mover.fill_from_input(&**self.mapped, run.clone(), scratch);
             if stalled.is_ok() {
                 self.count_arrival(&run);
             }
