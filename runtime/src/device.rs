@@ -18,7 +18,7 @@
 
 use core::fmt;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::{DeviceId, MAX_DEVICES};
@@ -315,6 +315,8 @@ pub(crate) struct Attached<D: Device> {
     pub(crate) device: D,
     pub(crate) residency: Residency,
     space: &'static AddressSpace,
+    /// The device is going: no page goes to it any more.
+    detached: AtomicBool,
     /// What happened in regions that are gone.
     retired: Counters,
     mapped: Gated<MapSlice<MapArc<Mapped<D>>>>,
@@ -576,6 +578,7 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
         device,
         residency: Residency { resident: AtomicUsize::new(0), capacity },
         space,
+        detached: AtomicBool::new(false),
         retired: Counters::default(),
         mapped: Gated::new(MapSlice::empty()).map_err(no_memory)?,
         control: std::sync::Mutex::new(()),
@@ -620,6 +623,9 @@ impl<D: Device> Attachment<D> {
         let space = AddressSpace::get("map")?;
         if !core::ptr::eq(space, attached.space) || region.region.door().is_disowned() {
             return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
+        }
+        if attached.is_detached() {
+            return Err(Error::invalid("map", "the device is detached"));
         }
         if let Some(known) = attached.with_mapped(|list| list.iter().find(|m| m.region.id() == region.id()).cloned()) {
             return Ok(MappedRef(known));
@@ -692,6 +698,7 @@ impl<D: Device> Attachment<D> {
     /// Totals of what this device did, over all its regions, those that are gone included.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let _signals = AsyncSignalsBlocked::new();
         let mut stats = self.attached.retired.snapshot();
         for mapped in self.attached.mapped_list() {
             stats += mapped.counters.snapshot();
@@ -701,6 +708,11 @@ impl<D: Device> Attachment<D> {
 }
 
 impl<D: Device> Attached<D> {
+    /// Whether the device is going. Inside the gate.
+    pub(crate) fn is_detached(&self) -> bool {
+        self.detached.load(Ordering::SeqCst)
+    }
+
     fn with_mapped<R>(&self, f: impl FnOnce(&MapSlice<MapArc<Mapped<D>>>) -> R) -> R {
         let gate = self.space.gate().enter();
         f(self.mapped.load(&gate))
@@ -744,8 +756,14 @@ impl<D: Device> Drop for Attachment<D> {
         if !space.is_usable() {
             return;
         }
-        let lost = self.release().is_err();
+        // SeqCst, and the grace period: rounds that have not seen it are over, and what they moved is released next.
+        self.attached.detached.store(true, Ordering::SeqCst);
         let gate = space.gate();
+        gate.synchronize();
+        if self.release().is_err() {
+            // Contents are stuck in a window: the device stays known, so that a touch faults instead of reading zeros.
+            return;
+        }
         for mapped in self.attached.mapped_list() {
             space.unpublish_window(mapped.window());
             retry_no_memory(|| {
@@ -758,9 +776,7 @@ impl<D: Device> Drop for Attachment<D> {
             mapped.region.counters().absorb(&mapped.counters.snapshot());
         }
         retry_no_memory(|| self.attached.mapped.update(gate, |_| Ok(MapSlice::empty())));
-        if !lost {
-            space.release_device(self.attached.id);
-        }
+        space.release_device(self.attached.id);
     }
 }
 

@@ -174,12 +174,14 @@ impl Door {
     }
 
     /// Drops pages by `madvise`: only for scratch areas outside every lock, and where there is no MOVE.
-    pub(crate) fn discard(&self, at: usize, len: usize) {
-        if let Some(range) = PageRange::new(at, at + len) {
+    /// False if the kernel would not: the pages are as they were.
+    #[must_use]
+    pub(crate) fn discard(&self, at: usize, len: usize) -> bool {
+        PageRange::new(at, at + len).is_some_and(|range| {
             // SAFETY: `crate::movement` and `crate::scratch` discard only stale copies, in windows and scratch areas that
             // are ours, or a CPU page whose current contents a device holds.
-            let _ = unsafe { mmap::discard(range) };
-        }
+            unsafe { mmap::discard(range) }.is_ok()
+        })
     }
 }
 

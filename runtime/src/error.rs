@@ -212,6 +212,8 @@ pub enum DeviceFaultKind {
     Timeout,
     /// The page's contents were lost.
     Lost,
+    /// The mirror was closed, or the device detached.
+    Closed,
     /// This is a forked child, and the memory the device knows is the parent's.
     Forked,
     /// The launch was abandoned: a span of it outstayed the shootdown deadline.
@@ -239,6 +241,7 @@ impl fmt::Display for DeviceFault {
             DeviceFaultKind::OutOfMemory => "device memory is exhausted; give the device more, or use fewer workers or views",
             DeviceFaultKind::Timeout => "the deadline passed without progress",
             DeviceFaultKind::Lost => "the page's contents were lost",
+            DeviceFaultKind::Closed => "the mirror was closed, or the device detached",
             DeviceFaultKind::Forked => "this is a forked child; mirror and attach anew here",
             DeviceFaultKind::Stuck => "the launch was abandoned after its span outstayed a shootdown",
         };

@@ -15,7 +15,7 @@ use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::{Cause, count};
-use crate::sys::process;
+use crate::sys::{clock, process};
 
 /// Frees at least `needed` pages of the device's memory if it can; says how many it freed. No lock is held.
 pub(crate) fn make_room<D: Device>(attached: &Attached<D>, needed: usize, scratch: &mut Scratch) -> Result<usize> {
@@ -28,7 +28,8 @@ pub(crate) fn make_room<D: Device>(attached: &Attached<D>, needed: usize, scratc
         if mapped.take_touched(block) && sweeps < 2 {
             continue;
         }
-        freed += evict_block(&*mapped, mapped.shared_region(), block, goal - freed.min(goal), scratch)?;
+        let leased = if sweeps < 2 { Leased::Spare } else { Leased::Take };
+        freed += evict_block(&*mapped, mapped.shared_region(), block, goal - freed.min(goal), leased, scratch)?;
     }
     Ok(freed)
 }
@@ -50,14 +51,28 @@ fn next_victim<D: Device>(
     Some((mapped, block, wrapped))
 }
 
+/// What to do with a block whose pages a worker was promised for a while (hazards W4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leased {
+    Spare,
+    Take,
+}
+
 /// Evicts up to `max` pages of one block, if nobody is busy with it; says how many.
-fn evict_block(device: &dyn AnyMapped, region: &Region, block: usize, max: usize, scratch: &mut Scratch) -> Result<usize> {
+fn evict_block(
+    device: &dyn AnyMapped,
+    region: &Region,
+    block: usize,
+    max: usize,
+    leased: Leased,
+    scratch: &mut Scratch,
+) -> Result<usize> {
     scratch.ensure(region.door())?;
     let gate = AddressSpace::global().gate().enter();
     let Some(mut state) = region.try_lock_block(block) else { return Ok(0) };
     let resident = state.resident(device.id());
     let before = resident.count();
-    if before == 0 {
+    if before == 0 || (leased == Leased::Spare && state.lease().device_until_ns > clock::monotonic_ns()) {
         return Ok(0);
     }
     let victims = choose(&state, device, max);

@@ -233,7 +233,10 @@ fn classify(region: &Region, state: &BlockState, block: usize, page: usize, faul
     }
     let shared = state.shared();
     if shared.contains(page) {
-        let missing = fault.protection == Some(false);
+        let missing = match fault.protection {
+            Some(present) => !present,
+            None => !AddressSpace::global().is_present(region.host_addr_of(block, page)),
+        };
         return if missing { Class::Restore } else { Class::Collapse((near & shared).run_around(page)) };
     }
     match fault.protection {

@@ -170,6 +170,11 @@ impl Raw {
         &self.region
     }
 
+    fn stats(&self) -> Stats {
+        let _signals = AsyncSignalsBlocked::new();
+        self.region.stats(&AddressSpace::global().gate().enter())
+    }
+
     /// Brings everything home and ends the region. Numbered as the teardown in ARCHITECTURE.md.
     fn close(&mut self) -> Result<()> {
         if !core::mem::replace(&mut self.open, false) || !self.owner {
@@ -182,8 +187,10 @@ impl Raw {
             return Ok(());
         }
         let space = AddressSpace::global();
-        // 1. No new update begins, and whoever waits to begin one is told.
+        // 1. No new update begins, whoever waits to begin one is told, and rounds under way are over.
         region.hub().release();
+        region.set_closing();
+        space.gate().synchronize();
         // 2. Every page home, every window empty.
         let mut scratch = Scratch::new(space)?;
         let devices = {
@@ -193,6 +200,10 @@ impl Raw {
         let mut result = Ok(());
         for device in devices.iter().flatten() {
             result = result.and(evict::release_region(&**device, region, &mut scratch, Cause::Drop));
+        }
+        if result.is_ok() && region.has_away() {
+            // A device that is no longer there still holds pages: never let the kernel show zeros in their place.
+            result = Err(Error::new("close", ErrorKind::Lost).at(region.addr()));
         }
         if result.is_err() {
             // Contents are stuck in a window: the uffd and the window stay, so that a touch faults instead of reading zeros.
@@ -365,7 +376,7 @@ impl<'a, T: Pod> Mirror<'a, T> {
     /// What was done with this memory so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.raw.region().stats(&AddressSpace::global().gate().enter())
+        self.raw.stats()
     }
 
     /// Brings every page home and ends the mirror, as dropping does, and says whether that worked.
@@ -429,7 +440,7 @@ impl<T: Pod> MirrorRef<'_, T> {
     /// What was done with this memory so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.raw.region().stats(&AddressSpace::global().gate().enter())
+        self.raw.stats()
     }
 
     /// Ends the mirror, as dropping does, and says whether that worked.

@@ -120,10 +120,15 @@ impl<'a> Mover<'a> {
     ) -> Movement {
         let mut at = run.start;
         let mut again = 0;
+        // A move must not cross the border of a mapping (hazards M5): up to here it does not, as far as we know.
+        let mut limit = run.end;
         while at < run.end {
+            if at >= limit {
+                limit = run.end;
+            }
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().move_calls, 1);
-            let Moved { bytes, stop } = self.region.door().move_pages(dst, src, (run.end - at) * PAGE_SIZE);
+            let Moved { bytes, stop } = self.region.door().move_pages(dst, src, (limit - at) * PAGE_SIZE);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 moved(self.state, PageMask::range(at..at + n));
@@ -154,7 +159,11 @@ impl<'a> Mover<'a> {
                 }
                 Stop::Busy => return Err(Stall::Busy(at)),
                 Stop::NoMemory => return Err(Stall::NoMemory),
-                Stop::Invalid | Stop::Fault | Stop::Other(_) => return Err(Stall::Refused(at)),
+                Stop::Invalid => match self.border(src, dst, limit - at) {
+                    Some(pages) => limit = at + pages,
+                    None => return Err(Stall::Refused(at)),
+                },
+                Stop::Fault | Stop::Other(_) => return Err(Stall::Refused(at)),
             }
             again += 1;
             if again > MAX_AGAIN {
@@ -165,15 +174,29 @@ impl<'a> Mover<'a> {
         Ok(())
     }
 
+    /// How many of `pages` pages lie before the next border of a mapping on either side, if that is not all of them.
+    fn border(&self, source: usize, destination: usize, pages: usize) -> Option<usize> {
+        let space = AddressSpace::global();
+        let left = |addr: usize| Some((space.vma(addr)?.range.end() - addr) / PAGE_SIZE);
+        let clipped = left(source)?.min(left(destination)?);
+        (clipped < pages).then_some(clipped)
+    }
+
     /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
     fn settle(&self, stop: Stop, source: usize, destination: usize) -> Settled {
         let ends = Ends { source: self.is_populated(source), destination: self.is_populated(destination) };
         match (stop, ends) {
             (_, Ends { source: false, destination: true }) => Settled::Moved,
             (Stop::NotPresent, Ends { source: false, destination: false }) => Settled::Hole,
-            (Stop::Exists, _) => Settled::Blocked,
+            (Stop::Exists, Ends { destination: true, .. }) => Settled::Blocked,
             _ => Settled::Again,
         }
+    }
+
+    /// Whether the page is in memory: neither absent, nor swapped out, nor a bare marker.
+    fn is_present(&self, addr: usize) -> bool {
+        count(&self.region.counters().scan_calls, 1);
+        AddressSpace::global().is_present(addr)
     }
 
     fn is_populated(&self, addr: usize) -> bool {
@@ -220,7 +243,7 @@ impl<'a> Mover<'a> {
                 Stop::Complete => {}
                 // A marker (write-protect, poison, guard) on an empty entry says EEXIST too (hazards M2): clear it and
                 // try again; a page that is really there is somebody's contents and must not be taken for ours.
-                Stop::Exists if !self.is_populated(dst) => {
+                Stop::Exists if !self.is_present(dst) => {
                     let _ = self.region.door().unprotect(dst, PAGE_SIZE);
                 }
                 Stop::Changing => {
@@ -277,8 +300,8 @@ impl<'a> Mover<'a> {
     /// Throws window pages away that nobody needs any more. The directory is not concerned.
     fn empty_window(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
-            return Ok(());
+            let discarded = self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            return if discarded { Ok(()) } else { Err(Stall::Refused(run.start)) };
         }
         let base = scratch.take(run.len(), self.frame(device, run.start));
         let start = run.start;
@@ -363,7 +386,9 @@ impl<'a> Mover<'a> {
         };
         match progress.stop {
             Stop::Complete => Ok(()),
-            Stop::Exists if self.is_populated(at) => {
+            // No longer registered: the mirror was closed meanwhile, and the page is the kernel's affair.
+            Stop::NotPresent => Ok(()),
+            Stop::Exists if self.is_present(at) => {
                 // Somebody populated it between the fault and here; waiters of the other door want a wake-up.
                 door.wake(at, PAGE_SIZE);
                 Ok(())
@@ -407,7 +432,7 @@ impl<'a> Mover<'a> {
         if !self.has_move() {
             return self.bring_home_by_copy(device, run);
         }
-        let mut at = run.start;
+        let (mut at, mut busy) = (run.start, 0);
         while at < run.end {
             let moved = self.move_run(
                 at..run.end,
@@ -417,7 +442,14 @@ impl<'a> Mover<'a> {
                 |_, hole| Err(Stall::Lost(hole.start)),
             );
             match moved {
-                // Not movable here (protected, locked, a marker, shared): a copy is, even into PROT_NONE.
+                // Somebody looks at the frame through the kernel (ptrace, process_vm_readv): that is over soon. A frame that stays
+                // pinned is a device's own DMA, which its invalidation should have ended.
+                Err(Stall::Busy(page)) if busy < MAX_AGAIN => {
+                    busy += 1;
+                    at = page;
+                    core::hint::spin_loop();
+                }
+                // Not movable here (protected, locked, a marker): a copy is, even into PROT_NONE.
                 Err(Stall::Refused(page) | Stall::Busy(page)) => {
                     self.bring_home_by_copy(device, page..page + 1)?;
                     at = page + 1;
@@ -533,7 +565,9 @@ impl<'a> Mover<'a> {
             return Ok(());
         }
         if !self.has_move() {
-            self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            if !self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE) {
+                return Err(Stall::Refused(run.start));
+            }
             self.state.emptied(id, PageMask::range(run));
             return Ok(());
         }
@@ -554,7 +588,11 @@ impl<'a> Mover<'a> {
     /// Throws the CPU's copy of `run` away; some device holds the pages.
     pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE);
+            if !self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE) {
+                // Locked into memory, say: the CPU keeps its copy, and devices will use that one in place.
+                self.unprotect(run.clone())?;
+                return Err(Stall::Refused(run.start));
+            }
             self.state.host_dropped(PageMask::range(run));
             return Ok(());
         }
@@ -576,10 +614,12 @@ impl<'a> Mover<'a> {
     pub(crate) fn unprotect(&mut self, run: Range<usize>) -> Movement {
         count(&self.region.counters().write_protect_calls, 1);
         let at = self.host(run.start);
+        // Before the call, which may do a part and then fail: a page that is the CPU's alone and still protected is found and
+        // cleared by its next write; one that is writable and still shared would be wrong.
+        self.state.revoked_all(PageMask::range(run.clone()), None);
         match self.region.door().unprotect(at, run.len() * PAGE_SIZE) {
             Stop::Complete => {
                 count(&self.region.counters().collapsed_pages, run.len() as u64);
-                self.state.revoked_all(PageMask::range(run), None);
                 Ok(())
             }
             Stop::Changing => Err(Stall::Changing),
@@ -638,7 +678,11 @@ impl<'a> Mover<'a> {
             Protect::No,
             |state, pages| state.filled(id, pages),
         )?;
-        self.region.door().discard(at, len);
+        if !self.region.door().discard(at, len) {
+            // As in `drop_host`.
+            self.unprotect(run.clone())?;
+            return Err(Stall::Refused(run.start));
+        }
         self.state.host_dropped(PageMask::range(run));
         Ok(())
     }

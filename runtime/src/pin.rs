@@ -7,13 +7,14 @@ use core::fmt;
 use core::ops::{Bound, Range, RangeBounds};
 
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
+use crate::block::BlockState;
 use crate::device::{Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
 use crate::region::{Region, RegionKind};
-use crate::space::AddressSpace;
+use crate::space::{AddressSpace, Inside};
 use crate::stats::Cause;
 use crate::sys::arc::MapArc;
 use crate::sys::process;
@@ -36,11 +37,11 @@ pub(crate) fn pin<'a>(
 ) -> Result<Pin<'a>> {
     let start = match elements.start_bound() {
         Bound::Included(&n) => n,
-        Bound::Excluded(&n) => n + 1,
+        Bound::Excluded(&n) => n.saturating_add(1),
         Bound::Unbounded => 0,
     };
     let end = match elements.end_bound() {
-        Bound::Included(&n) => n + 1,
+        Bound::Included(&n) => n.saturating_add(1),
         Bound::Excluded(&n) => n,
         Bound::Unbounded => len,
     };
@@ -109,15 +110,32 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
         drop(state);
         drop(gate);
         fault::wait_quiesced(space, flight.region(), holders, &inv);
-        return Ok(false);
+        // The bracket is still open: no device has got the pages meanwhile. A span that outstays its deadline loses them.
+        let gate = space.gate().enter();
+        let mut state = region.lock_block(block);
+        if pages.intersects(&(state.gone() | state.pending())) {
+            return Ok(false);
+        }
+        return finish_pin(region, &gate, block, &mut state, pages).inspect(|_| drop(bracket));
     }
-    let mut mover = Mover::new(region, block, &mut state);
+    finish_pin(region, &gate, block, &mut state, pages).inspect(|_| drop(bracket))
+}
+
+/// Brings the pages home, un-protects them and populates them. Their holders are excluded, the bracket is open.
+fn finish_pin(
+    region: &Region,
+    gate: &impl Inside,
+    block: usize,
+    state: &mut BlockState,
+    pages: PageMask,
+) -> Result<bool, Stall> {
+    let mut mover = Mover::new(region, block, state);
     loop {
         let away = mover.state.away() & pages;
         let Some(page) = away.first_from(0) else { break };
         let Some(holder) = mover.state.holder_of(page) else { return Err(Stall::Lost(page)) };
         let run = (away & mover.state.frames(holder)).run_around(page);
-        fault::move_home(&mut mover, region, &gate, page, &run, Cause::Explicit)?;
+        fault::move_home(&mut mover, region, gate, page, &run, Cause::Explicit)?;
     }
     // All of them: a page that a device shared until it evicted its copy may be write-protected still.
     for run in pages.runs() {
@@ -126,8 +144,26 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
     for run in pages.runs() {
         mover.populate_host(run)?;
     }
-    drop(bracket);
     Ok(true)
+}
+
+/// Runs `f` while `pages`, of the body, are pinned.
+pub(crate) fn with_pinned<R>(region: &Region, pages: PageRange, f: impl FnOnce() -> R) -> Result<R> {
+    let pages = (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
+    region.add_pin(pages.clone());
+    let pinned = blocks(&pages).try_for_each(|(block, mask)| pin_block(region, block, mask));
+    let result = pinned.map(|()| f());
+    unpin(region, &pages);
+    result
+}
+
+fn unpin(region: &Region, pages: &Range<usize>) {
+    region.remove_pin(pages, |run| {
+        for (block, mask) in blocks(&run) {
+            let _gate = AddressSpace::global().gate().enter();
+            region.lock_block(block).set_pinned(mask, false);
+        }
+    });
 }
 
 impl Drop for Pin<'_> {
@@ -136,13 +172,7 @@ impl Drop for Pin<'_> {
             return;
         }
         let _signals = AsyncSignalsBlocked::new();
-        let region = self.region;
-        region.remove_pin(&self.pages, |run| {
-            for (block, mask) in blocks(&run) {
-                let _gate = AddressSpace::global().gate().enter();
-                region.lock_block(block).set_pinned(mask, false);
-            }
-        });
+        unpin(self.region, &self.pages);
     }
 }
 

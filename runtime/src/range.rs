@@ -12,8 +12,8 @@
 //! ```
 //!
 //! [`Range::fault_in`] is the whole loop for pages of one block, and what a worker's far fault calls. It differs in one
-//! thing: it commits *inside* the block's round, so that only changes made behind the runtime's back can interrupt it,
-//! and a storm of our own invalidations cannot starve a fault (protocol.md section 5).
+//! thing: it takes its token and commits *inside* the block's round, so that only changes made behind the runtime's back can
+//! interrupt it, and a storm of our own invalidations cannot starve a fault (protocol.md section 5).
 //!
 //! # One round on one block
 //! 1. Enter the gate, lock the block: this is the block's round, and there is one at a time (hazards P2).
@@ -36,7 +36,8 @@ use crate::evict;
 use crate::fault::{Flight, invalidate, wait_quiesced};
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granules_of};
-use crate::notifier::{Hub, RangeKey, Subscription, Token};
+use crate::notifier::{BeginError, Hub, RangeKey, Subscription, Token};
+use crate::pin;
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside};
@@ -160,7 +161,7 @@ impl<D: Device> Range<D> {
         subscription.move_to(interval_of(region, &covered));
         let token = subscription
             .begin(deadline)
-            .map_err(|_| DeviceFault::new(addr, Access::Read, DeviceFaultKind::Timeout))?;
+            .map_err(|e| DeviceFault::new(addr, Access::Read, kind_of(e)))?;
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
         self.valid.reserve(nr_blocks);
@@ -207,12 +208,15 @@ impl<D: Device> Range<D> {
         let mut stuck = None;
         loop {
             let subscription = &self.subscriptions[at].1;
-            let token = subscription.begin(deadline).map_err(|_| fault(DeviceFaultKind::Timeout))?;
+            // Waits here, where nothing is held. The token that counts is taken under the block's lock, under which every change of
+            // ours starts its bracket: so nothing of ours can come between it and the commit.
+            let _ = subscription.begin(deadline).map_err(|e| fault(kind_of(e)))?;
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
             let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt };
-            let outcome = round.run(&mut self.scratch, |valid| {
+            let begin = || subscription.begin(Deadline::PASSED).ok();
+            let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
                 let guard = device.lock().lock();
                 if subscription.interrupted(token) {
@@ -302,6 +306,13 @@ impl<D: Device> Range<D> {
     }
 }
 
+fn kind_of(error: BeginError) -> DeviceFaultKind {
+    match error {
+        BeginError::Timeout => DeviceFaultKind::Timeout,
+        BeginError::Released => DeviceFaultKind::Closed,
+    }
+}
+
 struct RoundInfo<'a, D: Device> {
     mapped: &'a MappedRef<D>,
     block: usize,
@@ -339,7 +350,10 @@ fn unstick<D: Device>(
         let granule = region.granule() * crate::addr::PAGE_SIZE;
         let body = region.body().and_then(|body| PageRange::containing(addr & !(granule - 1), granule)?.intersect(body));
         if let Some(pages) = body.and_then(|p| p.intersect(vma.range)) {
-            let _ = mmap::advise(pages, Advice::PopulateWrite);
+            // Pinned meanwhile: home and un-protected, or the write that breaks the sharing would itself fault.
+            if pin::with_pinned(region, pages, || drop(mmap::advise(pages, Advice::PopulateWrite))).is_err() {
+                process::sched_yield();
+            }
         }
         return Ok(());
     }
@@ -377,13 +391,29 @@ impl<D: Device> Round<'_, D> {
 
     /// Runs the round; `commit` sees what is valid, with the block locked.
     fn run<T>(&self, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
+        self.run_with(scratch, || Some(()), |valid, ()| commit(valid))
+    }
+
+    /// Runs the round. `begin` is called as soon as the block is locked; if it gives nothing, an invalidation is under way.
+    fn run_with<T, B>(
+        &self,
+        scratch: &mut Scratch,
+        begin: impl FnOnce() -> Option<B>,
+        commit: impl FnOnce(&Valid, B) -> T,
+    ) -> Outcome<T> {
         let space = AddressSpace::global();
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
         if space.forking().load(Ordering::SeqCst) != 0 {
             return Outcome::Again;
         }
+        // Likewise, against the teardown of the mirror or of the device.
+        if self.is_over() {
+            return Outcome::Fault(0, DeviceFaultKind::Closed);
+        }
         let mut state = self.region.lock_block(self.block);
+        let Some(begun) = begin() else { return Outcome::Again };
+        let commit = |valid: &Valid| commit(valid, begun);
         if let Some(outside) = (self.want - self.region.body_mask(self.block)).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
@@ -404,6 +434,10 @@ impl<D: Device> Round<'_, D> {
             let valid = self.valid(&state, want);
             if let Some((page, kind)) = self.refused_in_place(&state, &valid) {
                 return Outcome::Fault(page, kind);
+            }
+            if !self.is_served(&valid) {
+                // A pin in progress: the page is neither the device's to use nor home yet.
+                return Outcome::Again;
             }
             return Outcome::Done(self.commit(&mut state, &valid, commit));
         }
@@ -426,8 +460,8 @@ impl<D: Device> Round<'_, D> {
             let gate = space.gate().enter();
             let mut state = self.region.lock_block(self.block);
             // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
-            let forking = space.forking().load(Ordering::SeqCst) != 0;
-            if forking || self.plan(&state) != (want, plan) || (fill - state.resident(self.id())).count() != needed {
+            let stop = self.is_over() || space.forking().load(Ordering::SeqCst) != 0;
+            if stop || self.plan(&state) != (want, plan) || (fill - state.resident(self.id())).count() != needed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
                 return Outcome::Again;
@@ -435,6 +469,11 @@ impl<D: Device> Round<'_, D> {
             return self.finish(&gate, &mut state, want, &plan, needed, scratch, commit);
         }
         self.finish(&gate, &mut state, want, &plan, needed, scratch, commit)
+    }
+
+    /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
+    fn is_over(&self) -> bool {
+        self.region.is_closing() || self.mapped.attached().is_detached()
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -492,11 +531,7 @@ impl<D: Device> Round<'_, D> {
         let after = state.resident(self.id()).count();
         self.mapped.residency().release(before + reserved - after);
         let valid = self.valid(state, want);
-        let served = match self.access {
-            Access::Read => valid.readable,
-            Access::Write => valid.writable,
-        };
-        if served.contains_all(&self.want) {
+        if self.is_served(&valid) {
             // Whatever happened to the company: what was wanted is there.
             return Outcome::Done(self.commit(state, &valid, commit));
         }
@@ -578,6 +613,14 @@ impl<D: Device> Round<'_, D> {
     fn count_arrival(&self, run: &Pages<usize>) {
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
         self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
+    }
+
+    /// Whether everything that was wanted is valid.
+    fn is_served(&self, valid: &Valid) -> bool {
+        match self.access {
+            Access::Read => valid.readable.contains_all(&self.want),
+            Access::Write => valid.writable.contains_all(&self.want),
+        }
     }
 
     fn valid(&self, state: &BlockState, want: PageMask) -> Valid {
@@ -670,6 +713,10 @@ impl<D: Device> Update<'_, D> {
         let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind);
         if access == Access::Write && !region.is_writable() {
             return Err(fault(self.pages.start, DeviceFaultKind::Protection));
+        }
+        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace {
+            // All of the pages are to be there at once.
+            return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));
         }
         count_round(&mapped, access);
         self.range.valid.clear();

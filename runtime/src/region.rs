@@ -57,6 +57,10 @@ pub(crate) struct Region {
     uses: AtomicU32,
     /// Faults that wait outside the gate and still refer to the region; it is not freed before they are gone.
     in_flight: AtomicU32,
+    /// The mirror is going: no page goes to a device any more.
+    closing: AtomicBool,
+    /// The device whose launches write the edges' copies, and how many of them there are.
+    edge_writers: Mutex<(Option<DeviceId>, u32)>,
     pins: Mutex<Pins>,
     has_displacements: AtomicBool,
     displacements: Mutex<[Option<Displacement>; 8]>,
@@ -105,6 +109,8 @@ impl Region {
             read_mostly: AtomicBool::new(options.read_mostly),
             uses: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
+            closing: AtomicBool::new(false),
+            edge_writers: Mutex::new((None, 0)),
             pins: Mutex::new(Pins::default()),
             has_displacements: AtomicBool::new(false),
             displacements: Mutex::new([None; 8]),
@@ -259,6 +265,27 @@ impl Region {
         self.uses.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// From here on no round moves a page to a device. Complete after a grace period of the gate.
+    pub(crate) fn set_closing(&self) {
+        // SeqCst: with the gate's, as `forking` of the address space.
+        self.closing.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the mirror is going. Inside the gate.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::SeqCst)
+    }
+
+    /// Whether some page is with devices alone.
+    pub(crate) fn has_away(&self) -> bool {
+        (0..self.nr_blocks()).any(|block| !self.lock_block(block).away().is_empty())
+    }
+
+    /// Who writes copies of the edges: one device at a time, or the later copy back would undo the earlier one.
+    pub(crate) fn edge_writers(&self) -> MutexGuard<'_, (Option<DeviceId>, u32)> {
+        self.edge_writers.lock()
+    }
+
     /// Counts a fault that will refer to the region outside the gate. Inside the gate only.
     pub(crate) fn enter_flight(&self) {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
@@ -304,6 +331,7 @@ impl Region {
     /// Totals of this region and of what its devices did to it. Waits for faults in progress: a thread is woken by the
     /// system call that serves it, a moment before its fault is counted.
     pub(crate) fn stats(&self, gate: &impl Inside) -> Stats {
+        debug_assert!(crate::sys::signal::async_signals_blocked(), "block locks are taken with signals masked (hazards S1)");
         for block in self.blocks.iter() {
             drop(block.lock());
         }

@@ -79,7 +79,9 @@ impl Area {
     /// Drops everything in it. While it is not registered, so that no event comes of it.
     fn empty(&mut self) -> Result<()> {
         self.door.unregister(self.registered);
-        self.door.discard(self.registered.start(), self.next * PAGE_SIZE);
+        if self.next > 0 && !self.door.discard(self.registered.start(), self.next * PAGE_SIZE) {
+            return Err(Error::new("scratch area", ErrorKind::System).at(self.registered.start()));
+        }
         self.door
             .register(self.registered, Role::Window)
             .map_err(|errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno))?;

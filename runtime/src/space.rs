@@ -126,10 +126,15 @@ impl AddressSpace {
         self.zeros.as_ptr().addr()
     }
 
-    /// Whether something is mapped at the page of `addr`: a page that is present, or swapped out. Markers do not count.
+    /// Whether the page-table entry of `addr` is not empty: a page that is present or swapped out, or a marker, which looks like
+    /// one swapped out (hazards G3). None of ours makes markers, so this is whether there are contents.
     pub(crate) fn is_populated(&self, addr: usize) -> bool {
-        let Ok(state) = self.pagemap.page(addr) else { return false };
-        state.contains(PageState::PRESENT) || (state.contains(PageState::SWAPPED) && !state.contains(PageState::WRITE_PROTECTED))
+        self.pagemap.page(addr).is_ok_and(|state| state.intersects(PageState::PRESENT | PageState::SWAPPED))
+    }
+
+    /// Whether the page of `addr` is in memory.
+    pub(crate) fn is_present(&self, addr: usize) -> bool {
+        self.pagemap.page(addr).is_ok_and(|state| state.contains(PageState::PRESENT))
     }
 
     /// How many of the `max` pages from `addr` on are empty before the first that is not.
@@ -331,11 +336,12 @@ impl AddressSpace {
         }
     }
 
-    /// The region whose body contains all of `addr .. addr + len`, if any.
+    /// The region that contains all of `addr .. addr + len`, if any.
     pub(crate) fn region_containing(&self, addr: usize, len: usize) -> Option<MapArc<Region>> {
+        // By the bytes that were mirrored, not by the pages that are registered: most slices begin in an edge.
         let gate = self.gate.enter();
-        let place = self.lookup(&gate, addr)?;
-        (place.kind == PlaceKind::Body && addr + len <= place.region.end()).then(|| place.region.clone())
+        let contains = |p: &&Place| p.kind == PlaceKind::Body && p.region.addr() <= addr && addr + len <= p.region.end();
+        self.places.load(&gate).iter().find(contains).map(|place| place.region.clone())
     }
 
     /// Takes a free device slot.
