@@ -23,6 +23,6 @@ esac
 # A limit of loom's or of the caller's would end the search early and call it a success.
 unset LOOM_MAX_PERMUTATIONS LOOM_MAX_DURATION LOOM_CHECKPOINT_FILE
 
-export RUSTFLAGS="${RUSTFLAGS-} --cfg loom"
+export RUSTFLAGS="${RUSTFLAGS-} --cfg svm_loom"
 export RUST_BACKTRACE=0
 exec cargo test --release --target-dir "${CARGO_TARGET_DIR:-target}/loom" -p svm-models --lib "${1-}" -- --nocapture

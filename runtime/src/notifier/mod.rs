@@ -192,13 +192,13 @@ mod active;
 mod hub;
 mod interval;
 mod listener;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 pub(crate) mod models;
 mod storage;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests;
 mod tree;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 mod wrong;
 
 pub use hub::{BeginError, Bracket, Counters, Full, Hub, RangeKey, Subscription, Token};
