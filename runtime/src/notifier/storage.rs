@@ -40,6 +40,9 @@ pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T
 #[inline]
 fn place(index: u32) -> (usize, usize) {
     let index = index as usize;
+    if index < FIRST {
+        return (0, index);
+    }
     let segment = (index / FIRST + 1).ilog2() as usize;
     (segment, index - first_of(segment))
 }
