@@ -4,7 +4,7 @@ use super::RangeKey;
 use super::interval::Interval;
 
 /// How many invalidations of one region can be open at a time.
-pub(super) const SLOTS: usize = if cfg!(loom) { 3 } else { 64 };
+pub(super) const SLOTS: usize = if cfg!(svm_loom) { 3 } else { 64 };
 
 const ALL_USED: u64 = u64::MAX >> (64 - SLOTS);
 

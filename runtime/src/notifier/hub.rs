@@ -4,9 +4,9 @@ use super::active::Active;
 use super::interval::Interval;
 use super::storage::{self, Shared};
 use super::tree::Tree;
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 use crate::sync::Mutex;
-#[cfg(loom)]
+#[cfg(svm_loom)]
 use crate::sync::ideal::Mutex;
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sync::shim::atomic::AtomicU64;
@@ -341,14 +341,14 @@ fn wake(words: &Shared<RangeWord>, index: u32) {
     }
 }
 
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 type InnerGuard<'a> = crate::sync::MutexGuard<'a, Inner>;
-#[cfg(loom)]
+#[cfg(svm_loom)]
 type InnerGuard<'a> = loom::sync::MutexGuard<'a, Inner>;
 
 impl Hub {
     /// A hub with no range and no invalidation.
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     pub const fn new() -> Self {
         Self {
             inner: Mutex::new(Inner::new()),
@@ -357,7 +357,7 @@ impl Hub {
     }
 
     /// A hub with no range and no invalidation.
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub fn new() -> Self {
         Self {
             inner: Mutex::new(Inner::new()),

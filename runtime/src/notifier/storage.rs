@@ -6,21 +6,21 @@
 use std::sync::OnceLock;
 
 /// The memory of one segment: a mapping of our own, for malloc's may become mirrored (hazards W6).
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 pub(super) type Chunk<T> = crate::sys::mmap::MapArray<T>;
 
 /// The memory of one segment.
-#[cfg(loom)]
+#[cfg(svm_loom)]
 pub(super) type Chunk<T> = Box<[T]>;
 
 /// Elements of segment 0.
-pub(super) const FIRST: usize = if cfg!(loom) { 2 } else { 64 };
+pub(super) const FIRST: usize = if cfg!(svm_loom) { 2 } else { 64 };
 
 /// Segments at most: more elements than a `u32` index is worth to a region.
-pub(super) const SEGMENTS: usize = if cfg!(loom) { 3 } else { 20 };
+pub(super) const SEGMENTS: usize = if cfg!(svm_loom) { 3 } else { 20 };
 
 /// The memory of segment `segment`: a system call, so not for the fault path and not under a lock.
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 pub(super) fn allocate<T>(segment: usize, mut element: impl FnMut() -> T) -> Chunk<T> {
     match Chunk::from_fn(FIRST << segment, |_| element()) {
         Ok(chunk) => chunk,
@@ -29,7 +29,7 @@ pub(super) fn allocate<T>(segment: usize, mut element: impl FnMut() -> T) -> Chu
 }
 
 /// The memory of segment `segment`.
-#[cfg(loom)]
+#[cfg(svm_loom)]
 pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T> {
     core::iter::repeat_with(element)
         .take(FIRST << segment)
@@ -40,6 +40,9 @@ pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T
 #[inline]
 fn place(index: u32) -> (usize, usize) {
     let index = index as usize;
+    if index < FIRST {
+        return (0, index);
+    }
     let segment = (index / FIRST + 1).ilog2() as usize;
     (segment, index - first_of(segment))
 }
@@ -123,7 +126,7 @@ impl<T> Shared<T> {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
 

@@ -301,7 +301,7 @@ impl Tree {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;

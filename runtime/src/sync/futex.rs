@@ -10,7 +10,7 @@
 
 use super::Deadline;
 use super::shim::atomic::AtomicU32;
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 use crate::sys::{self, futex::Waited};
 use core::ops::Deref;
 
@@ -25,12 +25,12 @@ pub(crate) enum Woken {
 
 /// A 32-bit atomic word with sleepers.
 #[derive(Debug)]
-#[cfg_attr(not(loom), repr(transparent))]
+#[cfg_attr(not(svm_loom), repr(transparent))]
 pub(crate) struct Futex {
     word: AtomicU32,
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     bucket: loom::sync::Mutex<()>,
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     sleepers: loom::sync::Condvar,
 }
 
@@ -43,7 +43,7 @@ impl Deref for Futex {
     }
 }
 
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 impl Futex {
     pub(crate) const fn new(value: u32) -> Self {
         Self {
@@ -76,7 +76,7 @@ impl Futex {
     }
 }
 
-#[cfg(loom)]
+#[cfg(svm_loom)]
 impl Futex {
     pub(crate) fn new(value: u32) -> Self {
         Self {
@@ -110,10 +110,10 @@ impl Futex {
     }
 }
 
-#[cfg(loom)]
+#[cfg(svm_loom)]
 pub(super) fn monotonic_ns() -> u64 {
     0
 }
 
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 pub(super) use sys::clock::monotonic_ns;

@@ -61,7 +61,7 @@ const CLOSED: u32 = 1;
 const SLEEPERS: u32 = 2;
 const PHASE: u32 = 4;
 
-const SHARDS: usize = if cfg!(loom) { 2 } else { 16 };
+const SHARDS: usize = if cfg!(svm_loom) { 2 } else { 16 };
 
 /// Sections that run side by side, against a closer that runs alone.
 ///
@@ -85,7 +85,7 @@ struct Shard {
     inside: [AtomicU32; 2],
 }
 
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 impl Shard {
     const fn new() -> Self {
         Self {
@@ -114,7 +114,7 @@ pub struct Closed<'a> {
 
 impl Gate {
     /// An open gate with nobody inside; all bytes zero.
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     pub const fn new() -> Self {
         Self {
             state: CachePadded::new(Futex::new(0)),
@@ -126,7 +126,7 @@ impl Gate {
     }
 
     /// An open gate with nobody inside.
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub fn new() -> Self {
         Self {
             state: CachePadded::new(Futex::new(0)),
@@ -316,7 +316,7 @@ fn phase_of(state: u32) -> usize {
 /// Threads' stacks lie megabytes apart: the address of a local tells them apart without a thread-local.
 #[inline]
 fn shard_of_this_stack() -> usize {
-    if cfg!(loom) {
+    if cfg!(svm_loom) {
         return 0;
     }
     let local = 0_u8;
@@ -325,7 +325,7 @@ fn shard_of_this_stack() -> usize {
     stack.wrapping_mul(0x9E37_79B9_7F4A_7C15_u64 as usize) >> (usize::BITS - SHARDS.ilog2())
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
     use core::sync::atomic::{AtomicBool, AtomicU64};

@@ -12,15 +12,15 @@
 //!
 //! This module is also the one place where the code meets its model checker: everything here and in
 //! [`notifier`](crate::notifier) takes atomics, cells, fences, threads and the futex from the private shim below. With
-//! `--cfg loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
+//! `--cfg svm_loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
 //! *this* code, not of a copy.
 
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 pub(crate) mod checker;
 mod deadline;
 mod futex;
 mod gate;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 mod models;
 mod mutex;
 mod wait;
@@ -30,18 +30,18 @@ pub(crate) mod mutation;
 pub use deadline::Deadline;
 pub(crate) use futex::{Futex, Woken};
 pub use gate::{Closed, Gate, GateGuard};
-#[cfg(loom)]
+#[cfg(svm_loom)]
 pub(crate) use mutex::ideal;
 pub use mutex::{Mutex, MutexGuard};
 pub use wait::WaitQueue;
 
 /// The shim: the machine's primitives, or the model checker's.
 pub(crate) mod shim {
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     pub(crate) mod atomic {
         pub(crate) use core::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
     }
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub(crate) mod atomic {
         //! Loom's atomics, made to conflict.
         //!
@@ -144,16 +144,16 @@ pub(crate) mod shim {
         atomic!(AtomicU64, u64);
     }
 
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub(crate) use loom::cell::UnsafeCell;
 
     /// `core`'s cell with loom's interface: the access is a closure, so that the model checker can see it.
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     #[repr(transparent)]
     #[derive(Debug)]
     pub(crate) struct UnsafeCell<T: ?Sized>(core::cell::UnsafeCell<T>);
 
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     impl<T> UnsafeCell<T> {
         pub(crate) const fn new(value: T) -> Self {
             Self(core::cell::UnsafeCell::new(value))
@@ -177,14 +177,14 @@ pub(crate) mod shim {
     /// language's memory model and on x86 free after a read-modify-write, this tells loom so.
     #[inline(always)]
     pub(crate) fn fence_for_model() {
-        #[cfg(loom)]
+        #[cfg(svm_loom)]
         atomic::fence(atomic::Ordering::SeqCst);
     }
 
     /// Whether the model has failed and its threads are being taken down: what is dropped then can do nothing any more.
     #[inline(always)]
     pub(crate) fn model_has_failed() -> bool {
-        cfg!(loom) && std::thread::panicking()
+        cfg!(svm_loom) && std::thread::panicking()
     }
 
     /// Lets the holder of something briefly held go on: first by spinning, then by giving up the processor.
@@ -199,7 +199,7 @@ pub(crate) mod shim {
         /// `true` once spinning has been enough and the caller should sleep.
         #[inline]
         pub(crate) fn spin(&mut self) -> bool {
-            if cfg!(loom) || self.0 >= Self::SPINS {
+            if cfg!(svm_loom) || self.0 >= Self::SPINS {
                 return true;
             }
             for _ in 0..1_u32 << self.0 {

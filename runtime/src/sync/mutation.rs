@@ -10,12 +10,12 @@ macro_rules! mutations {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// One way to break the code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[cfg_attr(not(loom), allow(dead_code, reason = "asked about in the code, set by models alone"))]
+        #[cfg_attr(not(svm_loom), allow(dead_code, reason = "asked about in the code, set by models alone"))]
         pub(crate) enum Mutation {
             $($(#[$doc])* $name,)*
         }
 
-        #[cfg(all(test, loom))]
+        #[cfg(all(test, svm_loom))]
         impl Mutation {
             pub(crate) const ALL: &[Self] = &[$(Self::$name),*];
         }
@@ -81,7 +81,7 @@ mutations! {
     PassesInterleaved,
 }
 
-#[cfg(not(loom))]
+#[cfg(not(svm_loom))]
 mod switch {
     use super::Mutation;
 
@@ -91,7 +91,7 @@ mod switch {
     }
 }
 
-#[cfg(loom)]
+#[cfg(svm_loom)]
 mod switch {
     use super::Mutation;
     use std::cell::Cell;
@@ -121,7 +121,7 @@ mod switch {
 }
 
 pub(crate) use switch::mutated;
-#[cfg(all(test, loom))]
+#[cfg(all(test, svm_loom))]
 pub(crate) use switch::with_mutation;
 
 /// `right`, or `Relaxed` where a model has weakened it.

@@ -61,7 +61,7 @@ unsafe impl<T: Sync> Sync for MutexGuard<'_, T> {}
 
 impl<T> Mutex<T> {
     /// An unlocked lock.
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     pub const fn new(value: T) -> Self {
         Self {
             word: Futex::new(UNLOCKED),
@@ -70,7 +70,7 @@ impl<T> Mutex<T> {
     }
 
     /// An unlocked lock.
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub fn new(value: T) -> Self {
         Self {
             word: Futex::new(UNLOCKED),
@@ -209,7 +209,7 @@ impl<T: fmt::Debug> fmt::Debug for MutexGuard<'_, T> {
 /// `models::mutex` shows that the word above excludes, orders and wakes as loom's lock does; that done, modelling each lock
 /// operation of a larger protocol as a word with a futex would multiply schedules and find nothing new. It has no `try_lock`:
 /// loom switches threads at a lock and not at an unlock, so a lock that is held is rarely seen held.
-#[cfg(loom)]
+#[cfg(svm_loom)]
 pub(crate) mod ideal {
     /// See [`super::Mutex`].
     #[derive(Debug)]
@@ -226,7 +226,7 @@ pub(crate) mod ideal {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
     use core::sync::atomic::AtomicU64;

@@ -34,7 +34,7 @@ pub struct WaitQueue {
 
 impl WaitQueue {
     /// A queue with nobody in it; all bytes zero.
-    #[cfg(not(loom))]
+    #[cfg(not(svm_loom))]
     pub const fn new() -> Self {
         Self {
             word: Futex::new(0),
@@ -42,7 +42,7 @@ impl WaitQueue {
     }
 
     /// A queue with nobody in it.
-    #[cfg(loom)]
+    #[cfg(svm_loom)]
     pub fn new() -> Self {
         Self {
             word: Futex::new(0),
@@ -106,7 +106,7 @@ impl Default for WaitQueue {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(svm_loom)))]
 mod tests {
     use super::*;
     use core::sync::atomic::AtomicU32;
