@@ -331,11 +331,14 @@ impl AddressSpace {
         }
     }
 
-    /// The region whose body contains all of `addr .. addr + len`, if any.
+    /// The region that contains all of `addr .. addr + len`, if any: its body, and the edges beside it.
     pub(crate) fn region_containing(&self, addr: usize, len: usize) -> Option<MapArc<Region>> {
         let gate = self.gate.enter();
-        let place = self.lookup(&gate, addr)?;
-        (place.kind == PlaceKind::Body && addr + len <= place.region.end()).then(|| place.region.clone())
+        let contains = |place: &&Place| {
+            let region = &place.region;
+            place.kind == PlaceKind::Body && region.addr() <= addr && addr + len <= region.end()
+        };
+        self.places(&gate).iter().find(contains).map(|place| place.region.clone())
     }
 
     /// Takes a free device slot.
