@@ -201,6 +201,7 @@ impl Raw {
         }
         // 3. The kernel has the faults again; 4. nobody finds the region; 5. nobody refers to it any more.
         if let (RegionKind::Managed, Some(body)) = (region.kind(), region.body()) {
+            region.set_closing();
             unregister_what_is_left(region, body);
             space.unpublish_region(region);
             region.wait_landed();

@@ -55,6 +55,8 @@ pub(crate) struct Region {
     read_mostly: AtomicBool,
     /// Launches in progress on some device: while there are any, a CPU read duplicates instead of migrating home.
     uses: AtomicU32,
+    /// Every page is home and the registration is about to end, or has.
+    closing: AtomicBool,
     /// Faults that wait outside the gate and still refer to the region; it is not freed before they are gone.
     in_flight: AtomicU32,
     pins: Mutex<Pins>,
@@ -104,6 +106,7 @@ impl Region {
             options: options.clone(),
             read_mostly: AtomicBool::new(options.read_mostly),
             uses: AtomicU32::new(0),
+            closing: AtomicBool::new(false),
             in_flight: AtomicU32::new(0),
             pins: Mutex::new(Pins::default()),
             has_displacements: AtomicBool::new(false),
@@ -244,6 +247,17 @@ impl Region {
 
     pub(crate) fn set_read_mostly(&self, read_mostly: bool) {
         self.read_mostly.store(read_mostly, Ordering::Relaxed);
+    }
+
+    /// Called when every page is home, before the registration ends.
+    pub(crate) fn set_closing(&self) {
+        // Relaxed, as its reader: whoever is refused by the kernel for what comes next came after that in the kernel's locks.
+        self.closing.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the kernel may refuse what concerns these pages, since they are registered no more.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Relaxed)
     }
 
     /// Whether some launch is in progress on this region.
