@@ -474,7 +474,6 @@ trait Mirrored<T: Pod> {
     fn as_mut_slice(&mut self) -> &mut [T];
     fn pin(&self, range: std::ops::Range<usize>) -> svm::Result<svm::Pin<'_>>;
     fn advise_read_mostly(&self, yes: bool);
-    fn stats(&self) -> svm::Stats;
 }
 
 macro_rules! mirrored {
@@ -486,7 +485,6 @@ macro_rules! mirrored {
             fn as_mut_slice(&mut self) -> &mut [T] { self.as_mut_slice() }
             fn pin(&self, range: std::ops::Range<usize>) -> svm::Result<svm::Pin<'_>> { self.pin(range) }
             fn advise_read_mostly(&self, yes: bool) { self.advise_read_mostly(yes); }
-            fn stats(&self) -> svm::Stats { self.stats() }
         }
     )* };
 }

@@ -175,6 +175,11 @@ impl BlockState {
         self.pinned | self.unmovable
     }
 
+    /// Pinned pages that are not with the CPU alone yet.
+    pub(crate) fn pins_in_progress(&self) -> PageMask {
+        self.pinned & (self.away | self.held_by_devices(None))
+    }
+
     pub(crate) fn frames(&self, device: DeviceId) -> PageMask {
         self.holdings[device.index()].frames
     }

@@ -461,7 +461,7 @@ mod platform {
         let (source, mut target) = (1_u8, 0_u8);
         let at = (&raw const source).expose_provenance();
         // SAFETY: `target` is valid for a write of one byte.
-        match unsafe { process::copy_from(&raw mut target, at, 1) } {
+        match unsafe { process::copy_from_fallible(&raw mut target, at, 1) } {
             Ok(_) => Support::Yes,
             Err(error) => Support::No(format!("process_vm_readv(2): {error}")),
         }

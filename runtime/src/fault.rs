@@ -161,7 +161,12 @@ impl Pending {
 /// One try of a fault, up to where it would have to wait.
 pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
     let gate = space.gate().enter();
-    let Some(place) = space.lookup(&gate, fault.addr) else { return Attempt::Done(Verdict::NotOurs) };
+    let Some(place) = space.lookup(&gate, fault.addr) else {
+        let verdict = if space.has_missed_before(&gate, fault.addr, fault.thread) { Verdict::NotOurs } else { Verdict::Resolved };
+        drop(gate);
+        // Told of a change that nobody has applied yet, look again when it is.
+        return if space.has_unread_events() { Attempt::Again } else { Attempt::Done(verdict) };
+    };
     let region = &*place.region;
     let (block, page) = match place.kind {
         PlaceKind::Body => region.locate(fault.addr),
@@ -338,6 +343,10 @@ fn act(
         Err(Stall::Busy(at) | Stall::Refused(at) | Stall::Lost(at)) => {
             // Part of the run may be home, the faulting page among it.
             if at != page && !state.away().contains(page) {
+                return Attempt::Done(Verdict::Resolved);
+            }
+            // The mirror ends: the page is home, and what the kernel refused was registered no more. It serves the access itself.
+            if region.is_closing() && !state.away().contains(page) {
                 return Attempt::Done(Verdict::Resolved);
             }
             count(&region.counters().anomalies, 1);

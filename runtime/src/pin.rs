@@ -7,7 +7,7 @@ use core::fmt;
 use core::ops::{Bound, Range, RangeBounds};
 
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
-use crate::block::BlockState;
+use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault::{self, Flight};
@@ -160,8 +160,7 @@ pub(crate) fn with_pinned<R>(region: &Region, pages: PageRange, f: impl FnOnce()
 fn unpin(region: &Region, pages: &Range<usize>) {
     region.remove_pin(pages, |run| {
         for (block, mask) in blocks(&run) {
-            let _gate = AddressSpace::global().gate().enter();
-            region.lock_block(block).set_pinned(mask, false);
+            unpin_block(region, block, mask);
         }
     });
 }
@@ -174,6 +173,32 @@ impl Drop for Pin<'_> {
         let _signals = AsyncSignalsBlocked::new();
         unpin(self.region, &self.pages);
     }
+}
+
+/// Lets the pages move again. First the devices' translations in place go, and the accesses through them end: left there, one
+/// would lead to memory that has moved, and the CPU fault in its middle would wait for that very access.
+fn unpin_block(region: &Region, block: usize, pages: PageMask) {
+    let space = AddressSpace::global();
+    let inv = Invalidation::new(block, pages, Keep::Nothing);
+    let bounds = pages.bounds().unwrap_or(0..1);
+    // Open until the pages are unpinned, so that no translation in place is established any more.
+    let bracket = loop {
+        if let Ok(bracket) = region.hub().start(region.interval(block, bounds.clone()), None) {
+            break bracket;
+        }
+        process::sched_yield();
+    };
+    let over = {
+        let gate = space.gate().enter();
+        let _state = region.lock_block(block);
+        fault::invalidate(region, &gate, DeviceSet::all(), &inv)
+    };
+    if !over {
+        fault::wait_quiesced(space, region, DeviceSet::all(), &inv);
+    }
+    let _gate = space.gate().enter();
+    region.lock_block(block).set_pinned(pages, false);
+    drop(bracket);
 }
 
 impl fmt::Debug for Pin<'_> {

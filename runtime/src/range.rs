@@ -420,7 +420,9 @@ impl<D: Device> Round<'_, D> {
         if let Some(gone) = (self.want & state.gone()).first_from(0) {
             return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
         }
-        if state.pending().intersects(&self.want) {
+        // Pages at which the kernel or a pin is at work: a pin marks its pages, lets go of the lock while accesses end, and
+        // only then brings them home; until it has, they can be used neither in place nor elsewhere.
+        if (state.pending() | state.pins_in_progress()).intersects(&self.want) {
             return Outcome::Again;
         }
         if let Some(until) = lease_of_cpu(&mut state) {

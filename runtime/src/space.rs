@@ -12,7 +12,7 @@
 //! for an address that nobody knows (hazards G6).
 
 use core::ops::ControlFlow;
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
@@ -76,6 +76,9 @@ impl Place {
     }
 }
 
+/// Slots for threads whose fault found no place; those that share one only try once more.
+const MISS_SLOTS: usize = 64;
+
 /// How many ranges may be published when a mapping that is mirrored changes; the sort's room on the reader's stack.
 const MAX_PLACES: usize = 16_384;
 
@@ -91,6 +94,10 @@ pub(crate) struct AddressSpace {
     control: StdMutex<()>,
     devices: AtomicU8,
     forked: AtomicBool,
+    /// How often `places` was replaced.
+    nr_changes: AtomicU64,
+    /// The last fault that found no place, of the threads that hash to each slot: see [`Self::has_missed_before`].
+    misses: [AtomicU64; MISS_SLOTS],
     forking: AtomicU32,
     fork_bracket: StdMutex<()>,
     pagemap: Pagemap,
@@ -113,6 +120,8 @@ impl AddressSpace {
             control: StdMutex::new(()),
             devices: AtomicU8::new(0),
             forked: AtomicBool::new(false),
+            nr_changes: AtomicU64::new(0),
+            misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
             forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
             pagemap: Pagemap::open()?,
@@ -255,6 +264,26 @@ impl AddressSpace {
         (addr < place.range.end()).then_some(place)
     }
 
+    /// Notes that the fault at `addr` of `thread` has found no place, and says whether the same fault had found none before, in
+    /// the same set of places.
+    ///
+    /// One miss is not enough to call a fault a stranger's (hazards G6): its region may have been closed, the page home and the
+    /// registration over, between the fault and the look-up. Tried again, the access succeeds, or faults again.
+    pub(crate) fn has_missed_before(&self, _gate: &impl Inside, addr: usize, thread: usize) -> bool {
+        const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
+        let thread = (thread as u64).wrapping_mul(ODD);
+        // Relaxed: a thread asks for its own misses only, and a change that is seen late costs one more try.
+        let changes = self.nr_changes.load(Ordering::Relaxed);
+        let miss = (thread ^ addr as u64).wrapping_add(changes).wrapping_mul(ODD) | 1;
+        let slot = (thread >> 32) as usize % MISS_SLOTS;
+        self.misses[slot].swap(miss, Ordering::Relaxed) == miss
+    }
+
+    /// Whether the kernel has changed a mapping, and the reader has not heard of it yet.
+    pub(crate) fn has_unread_events(&self) -> bool {
+        self.doors.iter().filter_map(OnceLock::get).any(|door| door.has_events() && door.has_message())
+    }
+
     /// All published ranges.
     pub(crate) fn places<'g>(&'g self, gate: &'g impl Inside) -> &'g [Place] {
         self.places.load(gate)
@@ -262,6 +291,7 @@ impl AddressSpace {
 
     /// While the gate is closed: takes `range` out of every published body (or moved part of one), and publishes `moved`.
     pub(crate) fn republish(&self, closed: &Closed<'_>, range: PageRange, moved: &[Option<Place>]) -> Result<(), i32> {
+        self.nr_changes.fetch_add(1, Ordering::Relaxed);
         self.places.update_closed(closed, |places| {
             let left = places.iter().flat_map(|place| place.without(range));
             let all = MapSlice::collect(left.chain(moved.iter().flatten().cloned()))?;
@@ -290,8 +320,7 @@ impl AddressSpace {
     /// were still mirrored (hazards G7). A stream of faults through the thread door does not hold it up for ever.
     pub(crate) fn drain_events(&self) {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
-        let has_message = || self.doors.iter().filter_map(OnceLock::get).any(|door| door.has_events() && door.has_message());
-        while has_message() && std::time::Instant::now() < deadline {
+        while self.has_unread_events() && std::time::Instant::now() < deadline {
             std::thread::yield_now();
         }
         // Read is not applied: the reader holds the gate closed until it is.
@@ -301,6 +330,7 @@ impl AddressSpace {
     fn publish(&self, operation: &'static str, place: Place) -> Result<()> {
         let start = place.range.start();
         let mut overlaps = false;
+        self.nr_changes.fetch_add(1, Ordering::Relaxed);
         let result = self.places.update(&self.gate, |places| {
             overlaps = places.iter().any(|p| p.range.overlaps(place.range));
             let at = places.partition_point(|p| p.range.start() < start);
@@ -326,6 +356,7 @@ impl AddressSpace {
     }
 
     fn unpublish(&self, gone: impl Fn(&Place) -> bool + Clone) {
+        self.nr_changes.fetch_add(1, Ordering::Relaxed);
         while self
             .places
             .update(&self.gate, |places| MapSlice::collect(places.iter().filter(|p| !gone(p)).cloned()))
@@ -336,12 +367,14 @@ impl AddressSpace {
         }
     }
 
-    /// The region that contains all of `addr .. addr + len`, if any.
+    /// The region that contains all of `addr .. addr + len`, if any: its body, and the edges beside it.
     pub(crate) fn region_containing(&self, addr: usize, len: usize) -> Option<MapArc<Region>> {
-        // By the bytes that were mirrored, not by the pages that are registered: most slices begin in an edge.
         let gate = self.gate.enter();
-        let contains = |p: &&Place| p.kind == PlaceKind::Body && p.region.addr() <= addr && addr + len <= p.region.end();
-        self.places.load(&gate).iter().find(contains).map(|place| place.region.clone())
+        let contains = |place: &&Place| {
+            let region = &place.region;
+            place.kind == PlaceKind::Body && region.addr() <= addr && addr + len <= region.end()
+        };
+        self.places(&gate).iter().find(contains).map(|place| place.region.clone())
     }
 
     /// Takes a free device slot.

@@ -26,6 +26,57 @@ pub(crate) fn sched_yield() {
     unsafe { libc::sched_yield() };
 }
 
+/// Copies bytes as [`copy_from_fallible`] does; where process_vm_readv(2) is forbidden (seccomp), as any load would.
+///
+/// # Errors
+///
+/// `EFAULT` when not even the first byte could be copied.
+///
+/// # Safety
+///
+/// As [`copy_from_fallible`]; and `remote..remote + len` is readable memory that nobody writes meanwhile, or the process may die
+/// of it where the system call is forbidden.
+pub(crate) unsafe fn copy_from(local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
+    // SAFETY: by the caller's contract.
+    match unsafe { copy_from_fallible(local, remote, len) } {
+        Err(error) if is_forbidden(&error) => {
+            let remote = std::ptr::with_exposed_provenance(remote);
+            // SAFETY: both are valid for `len` bytes by contract, and one is our own mapping: they do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(remote, local, len) };
+            Ok(len)
+        }
+        copied => copied,
+    }
+}
+
+/// The other direction of [`copy_from`].
+///
+/// # Errors
+///
+/// As [`copy_from`].
+///
+/// # Safety
+///
+/// As [`copy_to_fallible`]; and `remote..remote + len` is writable memory that nobody accesses meanwhile, or the process may die
+/// of it where the system call is forbidden.
+pub(crate) unsafe fn copy_to(remote: usize, local: *const u8, len: usize) -> io::Result<usize> {
+    // SAFETY: by the caller's contract.
+    match unsafe { copy_to_fallible(remote, local, len) } {
+        Err(error) if is_forbidden(&error) => {
+            let remote = std::ptr::with_exposed_provenance_mut(remote);
+            // SAFETY: both are valid for `len` bytes by contract, and one is our own mapping: they do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(local, remote, len) };
+            Ok(len)
+        }
+        copied => copied,
+    }
+}
+
+/// Whether a filter, and not the memory, refused a copy.
+fn is_forbidden(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM))
+}
+
 /// Copies bytes as the kernel would on our behalf: an address that is not mapped, not accessible or
 /// missing from a registered range ends the copy instead of raising a signal. Returns how much was
 /// copied, which is short only where a page could not be accessed.
@@ -40,21 +91,21 @@ pub(crate) fn sched_yield() {
 /// # Safety
 ///
 /// `local` must be valid for writes of `len` bytes.
-pub(crate) unsafe fn copy_from(local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
+pub(crate) unsafe fn copy_from_fallible(local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
     process_vm(libc::SYS_process_vm_readv, local, remote, len)
 }
 
-/// The other direction of [`copy_from`].
+/// The other direction of [`copy_from_fallible`].
 ///
 /// # Errors
 ///
-/// As [`copy_from`].
+/// As [`copy_from_fallible`].
 ///
 /// # Safety
 ///
 /// `local` must be valid for reads of `len` bytes. Writing `remote..remote + len` must be sound for
 /// as much of it as is mapped and writable.
-pub(crate) unsafe fn copy_to(remote: usize, local: *const u8, len: usize) -> io::Result<usize> {
+unsafe fn copy_to_fallible(remote: usize, local: *const u8, len: usize) -> io::Result<usize> {
     process_vm(libc::SYS_process_vm_writev, local.cast_mut(), remote, len)
 }
 
