@@ -21,29 +21,36 @@ run() {
     (cd "$dir" && timeout --kill-after=10 180 "${as_nobody[@]}" "$@")
 }
 
-# The executables that a cargo command builds, one a line: `target name<TAB>path`.
-built() {
-    cargo "$@" --locked --message-format=json |
-        sed -n 's/.*"reason":"compiler-artifact".*"target":{[^}]*"name":"\([^"]*\)".*"executable":"\([^"]*\)".*/\1\t\2/p'
+# Writes the executables that a cargo command builds to $dir/built, one a line: `target name<TAB>path`. $1 is a pattern for
+# what cargo says of the profile.
+list_built() {
+    local profile=$1
+    shift
+    cargo "$@" --locked --message-format=json >"$dir/messages"
+    sed -n 's/.*"reason":"compiler-artifact".*"target":{[^}]*"name":"\([^"]*\)".*"profile":{[^}]*'"$profile"'}.*"executable":"\([^"]*\)".*/\1\t\2/p' \
+        "$dir/messages" >"$dir/built"
+    [ -s "$dir/built" ]
 }
 
 copy() { install -m 755 "$1" "$dir/$2"; }
 
+list_built '"test":false' build --release -p accel-sim --bin accel-sim
 while IFS=$'\t' read -r name path; do
     copy "$path" "$name"
-done < <(built build --release -p accel-sim --bin accel-sim)
+done <"$dir/built"
 install -m 644 Cargo.lock "$dir/Cargo.lock"
 run ./accel-sim doctor
 run ./accel-sim run pagerank --input Cargo.lock
 
+list_built '"test":true' test --workspace --no-run
 count=0
 while IFS=$'\t' read -r name path; do
     case "$name" in
         compile_fail | cli) continue ;;
     esac
-    copy "$path" "test-$name"
-    run "./test-$name" --quiet
     count=$((count + 1))
-done < <(built test --workspace --no-run)
+    copy "$path" "$count-$name"
+    run "./$count-$name" --quiet </dev/null
+done <"$dir/built"
 echo "$count test binaries ran as a plain user"
 [ "$count" -ge 3 ]

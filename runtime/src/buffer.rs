@@ -11,6 +11,7 @@ use crate::mirror::{Mirror, mirror_raw_typed};
 use crate::options::{Granule, Options};
 use crate::pin::Pin;
 use crate::share::Shared;
+use crate::space::AddressSpace;
 use crate::stats::Stats;
 use crate::sys::mmap::Memory;
 use crate::view::{View, ViewMut};
@@ -58,6 +59,7 @@ impl<T: Pod> Buffer<T> {
     /// As [`zeroed`](Self::zeroed).
     pub fn with_options(len: usize, options: &Options) -> Result<Self> {
         const { assert!(align_of::<T>() <= PAGE_SIZE, "a buffer's elements are aligned to a page at most") };
+        AddressSpace::get("buffer")?;
         let no_room = |errno| Error::new("buffer", ErrorKind::OutOfMemory).errno(errno);
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| no_room(libc::ENOMEM))?;
         // Aligned as the largest granule that fits, so that no granule is cut.

@@ -246,7 +246,7 @@ impl fmt::Display for Capabilities {
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(any(not(target_os = "linux"), svm_unsupported))]
 mod platform {
     use super::{Capabilities, Capability, Support};
 
@@ -260,7 +260,7 @@ mod platform {
     }
 }
 
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", not(svm_unsupported)))]
 mod platform {
     use std::fs;
     use std::io;
@@ -568,7 +568,7 @@ instead: a page that is lost ends the process with a message
         );
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(all(target_os = "linux", not(svm_unsupported)))]
     mod linux {
         use super::super::*;
         use crate::sys::testing::{in_child, test_name};

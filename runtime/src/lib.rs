@@ -1,7 +1,5 @@
 //! Shared virtual memory in userspace.
 
-#![cfg(target_os = "linux")]
-
 pub mod addr;
 mod block;
 mod buffer;
@@ -30,6 +28,7 @@ mod share;
 mod space;
 mod stats;
 pub mod sync;
+#[cfg_attr(any(not(target_os = "linux"), svm_unsupported), path = "sys/unsupported.rs")]
 mod sys;
 mod view;
 mod window;

@@ -113,6 +113,8 @@ impl AddressSpace {
     fn new() -> std::io::Result<Self> {
         // Without membarrier(2) both halves of the asymmetric fence are full ones, and nothing else changes.
         let _ = crate::sys::membarrier::init();
+        // First, for it says best what is wrong on a system that is not Linux.
+        let pagemap = Pagemap::open()?;
         Ok(Self {
             gate: Gate::new(),
             places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
@@ -124,7 +126,7 @@ impl AddressSpace {
             misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
             forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
-            pagemap: Pagemap::open()?,
+            pagemap,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
         })
@@ -190,7 +192,10 @@ impl AddressSpace {
         if let Some(space) = Self::existing().filter(|s| s.is_usable()) {
             return Ok(space);
         }
-        let failed = |e: std::io::Error| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0));
+        let failed = |e: std::io::Error| match e.raw_os_error() {
+            Some(errno) => Error::new(operation, ErrorKind::System).errno(errno),
+            None => Error::new(operation, ErrorKind::Unsupported(e.to_string())),
+        };
         let space = MapBox::leak(MapBox::new(Self::new().map_err(failed)?).map_err(failed)?);
         crate::fork::install().map_err(failed)?;
         // Release pairs with the Acquire of `existing`.

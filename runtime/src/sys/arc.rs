@@ -117,7 +117,7 @@ impl<T: ?Sized> Drop for MapArc<T> {
         // SAFETY: the count is zero, so this was the last reference; the value is dropped once.
         unsafe { core::ptr::drop_in_place(&raw mut (*self.shared.as_ptr()).value) };
         // SAFETY: `new` mapped exactly these bytes at this address, and nothing refers to them any more.
-        unsafe { libc::munmap(self.shared.as_ptr().cast(), bytes) };
+        unsafe { super::mmap::unmap(self.shared.as_ptr().expose_provenance(), bytes) };
     }
 }
 
@@ -182,7 +182,7 @@ impl<T> Drop for MapSlice<T> {
         // SAFETY: the items are initialised and dropped once.
         unsafe { core::ptr::drop_in_place(all) };
         // SAFETY: `collect` mapped this many bytes here, and nothing refers to them any more.
-        unsafe { libc::munmap(self.items.as_ptr().cast(), self.len * size_of::<T>().max(1)) };
+        unsafe { super::mmap::unmap(self.items.as_ptr().expose_provenance(), self.len * size_of::<T>().max(1)) };
     }
 }
 

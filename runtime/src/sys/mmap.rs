@@ -36,7 +36,7 @@ pub(super) fn map_anonymous(len_bytes: usize) -> io::Result<NonNull<u8>> {
 /// # Safety
 ///
 /// The range is a mapping of the caller's own that nothing uses any more.
-unsafe fn unmap(address: usize, len_bytes: usize) {
+pub(super) unsafe fn unmap(address: usize, len_bytes: usize) {
     if len_bytes > 0 {
         // SAFETY: by contract. A failure (only ENOMEM, when splitting a mapping exceeds the VMA
         // limit) leaks address space and nothing else.

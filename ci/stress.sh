@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# The stress, for each door, granule and forced fallback: workers and CPU threads on shared counters and checked pages.
+#
+#   ci/stress.sh           60 s each
+#   ci/stress.sh --quick   a second each
+#   ci/stress.sh SECONDS
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-60}" in
+    --quick) seconds=1 ;;
+    *) seconds="${1:-60}" ;;
+esac
+
+cargo build --release --locked -p tests --bin stress
+stress="${CARGO_TARGET_DIR:-target}/release/stress"
+
+run() {
+    echo "\$ ${SVM_DISABLE:+SVM_DISABLE=$SVM_DISABLE }stress $*"
+    timeout --kill-after=10 $((seconds + 60)) "$stress" --seconds "$seconds" "$@"
+}
+
+for delivery in inline thread; do
+    for granule in 4k 64k 2m; do
+        run --delivery "$delivery" --granule "$granule"
+    done
+    for missing in move pagemap_scan membarrier procmap_query; do
+        SVM_DISABLE="$missing" run --delivery "$delivery"
+    done
+done
+run --device-memory $((4 << 20))
