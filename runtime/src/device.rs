@@ -417,7 +417,6 @@ impl<D: Device> AnyMapped for Mapped<D> {
     }
 
     fn unmap(&self) {
-        let _control = self.attached.control.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         self.attached.retired.absorb(&self.counters.snapshot());
         let gate = AddressSpace::global().gate();
         retry_no_memory(|| {
@@ -661,13 +660,29 @@ impl<D: Device> Attachment<D> {
         let gate = space.gate();
         let erased: MapArc<dyn AnyMapped> = mapped.clone().erase(|p| p);
         space.publish_window(region, mapped.window(), attached.id)?;
-        region.devices_cell().update(gate, |table| {
-            let mut table = table.clone();
-            table[attached.id.index()] = Some(erased.clone());
-            Ok(table)
-        }).map_err(no_memory)?;
-        attached.mapped.update(gate, |list| MapSlice::collect(list.iter().cloned().chain([mapped.clone()])))
-            .map_err(no_memory)?;
+        let known = attached.mapped.update(gate, |list| MapSlice::collect(list.iter().cloned().chain([mapped.clone()])));
+        let told = known.and_then(|()| {
+            region.devices_cell().update(gate, |table| {
+                let mut table = table.clone();
+                table[attached.id.index()] = Some(erased.clone());
+                Ok(table)
+            })
+        });
+        // A mirror that is being closed has looked at its devices already, or is about to.
+        let closing = region.is_closing();
+        if told.is_err() || closing {
+            // Undone in reverse: no page has gone there yet.
+            retry_no_memory(|| {
+                region.devices_cell().update(gate, |table| {
+                    let mut table = table.clone();
+                    table[attached.id.index()] = None;
+                    Ok(table)
+                })
+            });
+            mapped.unmap();
+            space.unpublish_window(mapped.window());
+            return Err(told.map_or_else(no_memory, |()| Error::invalid("map", "the mirror is closed").at(region.addr())));
+        }
         Ok(MappedRef(mapped))
     }
 

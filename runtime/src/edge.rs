@@ -14,6 +14,7 @@ use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Resul
 use crate::region::RegionKind;
 use crate::sync::Mutex;
 use crate::sys::process;
+use crate::sys::signal::AsyncSignalsBlocked;
 
 /// How many launches use the copies of a mapped region's edges.
 #[derive(Debug)]
@@ -58,24 +59,44 @@ impl<D: Device> MappedRef<D> {
     /// Begins a launch's use of the region: copies the edge bytes into the window. Until the guard is ended, CPU reads of
     /// pages that a device holds duplicate them.
     ///
+    /// The guard is to be dropped or finished: while one that was leaked (`mem::forget`) counts as a user, later launches work on
+    /// the copies it made.
+    ///
     /// # Errors
-    /// The edge's mapping is gone, or a write to an input.
+    /// The edge's mapping is gone, a write to an input, or a write while a launch of another device writes.
     pub fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
         let region = self.shared_region();
         if access == Access::Write && !region.is_writable() {
             return Err(DeviceFault::new(region.addr(), access, DeviceFaultKind::Protection).into());
         }
-        {
-            let mut users = self.edges().users.lock();
-            if *users == 0 {
-                for edge in edges(self).into_iter().flatten() {
-                    self.copy_in(&edge)?;
-                }
+        let _signals = AsyncSignalsBlocked::new();
+        let me = self.attached().id;
+        if access == Access::Write {
+            let mut writers = region.edge_writers();
+            if writers.1 > 0 && writers.0 != Some(me) {
+                return Err(Error::invalid("begin use", "a launch of another device is writing this mirror").at(region.addr()));
             }
-            *users += 1;
+            *writers = (Some(me), writers.1 + 1);
         }
+        let entered = self.enter_edges();
+        if entered.is_err() && access == Access::Write {
+            region.edge_writers().1 -= 1;
+        }
+        entered?;
         region.begin_use();
         Ok(UseGuard { mapped: self.clone(), access, open: true })
+    }
+
+    /// Counts a user of the copies; the first makes them.
+    fn enter_edges(&self) -> Result<()> {
+        let mut users = self.edges().users.lock();
+        if *users == 0 {
+            for edge in edges(self).into_iter().flatten() {
+                self.copy_in(&edge)?;
+            }
+        }
+        *users += 1;
+        Ok(())
     }
 
     fn window_of(&self, addr: usize) -> usize {
@@ -132,14 +153,18 @@ impl<D: Device> UseGuard<D> {
         if !core::mem::replace(&mut self.open, false) {
             return Ok(());
         }
+        let _signals = AsyncSignalsBlocked::new();
         self.mapped.shared_region().end_use();
         let mut result = Ok(());
+        // Copied back before anybody who comes next can find no user and copy in.
+        let mut users = self.mapped.edges().users.lock();
         if self.access == Access::Write {
             for edge in edges(&self.mapped).into_iter().flatten() {
                 result = result.and(self.mapped.copy_back(&edge));
             }
+            self.mapped.shared_region().edge_writers().1 -= 1;
         }
-        *self.mapped.edges().users.lock() -= 1;
+        *users -= 1;
         result
     }
 }
