@@ -25,6 +25,7 @@ use crate::block::{DeviceId, MAX_DEVICES};
 use crate::error::{Error, ErrorKind, Result};
 use crate::evict;
 use crate::mask::PageMask;
+pub use crate::notifier::{Blocking, WouldBlock};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Gated};
@@ -166,19 +167,6 @@ impl DeviceGuard<'_> {
         core::ptr::eq(self.lock, lock)
     }
 }
-
-/// Whether an invalidation may wait for the device lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blocking {
-    /// It may.
-    Yes,
-    /// It must refuse instead, and is then undone as a whole.
-    No,
-}
-
-/// An invalidation was refused because it would have had to wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WouldBlock;
 
 /// What may stay after an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -230,9 +230,13 @@ impl<D: Device> Range<D> {
                 Outcome::Done(Err(Interrupted)) => {
                     count(&mapped.counters().retries, 1);
                     retries += 1;
-                    deadline = Deadline::after(timeout);
                 }
-                other => self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?,
+                other => {
+                    // An interruption alone is no progress (protocol.md section 5).
+                    if self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)? == Progress::Made {
+                        deadline = Deadline::after(timeout);
+                    }
+                }
             }
             if deadline.has_passed() {
                 return Err(fault(DeviceFaultKind::Timeout));
@@ -269,20 +273,20 @@ impl<D: Device> Range<D> {
         info: &RoundInfo<'_, D>,
         outcome: Outcome<T>,
         stuck: &mut Option<usize>,
-    ) -> Result<(), DeviceFault> {
+    ) -> Result<Progress, DeviceFault> {
         let region = info.mapped.shared_region();
         let fault = |page: usize, kind| DeviceFault::new(region.addr_of(info.block, page), info.access, kind);
         match outcome {
-            Outcome::Done(_) => Ok(()),
+            Outcome::Done(_) => Ok(Progress::Made),
             Outcome::Again => {
                 count(&region.counters().waits, 1);
                 process::sched_yield();
-                Ok(())
+                Ok(Progress::None)
             }
             Outcome::WaitUntil(ns) => {
                 count(&region.counters().waits, 1);
                 clock::sleep_until(ns);
-                Ok(())
+                Ok(Progress::None)
             }
             Outcome::Full(needed) => {
                 let freed = evict::make_room(&self.attached, needed, &mut self.scratch)
@@ -294,12 +298,14 @@ impl<D: Device> Range<D> {
                     // All of it is in use at this moment: the others will be done with theirs.
                     count(&region.counters().waits, 1);
                     process::sched_yield();
+                    return Ok(Progress::None);
                 }
-                Ok(())
+                Ok(Progress::Made)
             }
             Outcome::Stuck(page, stall) => {
                 let first_time = stuck.replace(page) != Some(page);
-                unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))
+                unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))?;
+                Ok(Progress::Made)
             }
             Outcome::Fault(page, kind) => Err(fault(page, kind)),
         }
@@ -311,6 +317,13 @@ fn kind_of(error: BeginError) -> DeviceFaultKind {
         BeginError::Timeout => DeviceFaultKind::Timeout,
         BeginError::Released => DeviceFaultKind::Closed,
     }
+}
+
+/// Whether something was achieved between two rounds, so that the fault's deadline starts anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Made,
+    None,
 }
 
 struct RoundInfo<'a, D: Device> {
@@ -502,10 +515,12 @@ impl<D: Device> Round<'_, D> {
 
     /// First pass over the other devices, then whether they are done.
     fn exclude_others(&self, gate: &impl Inside, state: &BlockState, plan: &Plan) -> bool {
-        self.invalidations(plan)
-            .iter()
-            .filter(|inv| !inv.pages().is_empty())
-            .all(|inv| invalidate(self.region, gate, state.holders(inv.pages()).without(self.id()), inv))
+        // Every device is told before any is waited for (I9): no short cut here.
+        let mut over = true;
+        for inv in self.invalidations(plan).iter().filter(|inv| !inv.pages().is_empty()) {
+            over &= invalidate(self.region, gate, state.holders(inv.pages()).without(self.id()), inv);
+        }
+        over
     }
 
     fn wait_for_others(&self, space: &AddressSpace, region: &Region, plan: &Plan) {
@@ -739,7 +754,9 @@ impl<D: Device> Update<'_, D> {
                     at = end;
                     stuck = None;
                 }
-                other => self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?,
+                other => {
+                    self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?;
+                }
             }
             if self.deadline.has_passed() {
                 return Err(fault(at, DeviceFaultKind::Timeout));
