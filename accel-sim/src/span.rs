@@ -4,11 +4,19 @@
 //!
 //! 1. Publish the spans of all views, and check that all their pages have translations. If one has not: withdraw all, fault in
 //!    what is missing, and start over. An item holds nothing while it waits, so two of them never wait for each other; each
-//!    attempt earns its pages a longer stay, so they do not steal pages from each other for ever.
+//!    attempt earns its pages a longer stay.
 //! 2. With all spans open, every page of them stays until they are closed. A span whose pages are all in the window is a slice
 //!    of the window; one whose pages are all in place is a slice of host memory. One with some of each is *bounced*: its bytes
 //!    are gathered into a buffer, which the kernel works on, and scattered back if the view is mutable.
 //! 3. Run the kernel, and close the spans, also when it panics.
+//!
+//! # When device memory is tight
+//!
+//! All spans of an item are needed at once, and where memory is full each page fetched for one may drive out a page fetched for another,
+//! for ever. So after [`MAX_ATTEMPTS`] an item goes on *piecewise*: it copies its spans into buffers page by page, holding one
+//! page at a time, runs the kernel on the copies with nothing held at all, and copies back page by page. That is sound for
+//! the reason that bouncing is: the launch's borrows keep everyone else from the chunk meanwhile. It needs one page of
+//! memory to make progress, as an element access does.
 
 use std::ops::Range;
 use std::ptr::{
@@ -149,18 +157,22 @@ where
             *want = Want::new(&self.operands, operand, &elements);
         }
         let bounce = &mut *worker.bounce().borrow_mut();
-        let (open, extents) = open(worker, launch, &wants, bounce)?;
+        let opened = open(worker, launch, &wants, bounce)?;
         let mut places = [0; MAX_VIEWS];
         for (v, want) in wants.iter().enumerate() {
             if let Some(want) = want {
-                places[v] = match extents[v] {
-                    Extent::Window => want
+                places[v] = match opened.as_ref().map(|(_, extents)| extents[v]) {
+                    Some(Extent::Window) => want
                         .addr
                         .wrapping_add_signed(want.space.offset(Place::Window)),
-                    Extent::InPlace => want.addr,
-                    Extent::Mixed => {
+                    Some(Extent::InPlace) => want.addr,
+                    Some(Extent::Mixed) => {
                         worker.counters().bounced();
                         bounce.gather(v, want)
+                    }
+                    None => {
+                        worker.counters().bounced();
+                        bounce.gather_piecewise(v, want, worker, launch)?
                     }
                 };
             }
@@ -188,20 +200,23 @@ where
             }
         };
         // SAFETY: each address is that of the chunk's bytes for the device, or of a copy; exposed, and congruent to the host address
-        // modulo the page size at least, so aligned. The pages stay where they are while `open` lives, which is longer than
+        // modulo the page size at least, so aligned. The pages stay where they are while `opened` lives, which is longer than
         // the kernel's call. Chunks of different items are disjoint, and so are the views, by their borrows; a mutable view's
         // borrow, which the launch outlives at no time, keeps everyone else from the chunk.
         let spans = unsafe { <V as SpanSet>::spans(&mut chunk) };
         let ran = catch(|| (self.kernel)(spans));
         for (v, want) in wants.iter().enumerate() {
             if let Some(want) = want
-                && extents[v] == Extent::Mixed
                 && want.operand.rights == Rights::Write
             {
-                bounce.scatter(v, want);
+                match &opened {
+                    Some((_, extents)) if extents[v] == Extent::Mixed => bounce.scatter(v, want),
+                    Some(_) => {}
+                    None => bounce.scatter_piecewise(v, want, worker)?,
+                }
             }
         }
-        drop(open);
+        drop(opened);
         ran
     }
 
@@ -210,20 +225,23 @@ where
     }
 }
 
-/// Opens all spans, faulting in what is missing as often as it takes.
+/// How often all spans of an item are tried to be opened at once.
+const MAX_ATTEMPTS: u32 = 16;
+
+/// Opens all spans, faulting in what is missing as often as makes sense. `None`: they do not stay together, see the module.
 fn open<'a>(
     worker: &'a Worker,
     launch: &Launch,
     wants: &[Option<Want<'_>>; MAX_VIEWS],
     bounce: &mut Bounce,
-) -> Result<(Open<'a>, [Extent; MAX_VIEWS]), DeviceFault> {
+) -> Result<Option<(Open<'a>, [Extent; MAX_VIEWS])>, DeviceFault> {
     let mut spans = [const { (0..0, Rights::Read) }; MAX_VIEWS];
     let mut nr = 0;
     for want in wants.iter().flatten() {
         spans[nr] = (want.space.host_pages(&want.pages), want.operand.rights);
         nr += 1;
     }
-    for attempt in 0.. {
+    for attempt in 0..MAX_ATTEMPTS {
         for (v, want) in wants.iter().enumerate() {
             if let Some(want) = want {
                 bounce.make_room(v, want);
@@ -246,13 +264,13 @@ fn open<'a>(
             Some(())
         });
         if opened.is_some() {
-            return Ok((
+            return Ok(Some((
                 Open {
                     slot: worker.slot(),
                     nr,
                 },
                 extents,
-            ));
+            )));
         }
         for want in wants.iter().flatten() {
             let rights = want.operand.rights;
@@ -274,7 +292,7 @@ fn open<'a>(
             }
         }
     }
-    unreachable!("the loop ends by returning")
+    Ok(None)
 }
 
 /// Aligned for any element.
@@ -318,29 +336,92 @@ impl Bounce {
             .map(drop)
     }
 
+    /// Copies the span's bytes into the buffer page by page, holding one page at a time, and says where they are.
+    fn gather_piecewise(
+        &mut self,
+        v: usize,
+        want: &Want<'_>,
+        worker: &Worker,
+        launch: &Launch,
+    ) -> Result<usize, DeviceFault> {
+        let buffer = &mut self.0[v];
+        buffer.wanted = true;
+        self.make_room(v, want);
+        let (addr, copies) = self.copies(v, want);
+        for ((host, len), copy) in want.parts().zip(copies) {
+            with_page(want, host, worker, Some(launch), |device| {
+                let (from, to) = (
+                    with_exposed_provenance::<u8>(device),
+                    with_exposed_provenance_mut::<u8>(copy),
+                );
+                // SAFETY: as in `gather`, with the page held by its own span.
+                unsafe { copy_nonoverlapping(from, to, len) };
+            })?;
+        }
+        Ok(addr)
+    }
+
+    /// Copies the buffer's bytes back page by page.
+    fn scatter_piecewise(
+        &mut self,
+        v: usize,
+        want: &Want<'_>,
+        worker: &Worker,
+    ) -> Result<(), DeviceFault> {
+        let (_, copies) = self.copies(v, want);
+        for ((host, len), copy) in want.parts().zip(copies) {
+            with_page(want, host, worker, None, |device| {
+                let (from, to) = (
+                    with_exposed_provenance::<u8>(copy),
+                    with_exposed_provenance_mut::<u8>(device),
+                );
+                // SAFETY: as in `scatter`, with the page held by its own span.
+                unsafe { copy_nonoverlapping(from, to, len) };
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The address of the span's copy, and of the copy of each of its parts.
+    fn copies(
+        &mut self,
+        v: usize,
+        want: &Want<'_>,
+    ) -> (usize, impl Iterator<Item = usize> + use<>) {
+        let base = self.0[v].pages.as_mut_ptr().expose_provenance();
+        let first = base + want.addr % PAGE_SIZE;
+        let nr = want.pages.len();
+        (
+            first,
+            (0..nr).map(move |i| if i == 0 { first } else { base + i * PAGE_SIZE }),
+        )
+    }
+
     /// The address of the span's copy, and for each part of the span: where it is for the device, where in the copy, and its length.
     fn parts<'a>(
-        &'a mut self,
+        &mut self,
         v: usize,
         want: &'a Want<'_>,
     ) -> (usize, impl Iterator<Item = (usize, usize, usize)>) {
-        let buffer = &mut self.0[v];
-        let base = buffer.pages.as_mut_ptr().expose_provenance();
-        let copy = move |host: usize| base + (host - want.space.addr_of(want.pages.start));
-        let on_host = &buffer.on_host;
-        let parts = want.parts().enumerate().map(move |(i, (host, len))| {
-            let place = if on_host[i / 64] >> (i % 64) & 1 == 1 {
-                Place::Host
-            } else {
-                Place::Window
-            };
-            (
-                host.wrapping_add_signed(want.space.offset(place)),
-                copy(host),
-                len,
-            )
-        });
-        (copy(want.addr), parts)
+        let (addr, copies) = self.copies(v, want);
+        let on_host = &self.0[v].on_host;
+        let parts = want
+            .parts()
+            .zip(copies)
+            .enumerate()
+            .map(move |(i, ((host, len), copy))| {
+                let place = if on_host[i / 64] >> (i % 64) & 1 == 1 {
+                    Place::Host
+                } else {
+                    Place::Window
+                };
+                (
+                    host.wrapping_add_signed(want.space.offset(place)),
+                    copy,
+                    len,
+                )
+            });
+        (addr, parts)
     }
 
     /// Copies the span's bytes into the buffer, and says where they are.
@@ -370,4 +451,40 @@ impl Bounce {
             unsafe { copy_nonoverlapping(from, to, len) };
         }
     }
+}
+
+/// Calls `f` with the device's address of host address `host`, whose page stays there during the call. Gives up early if `launch` stops.
+fn with_page(
+    want: &Want<'_>,
+    host: usize,
+    worker: &Worker,
+    launch: Option<&Launch>,
+    f: impl FnOnce(usize),
+) -> Result<(), DeviceFault> {
+    let rights = want.operand.rights;
+    let page = want.space.pages(host, 1);
+    let spans = [(want.space.host_pages(&page), rights)];
+    for attempt in 0.. {
+        if let Some(place) = worker
+            .slot()
+            .try_open(0, &spans, || want.space.place(page.start, rights))
+        {
+            let open = Open {
+                slot: worker.slot(),
+                nr: 1,
+            };
+            f(host.wrapping_add_signed(want.space.offset(place)));
+            drop(open);
+            return Ok(());
+        }
+        if launch.is_some_and(Launch::is_stopping) {
+            return Err(DeviceFault::new(
+                host,
+                access_of(rights),
+                DeviceFaultKind::Stuck,
+            ));
+        }
+        worker.fetch(want.space, page.clone(), rights, attempt)?;
+    }
+    unreachable!("the loop ends by returning")
 }
