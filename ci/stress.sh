@@ -24,8 +24,8 @@ for delivery in inline thread; do
     for granule in 4k 64k 2m; do
         run --delivery "$delivery" --granule "$granule"
     done
-    for missing in move pagemap_scan membarrier procmap_query; do
+    for missing in move events pagemap_scan procmap_query membarrier process_vm; do
         SVM_DISABLE="$missing" run --delivery "$delivery"
     done
 done
-run --device-memory $((4 << 20))
+run --device-memory none

@@ -4,14 +4,20 @@
 //! Everything above [`sys`](super) is the same code everywhere. Here, what it needs first of the system (memory of its own, a
 //! userfaultfd) is refused, with [`io::ErrorKind::Unsupported`], and what it would hold then is [`Never`]: the compiler knows that
 //! no code behind it can run. So every entry point of the crate compiles and answers with an error that says so.
-#![allow(dead_code, reason = "the same names as on Linux, of which not all have a user left")]
+#![allow(
+    dead_code,
+    reason = "the same names as on Linux, of which not all have a user left"
+)]
 
 /// What cannot exist.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Never {}
 
 fn unsupported<T>() -> std::io::Result<T> {
-    Err(std::io::Error::new(std::io::ErrorKind::Unsupported, "userfaultfd is Linux's"))
+    Err(std::io::Error::new(
+        std::io::ErrorKind::Unsupported,
+        "userfaultfd is Linux's",
+    ))
 }
 
 pub(crate) mod arc;
@@ -108,7 +114,11 @@ pub(crate) mod process {
         super::unsupported()
     }
 
-    pub(crate) fn at_fork(_: extern "C" fn(), _: extern "C" fn(), _: extern "C" fn()) -> io::Result<()> {
+    pub(crate) fn at_fork(
+        _: extern "C" fn(),
+        _: extern "C" fn(),
+        _: extern "C" fn(),
+    ) -> io::Result<()> {
         super::unsupported()
     }
 
@@ -352,7 +362,11 @@ pub(crate) mod pagemap {
             match self.0 {}
         }
 
-        pub(crate) fn walk(&self, _: PageRange, _: impl FnMut(Extent) -> ControlFlow<()>) -> io::Result<()> {
+        pub(crate) fn walk(
+            &self,
+            _: PageRange,
+            _: impl FnMut(Extent) -> ControlFlow<()>,
+        ) -> io::Result<()> {
             match self.0 {}
         }
 
@@ -416,7 +430,11 @@ pub(crate) mod maps {
             match self.0 {}
         }
 
-        pub(crate) fn walk(&self, _: PageRange, _: impl FnMut(Vma) -> ControlFlow<()>) -> io::Result<()> {
+        pub(crate) fn walk(
+            &self,
+            _: PageRange,
+            _: impl FnMut(Vma) -> ControlFlow<()>,
+        ) -> io::Result<()> {
             match self.0 {}
         }
     }
@@ -455,10 +473,19 @@ pub(crate) mod event {
 
     #[derive(Debug)]
     pub(crate) enum Event {
-        PageFault { addr: usize, write: bool, wp: bool, tid: u32 },
+        PageFault {
+            addr: usize,
+            write: bool,
+            wp: bool,
+            tid: u32,
+        },
         Remove(PageRange),
         Unmap(PageRange),
-        Remap { from: usize, to: usize, len: usize },
+        Remap {
+            from: usize,
+            to: usize,
+            len: usize,
+        },
         Fork(Never),
         Unknown(u8),
     }
@@ -487,8 +514,8 @@ pub(crate) mod event {
 pub(crate) mod uffd {
     use std::{fmt, io};
 
-    use super::event::{Doorbell, Ready};
     use super::Never;
+    use super::event::{Doorbell, Ready};
     use crate::addr::PageRange;
 
     bitflags::bitflags! {
