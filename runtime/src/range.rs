@@ -157,9 +157,8 @@ impl<D: Device> Range<D> {
         let covered = covered_by_granules(region, &pages);
         let at = self.subscription(region);
         let (_, subscription) = &mut self.subscriptions[at];
-        subscription.move_to(interval_of(region, &covered));
         let token = subscription
-            .begin(deadline)
+            .begin_at(interval_of(region, &covered), deadline)
             .map_err(|_| DeviceFault::new(addr, Access::Read, DeviceFaultKind::Timeout))?;
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
@@ -201,13 +200,14 @@ impl<D: Device> Range<D> {
         count_round(mapped, access);
         let want = PageMask::range(pages.start - block * PAGES_PER_BLOCK..pages.end - block * PAGES_PER_BLOCK);
         let at = self.subscription(region);
-        self.subscriptions[at].1.move_to(interval_of(region, &covered_by_granules(region, &pages)));
+        let covered = interval_of(region, &covered_by_granules(region, &pages));
         let mut deadline = Deadline::after(timeout);
         let mut retries = 0;
         let mut stuck = None;
         loop {
+            let subscription = &mut self.subscriptions[at].1;
+            let token = subscription.begin_at(covered, deadline).map_err(|_| fault(DeviceFaultKind::Timeout))?;
             let subscription = &self.subscriptions[at].1;
-            let token = subscription.begin(deadline).map_err(|_| fault(DeviceFaultKind::Timeout))?;
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
@@ -521,7 +521,13 @@ impl<D: Device> Round<'_, D> {
         let me: &dyn AnyMapped = &**self.mapped;
         let id = self.id();
         let mut mover = Mover::new(self.region, self.block, state);
-        mover.clear_junk(me, plan.take | plan.duplicate | plan.from_device, scratch)?;
+        // What the device's window still holds of an earlier copy is copied over; what that leaves, below.
+        for run in (plan.duplicate & mover.state.junk(id)).runs() {
+            let done = mover.duplicate_over_junk(me, run.clone())?;
+            self.count_arrival(&(run.start..done));
+        }
+        let duplicate = plan.duplicate - mover.state.frames(id);
+        mover.clear_junk(me, plan.take | duplicate | plan.from_device, scratch)?;
         for run in plan.from_device.runs() {
             self.fetch_from_devices(gate, &mut mover, run)?;
         }
@@ -531,7 +537,7 @@ impl<D: Device> Round<'_, D> {
             mover.take(me, run.clone(), self.access)?;
             self.count_arrival(&run);
         }
-        for run in plan.duplicate.runs() {
+        for run in duplicate.runs() {
             mover.take(me, run.clone(), Access::Read)?;
             mover.share_home(me, run.clone())?;
             self.count_arrival(&run);
@@ -570,6 +576,9 @@ impl<D: Device> Round<'_, D> {
     }
 
     fn count_arrival(&self, run: &Pages<usize>) {
+        if run.is_empty() {
+            return;
+        }
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
         self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
     }
