@@ -25,6 +25,7 @@ mod pin;
 mod ptr;
 mod range;
 mod region;
+mod rights;
 mod scratch;
 mod share;
 mod space;

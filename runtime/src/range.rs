@@ -39,6 +39,7 @@ use crate::movement::{Mover, Stall, granules_of};
 use crate::notifier::{BeginError, Hub, RangeKey, Subscription, Token};
 use crate::pin;
 use crate::region::{Region, RegionKind};
+use crate::rights::Rights;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside};
 use crate::stats::{Cause, count};
@@ -214,7 +215,7 @@ impl<D: Device> Range<D> {
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
-            let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt };
+            let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt, alone: false };
             let begin = || subscription.begin(Deadline::PASSED).ok();
             let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
@@ -382,6 +383,8 @@ struct Round<'a, D: Device> {
     access: Access,
     key: Option<RangeKey>,
     attempt: u32,
+    /// Whether only the wanted pages are to move, and nothing beside them.
+    alone: bool,
 }
 
 impl<D: Device> Round<'_, D> {
@@ -414,7 +417,7 @@ impl<D: Device> Round<'_, D> {
         let mut state = self.region.lock_block(self.block);
         let Some(begun) = begin() else { return Outcome::Again };
         let commit = |valid: &Valid| commit(valid, begun);
-        if let Some(outside) = (self.want - self.region.body_mask(self.block)).first_from(0) {
+        if let Some(outside) = (self.want - self.servable()).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
         if let Some(gone) = (self.want & state.gone()).first_from(0) {
@@ -429,12 +432,17 @@ impl<D: Device> Round<'_, D> {
         if self.region.kind() == RegionKind::Input {
             return self.run_input(&mut state, scratch, commit);
         }
-        let (want, plan) = self.plan(&state);
+        let rights = self.rights(space);
+        if let Some((page, kind)) = rights.refusal(self.want, self.access) {
+            return Outcome::Fault(page, kind);
+        }
+        if self.region.kind() == RegionKind::InPlace {
+            let valid = self.valid(&state, self.want, &rights);
+            return Outcome::Done(self.commit(&mut state, &valid, commit));
+        }
+        let (want, plan) = self.plan(&state, &rights);
         if plan.is_empty() {
-            let valid = self.valid(&state, want);
-            if let Some((page, kind)) = self.refused_in_place(&state, &valid) {
-                return Outcome::Fault(page, kind);
-            }
+            let valid = self.valid(&state, want, &rights);
             if !self.is_served(&valid) {
                 // A pin in progress: the page is neither the device's to use nor home yet.
                 return Outcome::Again;
@@ -461,14 +469,15 @@ impl<D: Device> Round<'_, D> {
             let mut state = self.region.lock_block(self.block);
             // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
             let stop = self.is_over() || space.forking().load(Ordering::SeqCst) != 0;
-            if stop || self.plan(&state) != (want, plan) || (fill - state.resident(self.id())).count() != needed {
+            let same = self.rights(space) == rights && self.plan(&state, &rights) == (want, plan);
+            if stop || !same || (fill - state.resident(self.id())).count() != needed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
                 return Outcome::Again;
             }
-            return self.finish(&gate, &mut state, want, &plan, needed, scratch, commit);
+            return self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit);
         }
-        self.finish(&gate, &mut state, want, &plan, needed, scratch, commit)
+        self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit)
     }
 
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
@@ -477,10 +486,23 @@ impl<D: Device> Round<'_, D> {
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
-    fn plan(&self, state: &BlockState) -> (PageMask, Plan) {
-        let beside = self.company() - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
+    fn plan(&self, state: &BlockState, rights: &Rights) -> (PageMask, Plan) {
+        let beside = (self.company() & rights.to(self.access)) - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
         let all = self.want | beside;
         (all, state.plan(self.id(), all, self.access, self.region.on_read()))
+    }
+
+    /// The pages that rounds may serve: those of the body, or all that hold bytes of the range where nothing ever moves.
+    fn servable(&self) -> PageMask {
+        match self.region.kind() {
+            RegionKind::InPlace => self.region.cover_mask(self.block),
+            RegionKind::Managed | RegionKind::Input => self.region.body_mask(self.block),
+        }
+    }
+
+    /// What the mappings permit of the wanted pages and those beside them.
+    fn rights(&self, space: &AddressSpace) -> Rights {
+        Rights::of(space, self.region, self.block, self.want | self.company())
     }
 
     /// The granules around the wanted pages, cut down where device memory is small: a fault for one page must not claim
@@ -488,6 +510,9 @@ impl<D: Device> Round<'_, D> {
     fn company(&self) -> PageMask {
         let quarter = (self.mapped.residency().capacity() / 4).max(1);
         let granule = self.region.granule().min(1 << quarter.ilog2());
+        if self.alone {
+            return PageMask::EMPTY;
+        }
         granules_of(self.want, granule) & self.region.body_mask(self.block)
     }
 
@@ -520,23 +545,21 @@ impl<D: Device> Round<'_, D> {
         gate: &impl Inside,
         state: &mut BlockState,
         want: PageMask,
+        rights: &Rights,
         plan: &Plan,
         reserved: usize,
         scratch: &mut Scratch,
         commit: impl FnOnce(&Valid) -> T,
     ) -> Outcome<T> {
         let before = state.resident(self.id()).count();
-        let moved = self.execute(gate, state, plan, scratch);
+        let moved = self.execute(gate, state, rights, plan, scratch);
         debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
         let after = state.resident(self.id()).count();
         self.mapped.residency().release(before + reserved - after);
-        let valid = self.valid(state, want);
+        let valid = self.valid(state, want, rights);
         if self.is_served(&valid) {
             // Whatever happened to the company: what was wanted is there.
             return Outcome::Done(self.commit(state, &valid, commit));
-        }
-        if let Some((page, kind)) = self.refused_in_place(state, &valid) {
-            return Outcome::Fault(page, kind);
         }
         match moved {
             Ok(()) | Err(Stall::Changing) => Outcome::Again,
@@ -550,6 +573,7 @@ impl<D: Device> Round<'_, D> {
         &self,
         gate: &impl Inside,
         state: &mut BlockState,
+        rights: &Rights,
         plan: &Plan,
         scratch: &mut Scratch,
     ) -> Result<(), Stall> {
@@ -561,12 +585,16 @@ impl<D: Device> Round<'_, D> {
             self.fetch_from_devices(gate, &mut mover, run, scratch)?;
         }
         mover.state.revoked_all(plan.revoke & mover.state.frames(id), Some(id));
-        for run in plan.take.runs() {
+        for run in ((plan.take | plan.duplicate) - rights.writable).runs() {
+            mover.duplicate(me, run.clone(), scratch)?;
+            self.count_arrival(&run);
+        }
+        for run in (plan.take & rights.writable).runs() {
             mover.state.revoked_all(PageMask::range(run.clone()), Some(id));
             mover.take(me, run.clone(), self.access, scratch)?;
             self.count_arrival(&run);
         }
-        for run in plan.duplicate.runs() {
+        for run in (plan.duplicate & rights.writable).runs() {
             mover.take(me, run.clone(), Access::Read, scratch)?;
             mover.share_home(me, run.clone())?;
             self.count_arrival(&run);
@@ -623,30 +651,19 @@ impl<D: Device> Round<'_, D> {
         }
     }
 
-    fn valid(&self, state: &BlockState, want: PageMask) -> Valid {
-        let (mut in_place, mut in_place_writable) = (PageMask::EMPTY, PageMask::EMPTY);
-        for page in (state.in_place() & want - state.away()).runs().flatten() {
-            // The mapping says what may be done in place: no translation of ours stands between it and the worker.
-            let Some(vma) = AddressSpace::global().vma(self.region.addr_of(self.block, page)) else { continue };
-            in_place |= if vma.readable { PageMask::page(page) } else { PageMask::EMPTY };
-            in_place_writable |= if vma.readable && vma.writable { PageMask::page(page) } else { PageMask::EMPTY };
-        }
-        let in_window = state.frames(self.id()) & want - in_place;
-        let writable = (state.exclusive_to(self.id()) & in_window) | in_place_writable;
+    fn valid(&self, state: &BlockState, want: PageMask, rights: &Rights) -> Valid {
+        let in_place = match self.region.kind() {
+            RegionKind::InPlace => want,
+            RegionKind::Managed | RegionKind::Input => state.in_place() & want - state.away(),
+        } & rights.readable;
+        let in_window = state.frames(self.id()) & want & rights.readable - in_place;
+        let writable = ((state.exclusive_to(self.id()) & in_window) | in_place) & rights.writable;
         Valid {
             block: self.block,
             readable: in_window | in_place,
             writable: if self.region.is_writable() { writable } else { PageMask::EMPTY },
             in_place,
         }
-    }
-
-    /// A wanted page that is served in place and does not permit the access: the fault is final.
-    fn refused_in_place(&self, state: &BlockState, valid: &Valid) -> Option<(usize, DeviceFaultKind)> {
-        let permitted = if self.access == Access::Write { valid.writable } else { valid.readable };
-        let page = (state.in_place() & self.want - state.away() - permitted).first_from(0)?;
-        let mapped = AddressSpace::global().vma(self.region.addr_of(self.block, page)).is_some();
-        Some((page, if mapped { DeviceFaultKind::Protection } else { DeviceFaultKind::Unmapped }))
     }
 
     fn commit<T>(&self, state: &mut BlockState, valid: &Valid, commit: impl FnOnce(&Valid) -> T) -> T {
@@ -683,7 +700,7 @@ impl<D: Device> Round<'_, D> {
             }
         }
         self.mapped.residency().release(before + needed - state.resident(id).count());
-        let valid = self.valid(state, all);
+        let valid = self.valid(state, all, &Rights::of(AddressSpace::global(), self.region, self.block, all));
         if valid.readable.contains_all(&self.want) {
             return Outcome::Done(self.commit(state, &valid, commit));
         }
@@ -730,7 +747,7 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
             let key = Some(self.range.subscriptions[self.subscription].1.key());
-            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0 };
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone: false };
             match round.run(&mut self.range.scratch, Valid::clone) {
                 Outcome::Done(valid) => {
                     self.range.valid.push(valid);
@@ -756,11 +773,13 @@ impl<D: Device> Update<'_, D> {
             let block = at / PAGES_PER_BLOCK;
             let origin = block * PAGES_PER_BLOCK;
             let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
-            let want = PageMask::range(at - origin..end - origin) & region.body_mask(block);
-            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0 };
-            let _gate = AddressSpace::global().gate().enter();
+            let want = PageMask::range(at - origin..end - origin);
+            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0, alone: true };
+            let want = want & round.servable();
+            let space = AddressSpace::global();
+            let _gate = space.gate().enter();
             let state = region.lock_block(block);
-            self.range.valid.push(round.valid(&state, want - state.gone()));
+            self.range.valid.push(round.valid(&state, want - state.gone(), &round.rights(space)));
             at = end;
         }
     }
