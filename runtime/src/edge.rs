@@ -74,6 +74,7 @@ impl<D: Device> MappedRef<D> {
             }
             *users += 1;
         }
+        self.revalidate_protections();
         region.begin_use();
         Ok(UseGuard { mapped: self.clone(), access, open: true })
     }

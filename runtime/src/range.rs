@@ -5,6 +5,7 @@
 //! ```text
 //! range.start_update(&mapped, pages, timeout)   -> Update      begins the critical section; Timeout is a final fault
 //!     update.fault(access)                                     populates: moves or duplicates pages; holds no lock after
+//!     update.migrate()                                         or moves pages, whatever the policy; leaves what cannot move
 //!     update.snapshot()                                        or only looks; never faults anything in
 //!     update.needs_retry()                                     a hint in mid-work: true is reliable, false is not
 //!     device.lock()              -> guard
@@ -127,6 +128,8 @@ enum Outcome<T> {
     WaitUntil(u64),
     /// Device memory is full; so many pages are needed.
     Full(usize),
+    /// The device would not allocate, whatever is evicted: try with less.
+    NoFrames,
     /// The kernel would not move this page.
     Stuck(usize, Stall),
     /// It will not work.
@@ -206,7 +209,7 @@ impl<D: Device> Range<D> {
         self.subscriptions[at].1.move_to(interval_of(region, &covered_by_granules(region, &pages)));
         let mut deadline = Deadline::after(timeout);
         let mut retries = 0;
-        let mut stuck = None;
+        let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         loop {
             let subscription = &self.subscriptions[at].1;
             // Waits here, where nothing is held. The token that counts is taken under the block's lock, under which every change of
@@ -215,7 +218,9 @@ impl<D: Device> Range<D> {
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
-            let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt, alone: false };
+            let (want, alone) = appetite.of(rest);
+            let key = Some(subscription.key());
+            let round = Round { mapped, region, block, want, access, key, attempt, alone, cause: Cause::Demand };
             let begin = || subscription.begin(Deadline::PASSED).ok();
             let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
@@ -227,7 +232,9 @@ impl<D: Device> Range<D> {
                 Ok(())
             });
             match outcome {
-                Outcome::Done(Ok(())) => return Ok(()),
+                Outcome::Done(Ok(())) if rest == want => return Ok(()),
+                Outcome::Done(Ok(())) => rest -= want,
+                Outcome::NoFrames => appetite.refused(&round),
                 Outcome::Done(Err(Interrupted)) => {
                     count(&mapped.counters().retries, 1);
                     retries += 1;
@@ -302,8 +309,37 @@ impl<D: Device> Range<D> {
                 let first_time = stuck.replace(page) != Some(page);
                 unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))
             }
+            Outcome::NoFrames => Ok(()),
             Outcome::Fault(page, kind) => Err(fault(page, kind)),
         }
+    }
+}
+
+/// How much a fault asks for at once: less after each allocation that the device refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Appetite {
+    /// All that is wanted, and what lies beside it.
+    Granules,
+    /// One page.
+    Page,
+}
+
+impl Appetite {
+    /// What to ask for of `want`, and whether alone.
+    fn of(self, want: PageMask) -> (PageMask, bool) {
+        match (self, want.first_from(0)) {
+            (Self::Page, Some(page)) => (PageMask::page(page), true),
+            _ => (want, false),
+        }
+    }
+
+    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place.
+    fn refused<D: Device>(&mut self, round: &Round<'_, D>) {
+        if *self == Self::Page {
+            let _gate = AddressSpace::global().gate().enter();
+            round.region.lock_block(round.block).set_unmovable(round.want);
+        }
+        *self = Self::Page;
     }
 }
 
@@ -385,6 +421,7 @@ struct Round<'a, D: Device> {
     attempt: u32,
     /// Whether only the wanted pages are to move, and nothing beside them.
     alone: bool,
+    cause: Cause,
 }
 
 impl<D: Device> Round<'_, D> {
@@ -451,6 +488,9 @@ impl<D: Device> Round<'_, D> {
         }
         let fill = plan.take | plan.duplicate | plan.from_device;
         let needed = (fill - state.resident(self.id())).count();
+        if needed > 0 && self.mapped.residency().take_failure() {
+            return Outcome::NoFrames;
+        }
         if !self.mapped.residency().reserve(needed) {
             return Outcome::Full(needed);
         }
@@ -640,7 +680,7 @@ impl<D: Device> Round<'_, D> {
 
     fn count_arrival(&self, run: &Pages<usize>) {
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
-        self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
+        self.mapped.counters().to_device(self.cause, demand, run.len() as u64 - demand);
     }
 
     /// Whether everything that was wanted is valid.
@@ -714,6 +754,47 @@ impl<D: Device> Round<'_, D> {
     }
 }
 
+/// What an explicit migration does next with a block.
+enum Migration {
+    /// A round on these pages.
+    Run(PageMask, Access),
+    /// Nothing, before this was seen to.
+    Stop(Outcome<()>),
+    /// Nothing more: what can move has moved.
+    Done(Valid),
+}
+
+impl<D: Device> Round<'_, D> {
+    /// The next step of migrating the wanted pages.
+    fn next_migration(&self) -> Migration {
+        let space = AddressSpace::global();
+        let _gate = space.gate().enter();
+        let state = self.region.lock_block(self.block);
+        let rights = self.rights(space);
+        if let Some((page, kind)) = rights.refusal(self.want, Access::Read) {
+            return Migration::Stop(Outcome::Fault(page, kind));
+        }
+        if state.pending().intersects(&self.want) {
+            return Migration::Stop(Outcome::Again);
+        }
+        let fixed = state.gone() | state.in_place() | state.held_by_devices(Some(self.id()));
+        let movable = match self.region.kind() {
+            RegionKind::InPlace => PageMask::EMPTY,
+            RegionKind::Managed | RegionKind::Input => self.want & self.region.body_mask(self.block) - fixed,
+        };
+        let writable = if self.region.is_writable() { rights.writable } else { PageMask::EMPTY };
+        let write = movable & writable - state.exclusive_to(self.id());
+        let read = movable - writable - state.frames(self.id());
+        if !write.is_empty() {
+            Migration::Run(write, Access::Write)
+        } else if !read.is_empty() {
+            Migration::Run(read, Access::Read)
+        } else {
+            Migration::Done(self.valid(&state, self.want & self.servable() - state.gone(), &rights))
+        }
+    }
+}
+
 fn lease_of_cpu(state: &mut BlockState) -> Option<u64> {
     let until = state.lease().cpu_until_ns;
     (until != 0 && until > clock::monotonic_ns()).then_some(until)
@@ -737,7 +818,50 @@ impl<D: Device> Update<'_, D> {
         }
         count_round(&mapped, access);
         self.range.valid.clear();
-        let (mut at, mut stuck) = (self.pages.start, None);
+        let (mut at, mut stuck, mut appetite) = (self.pages.start, None, Appetite::Granules);
+        while at < self.pages.end {
+            let block = at / PAGES_PER_BLOCK;
+            let origin = block * PAGES_PER_BLOCK;
+            let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
+            let (want, alone) = appetite.of(PageMask::range(at - origin..end - origin));
+            if self.range.scratch.ensure(region.door()).is_err() {
+                return Err(fault(at, DeviceFaultKind::OutOfMemory));
+            }
+            let key = Some(self.range.subscriptions[self.subscription].1.key());
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone, cause: Cause::Demand };
+            match round.run(&mut self.range.scratch, Valid::clone) {
+                Outcome::Done(valid) => {
+                    self.range.valid.push(valid);
+                    at += want.count();
+                    stuck = None;
+                }
+                Outcome::NoFrames => appetite.refused(&round),
+                other => self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?,
+            }
+            if self.deadline.has_passed() {
+                return Err(fault(at, DeviceFaultKind::Timeout));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the pages to device memory, whatever the policy says and without an access: the kernel's `migrate_vma`.
+    ///
+    /// What cannot move stays where it is: edges, pinned pages, memory of a kind that is served in place, and pages that another
+    /// device holds. `end_update` then gives those pages as in place, or not at all. Read-only pages are duplicated: the
+    /// kernel would not move them.
+    ///
+    /// # Errors
+    /// A page is not mapped or permits no access, device memory is exhausted, or the deadline passed.
+    pub fn migrate(&mut self) -> Result<(), DeviceFault> {
+        let mapped = self.mapped.clone();
+        let region = mapped.shared_region();
+        let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, Access::Read, kind);
+        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace {
+            return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));
+        }
+        self.range.valid.clear();
+        let (mut at, mut stuck, mut appetite) = (self.pages.start, None, Appetite::Granules);
         while at < self.pages.end {
             let block = at / PAGES_PER_BLOCK;
             let origin = block * PAGES_PER_BLOCK;
@@ -747,15 +871,29 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
             let key = Some(self.range.subscriptions[self.subscription].1.key());
-            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone: false };
-            match round.run(&mut self.range.scratch, Valid::clone) {
-                Outcome::Done(valid) => {
+            let (access, cause) = (Access::Read, Cause::Explicit);
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone: true, cause };
+            let outcome = match round.next_migration() {
+                Migration::Done(valid) => {
                     self.range.valid.push(valid);
                     at = end;
                     stuck = None;
+                    continue;
                 }
-                other => self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?,
-            }
+                Migration::Stop(outcome) => outcome,
+                Migration::Run(want, access) => {
+                    let round = Round { want: appetite.of(want).0, access, ..round };
+                    match round.run(&mut self.range.scratch, |_| ()) {
+                        Outcome::NoFrames => {
+                            appetite.refused(&round);
+                            continue;
+                        }
+                        Outcome::Done(()) => continue,
+                        outcome => outcome,
+                    }
+                }
+            };
+            self.range.between_rounds(&round_info(&mapped, block, Access::Read), outcome, &mut stuck)?;
             if self.deadline.has_passed() {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
@@ -774,7 +912,7 @@ impl<D: Device> Update<'_, D> {
             let origin = block * PAGES_PER_BLOCK;
             let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
             let want = PageMask::range(at - origin..end - origin);
-            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0, alone: true };
+            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0, alone: true, cause: Cause::Explicit };
             let want = want & round.servable();
             let space = AddressSpace::global();
             let _gate = space.gate().enter();

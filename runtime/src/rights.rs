@@ -8,10 +8,15 @@
 use core::ops::ControlFlow;
 
 use crate::addr::{PAGE_SIZE, PageRange};
+use crate::block::DeviceSet;
+use crate::device::{AnyMapped, Device, Invalidation, Keep, MappedRef};
 use crate::error::{Access, DeviceFaultKind};
+use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::region::{Region, RegionKind};
 use crate::space::AddressSpace;
+use crate::sys::process;
+use crate::sys::signal::AsyncSignalsBlocked;
 
 /// What the mappings permit of some pages of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,5 +75,59 @@ impl Rights {
             DeviceFaultKind::Protection
         };
         Some((page, kind))
+    }
+}
+
+impl<D: Device> MappedRef<D> {
+    /// Takes from the device the translations that the mappings no longer permit: `mprotect` tells nobody. Done by
+    /// [`begin_use`](Self::begin_use); a device that works without launches calls it at the start of an operation.
+    ///
+    /// One query of the kernel per mapping if nothing is protected.
+    pub fn revalidate_protections(&self) {
+        let region = self.shared_region();
+        let Some(body) = region.body().filter(|_| region.kind() == RegionKind::Managed) else { return };
+        let _signals = AsyncSignalsBlocked::new();
+        let mut first = None;
+        let mut end = body.start();
+        let _ = AddressSpace::global().maps().walk(body, |vma| {
+            let whole = vma.readable && vma.writable && vma.range.start() <= end;
+            if !whole {
+                first = Some(end);
+                return ControlFlow::Break(());
+            }
+            end = vma.range.end();
+            ControlFlow::Continue(())
+        });
+        let Some(first) = first.or((end < body.end()).then_some(end)) else { return };
+        for block in region.locate(first).0..region.nr_blocks() {
+            for (access, keep) in [(Access::Read, Keep::Nothing), (Access::Write, Keep::Reads)] {
+                self.revoke_what_is_not_permitted(block, access, keep);
+            }
+        }
+    }
+
+    fn revoke_what_is_not_permitted(&self, block: usize, access: Access, keep: Keep) {
+        let (space, region) = (AddressSpace::global(), self.shared_region());
+        loop {
+            let gate = space.gate().enter();
+            let state = region.lock_block(block);
+            let pages = region.body_mask(block) & state.frames(self.id());
+            let pages = pages - Rights::of(space, region, block, pages).to(access);
+            let Some(bounds) = pages.bounds() else { return };
+            // The bracket: a round that has looked at the old protection does not commit.
+            let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else {
+                drop((state, gate));
+                process::sched_yield();
+                continue;
+            };
+            let inv = Invalidation::new(block, pages, keep);
+            if !fault::invalidate(region, &gate, DeviceSet::one(self.id()), &inv) {
+                let flight = Flight::begin(region);
+                drop((state, gate));
+                fault::wait_quiesced(space, flight.region(), DeviceSet::one(self.id()), &inv);
+            }
+            drop(bracket);
+            return;
+        }
     }
 }
