@@ -234,7 +234,7 @@ impl Raw {
 
 /// Where nothing is mapped there is nothing to mirror: what is mapped there later is not registered, and must not be moved.
 fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange) {
-    let mut leave = |start: usize, end: usize| {
+    let leave = |start: usize, end: usize| {
         let Some(hole) = PageRange::new(start, end) else { return };
         for part in hole.blocks() {
             let (block, first) = region.locate(part.start());
