@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use svm::{
     Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, Keep, MapInfo, MappedRef,
-    PageBits, RegionRef, Valid, WouldBlock,
+    PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread, WouldBlock,
 };
 
 /// How long an operation may take without progress.
@@ -31,6 +31,28 @@ pub struct Table {
     readable: PageBits,
     writable: PageBits,
     in_place: PageBits,
+    /// Writable pages that were taken for atomics: nobody else has had them since.
+    exclusive: PageBits,
+}
+
+impl Table {
+    fn rights(&self, access: Access) -> &PageBits {
+        if access == Access::Write { &self.writable } else { &self.readable }
+    }
+
+    fn install(&self, valid: &Valid) {
+        self.readable.insert(valid.block(), valid.readable());
+        self.writable.insert(valid.block(), valid.writable());
+        let in_window = (*valid.readable() | *valid.writable()) - *valid.in_place();
+        self.in_place.remove(valid.block(), &in_window);
+        self.in_place.insert(valid.block(), valid.in_place());
+    }
+
+    fn remove(&self, block: usize, pages: &PageMask) {
+        for bits in [&self.readable, &self.writable, &self.exclusive] {
+            bits.remove(block, pages);
+        }
+    }
 }
 
 // SAFETY: translations are used only under the device lock (`TestDevice::copy`), which `invalidate` takes: when it
@@ -40,7 +62,7 @@ unsafe impl Device for Dummy {
 
     fn map(&self, map: &MapInfo) -> Result<Table, Error> {
         let bits = || PageBits::new(map.nr_pages);
-        Ok(Table { readable: bits()?, writable: bits()?, in_place: bits()? })
+        Ok(Table { readable: bits()?, writable: bits()?, in_place: bits()?, exclusive: bits()? })
     }
 
     fn lock(&self) -> &DeviceLock {
@@ -51,6 +73,7 @@ unsafe impl Device for Dummy {
         let _guard = self.lock.lock_for(inv.blocking())?;
         self.invalidations.fetch_add(1, Ordering::Relaxed);
         table.writable.remove(inv.block(), inv.pages());
+        table.exclusive.remove(inv.block(), inv.pages());
         if inv.keep() == Keep::Nothing {
             table.readable.remove(inv.block(), inv.pages());
         }
@@ -131,57 +154,95 @@ impl TestDevice {
         access: Access,
         mut bytes: impl FnMut(usize, usize, usize),
     ) -> Result<(), Error> {
-        let _worker = svm::worker_thread();
-        let mapped = self.attachment.map(region)?;
-        let session = mapped.begin_use(access)?;
-        let edges: Vec<usize> = session.edge_pages().collect();
-        let mut range = self.attachment.range()?;
+        let mut session = self.begin(region, access)?;
         let mut done = 0;
         while done < len {
-            let at = addr + done;
-            let page = (at - region.base()) / PAGE;
-            let part = (PAGE - at % PAGE).min(len - done);
-            let last = (addr + len - 1 - region.base()) / PAGE;
-            let device = self.attachment.device();
-            let guard = device.lock.lock();
-            let table = mapped.table();
-            let right = if access == Access::Write { &table.writable } else { &table.readable };
-            if region.is_in_place() || table.in_place.contains(page, Ordering::Acquire) && right.contains(page, Ordering::Acquire) {
-                bytes(at, done, part);
-                done += part;
-            } else if edges.contains(&page) || right.contains(page, Ordering::Acquire) {
-                bytes(at.wrapping_add_signed(mapped.offset()), done, part);
-                done += part;
-            } else {
-                drop(guard);
+            let part = addr + done..addr + len;
+            let before = done;
+            done += session.copy_translated(part.clone(), |at, offset, len| bytes(at, before + offset, len));
+            if done < len {
                 self.rounds.fetch_add(1, Ordering::Relaxed);
-                let end = (page..=last).find(|p| edges.contains(p)).unwrap_or(last + 1);
-                self.round(&mut range, &mapped, page..end, access)?;
+                session.fault(addr + done..addr + len)?;
             }
         }
         session.finish()
     }
 
-    /// One fault round over all that is left, as the kernel's test device does it: the loop a driver author writes.
-    fn round(
-        &self,
-        range: &mut svm::Range<Dummy>,
-        mapped: &MappedRef<Dummy>,
-        pages: Pages<usize>,
-        access: Access,
-    ) -> Result<(), DeviceFault> {
+    /// Begins an operation on `region`: what a launch is for a device with kernels.
+    ///
+    /// # Errors
+    /// As [`Attachment::map`] and [`MappedRef::begin_use`].
+    pub fn begin(&self, region: RegionRef<'_>, access: Access) -> Result<Session<'_>, Error> {
+        let worker = svm::worker_thread();
+        let mapped = self.attachment.map(region)?;
+        if region.is_in_place() {
+            // Nobody tells of changes to such memory: what the device knew of it is forgotten at each operation.
+            let _guard = self.attachment.device().lock.lock();
+            let first = (region.addr() - region.base()) / PAGE;
+            let end = (region.addr() + region.len_bytes() - region.base()).div_ceil(PAGE);
+            (first / 512..end.div_ceil(512)).for_each(|block| mapped.table().remove(block, &PageMask::FULL));
+        }
+        let use_guard = mapped.begin_use(access)?;
+        let edges = use_guard.edge_pages().collect();
+        Ok(Session { device: self, mapped, range: self.attachment.range()?, access, edges, use_guard, _worker: worker })
+    }
+
+    /// Moves the pages to device memory and installs translations. Says whether all of them are there now: those that cannot
+    /// move, or that another device holds, stay where they are.
+    ///
+    /// # Errors
+    /// A page that is not mapped or permits no access.
+    pub fn migrate_to_device(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<bool, Error> {
+        let _worker = svm::worker_thread();
+        let mapped = self.attachment.map(region)?;
+        let mut range = self.attachment.range()?;
+        let first = (addr - region.base()) / PAGE;
         loop {
-            let mut update = range.start_update(mapped, pages.clone(), TIMEOUT)?;
-            update.fault(access)?;
+            let mut update = range.start_update(&mapped, first..first + nr_pages, TIMEOUT)?;
+            update.migrate()?;
             let guard = self.attachment.device().lock.lock();
-            match update.end_update(&guard) {
-                Ok(valid) => {
-                    valid.iter().for_each(|valid| install(mapped.table(), valid));
-                    return Ok(());
-                }
-                Err(svm::Interrupted) => {}
+            if let Ok(valid) = update.end_update(&guard) {
+                valid.iter().for_each(|valid| mapped.table().install(valid));
+                let migrated: usize = valid.iter().map(|v| (*v.readable() - *v.in_place()).count()).sum();
+                return Ok(migrated == nr_pages);
             }
         }
+    }
+
+    /// Brings the pages home.
+    ///
+    /// # Errors
+    /// As [`Attachment::bring_home`].
+    pub fn migrate_to_system(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<(), Error> {
+        let first = (addr - region.base()) / PAGE;
+        self.attachment.bring_home(region, first..first + nr_pages)
+    }
+
+    /// Takes the pages for the device alone, for atomics, until anybody else touches them. Says whether it could: memory that
+    /// is accessed in place is never the device's alone.
+    ///
+    /// # Errors
+    /// The device fault that ended it.
+    pub fn make_exclusive(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<bool, Error> {
+        let mut session = self.begin(region, Access::Write)?;
+        let exclusive = session.fault_with(addr..addr + nr_pages * PAGE, |table, valid| {
+            let alone = *valid.writable() - *valid.in_place();
+            table.exclusive.insert(valid.block(), &alone);
+            alone.count()
+        })?;
+        session.finish()?;
+        Ok(exclusive == nr_pages)
+    }
+
+    /// How many of the pages the device has had to itself since it took them.
+    ///
+    /// # Errors
+    /// As [`Attachment::map`].
+    pub fn nr_exclusive(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<usize, Error> {
+        let mapped = self.attachment.map(region)?;
+        let first = (addr - region.base()) / PAGE;
+        let _guard = self.attachment.device().lock.lock();
+        Ok((first..first + nr_pages).filter(|&page| mapped.table().exclusive.contains(page, Ordering::Acquire)).count())
     }
 
     /// What the device could do with each page of `pages` now, without faulting: readable, writable, in device memory.
@@ -211,10 +272,97 @@ impl TestDevice {
     }
 }
 
-fn install(table: &Table, valid: &Valid) {
-    table.readable.insert(valid.block(), valid.readable());
-    table.writable.insert(valid.block(), valid.writable());
-    let in_window = (*valid.readable() | *valid.writable()) - *valid.in_place();
-    table.in_place.remove(valid.block(), &in_window);
-    table.in_place.insert(valid.block(), valid.in_place());
+/// One operation on one region.
+#[derive(Debug)]
+pub struct Session<'d> {
+    device: &'d TestDevice,
+    mapped: MappedRef<Dummy>,
+    range: svm::Range<Dummy>,
+    access: Access,
+    edges: Vec<usize>,
+    use_guard: UseGuard<Dummy>,
+    _worker: WorkerThread,
+}
+
+impl Session<'_> {
+    /// Calls `bytes(address, offset, length)` for the pages of `part`, in order, while there are translations; says how many
+    /// bytes were covered.
+    pub fn copy_translated(&mut self, part: Pages<usize>, mut bytes: impl FnMut(usize, usize, usize)) -> usize {
+        let region = self.mapped.region();
+        let table = self.mapped.table();
+        let right = table.rights(self.access);
+        let mut at = part.start;
+        while at < part.end {
+            let page = (at - region.base()) / PAGE;
+            let len = (PAGE - at % PAGE).min(part.end - at);
+            let _guard = self.device.attachment.device().lock.lock();
+            let edge = self.edges.contains(&page);
+            if !edge && !right.contains(page, Ordering::Acquire) {
+                break;
+            }
+            if !edge && table.in_place.contains(page, Ordering::Acquire) {
+                if region.is_in_place() && !self.permits(at, len) {
+                    // Protected or unmapped behind the device's back: a fault says what it is.
+                    table.remove(page / 512, &PageMask::page(page % 512));
+                    break;
+                }
+                bytes(at, at - part.start, len);
+            } else {
+                bytes(at.wrapping_add_signed(self.mapped.offset()), at - part.start, len);
+            }
+            at += len;
+        }
+        at - part.start
+    }
+
+    /// Whether an access in place would work now, by the kernel's word: a load or a store could only die of it.
+    fn permits(&self, at: usize, len: usize) -> bool {
+        let mut byte = 0u8;
+        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        [at, at + len - 1].iter().all(|&at| {
+            let remote = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(at), iov_len: 1 };
+            // SAFETY: getpid has no preconditions.
+            let pid = unsafe { libc::getpid() };
+            // SAFETY: reads one byte of our own memory, if it is there, into `byte`.
+            let read = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+            // SAFETY: writes back the byte just read, to memory that the operation is about to write.
+            let write = || unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) };
+            read == 1 && (self.access == Access::Read || write() == 1)
+        })
+    }
+
+    /// One fault round over all of `part`.
+    ///
+    /// # Errors
+    /// The fault.
+    pub fn fault(&mut self, part: Pages<usize>) -> Result<(), DeviceFault> {
+        self.fault_with(part, |_, _| 0).map(drop)
+    }
+
+    /// One fault round over all that is left, as the kernel's test device does it: the loop a driver author writes. `installed`
+    /// is called under the device lock; gives the sum of its results.
+    fn fault_with(&mut self, part: Pages<usize>, mut installed: impl FnMut(&Table, &Valid) -> usize) -> Result<usize, DeviceFault> {
+        let base = self.mapped.region().base();
+        let (first, end) = ((part.start - base) / PAGE, (part.end - base).div_ceil(PAGE));
+        let end = (first..end).find(|page| self.edges.contains(page)).unwrap_or(end);
+        let mapped = &self.mapped;
+        loop {
+            let mut update = self.range.start_update(mapped, first..end, TIMEOUT)?;
+            update.fault(self.access)?;
+            let guard = self.device.attachment.device().lock.lock();
+            if let Ok(valid) = update.end_update(&guard) {
+                valid.iter().for_each(|valid| mapped.table().install(valid));
+                let within = |valid: &Valid| installed(mapped.table(), valid);
+                return Ok(valid.iter().map(within).sum());
+            }
+        }
+    }
+
+    /// Ends the operation.
+    ///
+    /// # Errors
+    /// What was written to an edge could not be copied back.
+    pub fn finish(self) -> Result<(), Error> {
+        self.use_guard.finish()
+    }
 }

@@ -4,6 +4,7 @@
 #![cfg(target_os = "linux")]
 
 pub mod device;
+pub mod mm;
 pub mod stress;
 pub mod watchdog;
 

@@ -270,6 +270,8 @@ impl AttachOptions {
 pub(crate) struct Residency {
     resident: AtomicUsize,
     capacity: usize,
+    /// How many of the next allocations are made to fail.
+    failures: AtomicUsize,
 }
 
 impl Residency {
@@ -279,6 +281,12 @@ impl Residency {
 
     pub(crate) fn resident(&self) -> usize {
         self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Whether the allocation that comes now was made to fail. Asked once for each.
+    pub(crate) fn take_failure(&self) -> bool {
+        self.failures.load(Ordering::Relaxed) != 0
+            && self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok()
     }
 
     /// Counts `pages` in if they fit.
@@ -494,6 +502,20 @@ impl RegionRef<'_> {
         self.region.kind() == RegionKind::InPlace
     }
 
+    /// Whether the page of `addr` can move: it lies wholly in the range, and was not unmapped or moved elsewhere since. What was
+    /// unmapped before the call is seen.
+    #[must_use]
+    pub fn is_movable(&self, addr: usize) -> bool {
+        let region = self.region;
+        let body = region.body().filter(|body| region.kind() == RegionKind::Managed && body.contains_addr(addr));
+        body.is_some() && {
+            let _signals = AsyncSignalsBlocked::new();
+            let _gate = AddressSpace::global().gate().enter();
+            let (block, page) = region.locate(addr);
+            !region.lock_block(block).gone().contains(page)
+        }
+    }
+
     /// The address that page indices count from: [`Self::addr`] rounded down to 2 MiB.
     #[must_use]
     pub fn base(&self) -> usize {
@@ -563,7 +585,7 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
     let attached = Attached {
         id,
         device,
-        residency: Residency { resident: AtomicUsize::new(0), capacity },
+        residency: Residency { resident: AtomicUsize::new(0), capacity, failures: AtomicUsize::new(0) },
         space,
         detached: AtomicBool::new(false),
         retired: Counters::default(),
@@ -696,6 +718,38 @@ impl<D: Device> Attachment<D> {
             evict::release_region(&*mapped, &mapped.region, &mut scratch, Cause::Explicit)?;
         }
         Ok(())
+    }
+
+    /// Brings home what the device holds of `pages` (indices from the region's base), and empties its memory there: the
+    /// counterpart of [`Update::migrate`](crate::Update::migrate). Waits for accesses in flight. Pages that it does not hold are
+    /// home already, as far as this device goes.
+    ///
+    /// # Errors
+    /// As [`map`](Self::map), and [`ErrorKind::Lost`] if a page could not be brought home.
+    pub fn bring_home(&self, region: RegionRef<'_>, pages: Range<usize>) -> Result<()> {
+        let mapped = self.map(region)?;
+        let _signals = AsyncSignalsBlocked::new();
+        let mut scratch = Scratch::new(self.attached.space)?;
+        let end = pages.end.min(region.region.nr_blocks() * PAGES_PER_BLOCK);
+        let mut at = pages.start;
+        while at < end {
+            let origin = at / PAGES_PER_BLOCK * PAGES_PER_BLOCK;
+            let part = at..end.min(origin + PAGES_PER_BLOCK);
+            let mask = PageMask::range(part.start - origin..part.end - origin);
+            evict::release_pages(&*mapped.0, region.region, origin / PAGES_PER_BLOCK, mask, &mut scratch, Cause::Explicit)?;
+            at = part.end;
+        }
+        Ok(())
+    }
+
+    /// Has the next `count` allocations of device memory fail, as under pressure that eviction cannot relieve: a fault that
+    /// wanted many pages is then served page by page, and a page that still gets none is served in place.
+    pub fn fail_next_allocations(&self, count: usize) {
+        self.attached.residency.failures.store(count, Ordering::Relaxed);
+    }
+
+    pub(crate) fn id(&self) -> DeviceId {
+        self.attached.id
     }
 
     /// Totals of what this device did, over all its regions, those that are gone included.

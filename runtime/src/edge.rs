@@ -83,6 +83,7 @@ impl<D: Device> MappedRef<D> {
             region.edge_writers().1 -= 1;
         }
         entered?;
+        self.revalidate_protections();
         region.begin_use();
         Ok(UseGuard { mapped: self.clone(), access, open: true })
     }

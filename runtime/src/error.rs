@@ -202,7 +202,9 @@ pub struct DeviceFault {
 pub enum DeviceFaultKind {
     /// Nothing is mapped there.
     Unmapped,
-    /// The mapping, or the view, does not permit the access.
+    /// The mapping permits no access at all (`PROT_NONE`).
+    NoAccess,
+    /// The mapping, or the view, permits reading but not this access.
     Protection,
     /// The address lies in none of the launch's views.
     OutOfViews,
@@ -236,6 +238,7 @@ impl fmt::Display for DeviceFault {
         };
         let why = match self.kind {
             DeviceFaultKind::Unmapped => "no memory is mapped there",
+            DeviceFaultKind::NoAccess => "the mapping permits no access",
             DeviceFaultKind::Protection => "the mapping or the view does not permit it",
             DeviceFaultKind::OutOfViews => "the address lies in none of the launch's views",
             DeviceFaultKind::OutOfMemory => "device memory is exhausted; give the device more, or use fewer workers or views",

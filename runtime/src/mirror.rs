@@ -23,6 +23,7 @@ use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::evict;
 use crate::fork;
+use crate::mask::PageMask;
 use crate::options::Options;
 use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
@@ -131,6 +132,7 @@ impl Raw {
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
             return Ok(open(region));
         };
+        leave_out_holes(space, &region, body);
         if space.publish_region(&region).is_err() {
             space.drain_events();
             space.publish_region(&region)?;
@@ -230,6 +232,25 @@ impl Raw {
     }
 }
 
+/// Where nothing is mapped there is nothing to mirror: what is mapped there later is not registered, and must not be moved.
+fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange) {
+    let leave = |start: usize, end: usize| {
+        let Some(hole) = PageRange::new(start, end) else { return };
+        for part in hole.blocks() {
+            let (block, first) = region.locate(part.start());
+            let _gate = space.gate().enter();
+            region.lock_block(block).left(PageMask::range(first..first + part.nr_pages()));
+        }
+    };
+    let mut end = body.start();
+    let _ = space.maps().walk(body, |vma| {
+        leave(end, vma.range.start());
+        end = vma.range.end();
+        ControlFlow::Continue(())
+    });
+    leave(end, body.end());
+}
+
 /// Makes pages ordinary memory again.
 fn restore(region: &Region, pages: PageRange) {
     region.door().unregister(pages);
@@ -285,7 +306,7 @@ fn kind_of(space: &AddressSpace, addr: usize, len_bytes: usize) -> RegionKind {
     let mut movable = true;
     let walked = space.maps().walk(pages, |vma| {
         // A thread whose own stack page is away may not even be able to run its handler (hazards S3).
-        movable &= vma.kind.is_anonymous() && !vma.shared && vma.writable && !vma.range.contains_addr(stack);
+        movable &= vma.kind.is_anonymous() && !vma.shared && !vma.range.contains_addr(stack);
         if movable { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     });
     if movable && walked.is_ok() { RegionKind::Managed } else { RegionKind::InPlace }

@@ -7,6 +7,7 @@
 //! | method | from → to | call |
 //! |---|---|---|
 //! | [`take`](Mover::take) | CPU → window | `UFFDIO_MOVE`; holes are zero-filled in the window |
+//! | [`duplicate`](Mover::duplicate) | CPU → window, both keep it | `UFFDIO_WRITEPROTECT`, then `UFFDIO_COPY`: for mappings that MOVE refuses, being read-only |
 //! | [`bring_home`](Mover::bring_home) | window → CPU | `UFFDIO_MOVE` |
 //! | [`share_home`](Mover::share_home) | window → CPU, both keep it | `UFFDIO_COPY` with `MODE_WP`: protected from its first instant |
 //! | [`copy_between`](Mover::copy_between) | window → other window, both keep it | `UFFDIO_COPY` |
@@ -277,6 +278,22 @@ impl<'a> Mover<'a> {
         // Also after a stall: what has left the CPU must get to the device.
         self.hand_over(device, run, scratch)?;
         taken
+    }
+
+    /// Gives `device` copies of the CPU's pages of `run`, whose mapping is read-only, so that the kernel would not move them.
+    /// Both hold them: the CPU's are write-protected, for `mprotect` may make them writable and tells nobody. Holes become
+    /// zero-filled window pages.
+    pub(crate) fn duplicate(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+        let copied = self.for_each_extent(run.clone(), |m, part, populated| {
+            if populated {
+                count(&m.region.counters().duplicated_pages, part.len() as u64);
+                m.protect_and_copy(device, part)
+            } else {
+                m.zero_fill_frames(device, part, Access::Read)
+            }
+        });
+        self.hand_over(device, run, scratch)?;
+        copied
     }
 
     /// For opaque memory: gives the device those pages of `run` that are in its window, and empties the window.
@@ -667,15 +684,26 @@ impl<'a> Mover<'a> {
 
     /// [`take`](Self::take) where the kernel has no MOVE: protect, copy, discard.
     fn take_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
+        self.for_each_extent(run, |m, part, populated| {
+            if populated {
+                m.take_populated_by_copy(device, part)
+            } else {
+                m.zero_fill_frames(device, part, access)
+            }
+        })
+    }
+
+    /// Calls `act` with each part of `run` that the CPU has populated, and each that it has not.
+    fn for_each_extent(
+        &mut self,
+        run: Range<usize>,
+        mut act: impl FnMut(&mut Self, Range<usize>, bool) -> Movement,
+    ) -> Movement {
         let mut at = run.start;
         while at < run.end {
             let populated = self.is_populated(self.host(at));
             let len = self.extent_len(at, run.end - at, populated);
-            if populated {
-                self.take_populated_by_copy(device, at..at + len)?;
-            } else {
-                self.zero_fill_frames(device, at..at + len, access)?;
-            }
+            act(self, at..at + len, populated)?;
             at += len;
         }
         Ok(())
@@ -691,6 +719,18 @@ impl<'a> Mover<'a> {
     }
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
+        self.protect_and_copy(device, run.clone())?;
+        if !self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE) {
+            // As in `drop_host`.
+            self.unprotect(run.clone())?;
+            return Err(Stall::Refused(run.start));
+        }
+        self.state.host_dropped(PageMask::range(run));
+        Ok(())
+    }
+
+    /// Copies pages that the CPU can no longer write. Both hold them.
+    fn protect_and_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         let (at, len) = (self.host(run.start), run.len() * PAGE_SIZE);
         count(&self.region.counters().write_protect_calls, 1);
@@ -700,19 +740,12 @@ impl<'a> Mover<'a> {
             _ => return Err(Stall::Refused(run.start)),
         }
         self.copy_run(
-            run.clone(),
+            run,
             |m, page| m.host(page),
             |m, page| m.frame(device, page),
             Protect::No,
             |state, pages| state.filled(id, pages),
-        )?;
-        if !self.region.door().discard(at, len) {
-            // As in `drop_host`.
-            self.unprotect(run.clone())?;
-            return Err(Stall::Refused(run.start));
-        }
-        self.state.host_dropped(PageMask::range(run));
-        Ok(())
+        )
     }
 }
 

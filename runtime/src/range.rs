@@ -5,6 +5,7 @@
 //! ```text
 //! range.start_update(&mapped, pages, timeout)   -> Update      begins the critical section; Timeout is a final fault
 //!     update.fault(access)                                     populates: moves or duplicates pages; holds no lock after
+//!     update.migrate()                                         or moves pages, whatever the policy; leaves what cannot move
 //!     update.snapshot()                                        or only looks; never faults anything in
 //!     update.needs_retry()                                     a hint in mid-work: true is reliable, false is not
 //!     device.lock()              -> guard
@@ -39,6 +40,7 @@ use crate::movement::{Mover, Stall, granules_of};
 use crate::notifier::{BeginError, Hub, RangeKey, Subscription, Token};
 use crate::pin;
 use crate::region::{Region, RegionKind};
+use crate::rights::Rights;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside};
 use crate::stats::{Cause, count};
@@ -126,6 +128,8 @@ enum Outcome<T> {
     WaitUntil(u64),
     /// Device memory is full; so many pages are needed.
     Full(usize),
+    /// The device would not allocate, whatever is evicted: try with less.
+    NoFrames,
     /// The kernel would not move this page.
     Stuck(usize, Stall),
     /// It will not work.
@@ -204,7 +208,7 @@ impl<D: Device> Range<D> {
         let covered = interval_of(region, &covered_by_granules(region, &pages));
         let mut deadline = Deadline::after(timeout);
         let mut retries = 0;
-        let mut stuck = None;
+        let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         loop {
             // Waits here, where nothing is held. The token that counts is taken under the block's lock, under which every change of
             // ours starts its bracket: so nothing of ours can come between it and the commit.
@@ -213,7 +217,9 @@ impl<D: Device> Range<D> {
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
-            let round = Round { mapped, region, block, want, access, key: Some(subscription.key()), attempt };
+            let (want, alone) = appetite.of(rest);
+            let key = Some(subscription.key());
+            let round = Round { mapped, region, block, want, access, key, attempt, alone, cause: Cause::Demand };
             let begin = || subscription.begin(Deadline::PASSED).ok();
             let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
@@ -225,7 +231,9 @@ impl<D: Device> Range<D> {
                 Ok(())
             });
             match outcome {
-                Outcome::Done(Ok(())) => return Ok(()),
+                Outcome::Done(Ok(())) if rest == want => return Ok(()),
+                Outcome::Done(Ok(())) => rest -= want,
+                Outcome::NoFrames => appetite.refused(&round),
                 Outcome::Done(Err(Interrupted)) => {
                     count(&mapped.counters().retries, 1);
                     retries += 1;
@@ -306,8 +314,37 @@ impl<D: Device> Range<D> {
                 unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))?;
                 Ok(Progress::Made)
             }
+            Outcome::NoFrames => Ok(Progress::None),
             Outcome::Fault(page, kind) => Err(fault(page, kind)),
         }
+    }
+}
+
+/// How much a fault asks for at once: less after each allocation that the device refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Appetite {
+    /// All that is wanted, and what lies beside it.
+    Granules,
+    /// One page.
+    Page,
+}
+
+impl Appetite {
+    /// What to ask for of `want`, and whether alone.
+    fn of(self, want: PageMask) -> (PageMask, bool) {
+        match (self, want.first_from(0)) {
+            (Self::Page, Some(page)) => (PageMask::page(page), true),
+            _ => (want, false),
+        }
+    }
+
+    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place.
+    fn refused<D: Device>(&mut self, round: &Round<'_, D>) {
+        if *self == Self::Page {
+            let _gate = AddressSpace::global().gate().enter();
+            round.region.lock_block(round.block).set_unmovable(round.want);
+        }
+        *self = Self::Page;
     }
 }
 
@@ -394,6 +431,9 @@ struct Round<'a, D: Device> {
     access: Access,
     key: Option<RangeKey>,
     attempt: u32,
+    /// Whether only the wanted pages are to move, and nothing beside them.
+    alone: bool,
+    cause: Cause,
 }
 
 impl<D: Device> Round<'_, D> {
@@ -426,7 +466,7 @@ impl<D: Device> Round<'_, D> {
         let mut state = self.region.lock_block(self.block);
         let Some(begun) = begin() else { return Outcome::Again };
         let commit = |valid: &Valid| commit(valid, begun);
-        if let Some(outside) = (self.want - self.region.body_mask(self.block)).first_from(0) {
+        if let Some(outside) = (self.want - self.servable()).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
         if let Some(gone) = (self.want & state.gone()).first_from(0) {
@@ -443,12 +483,17 @@ impl<D: Device> Round<'_, D> {
         if self.region.kind() == RegionKind::Input {
             return self.run_input(&mut state, scratch, commit);
         }
-        let (want, plan) = self.plan(&state);
+        let rights = self.rights(space);
+        if let Some((page, kind)) = rights.refusal(self.want, self.access) {
+            return Outcome::Fault(page, kind);
+        }
+        if self.region.kind() == RegionKind::InPlace {
+            let valid = self.valid(&state, self.want, &rights);
+            return Outcome::Done(self.commit(&mut state, &valid, commit));
+        }
+        let (want, plan) = self.plan(&state, &rights);
         if plan.is_empty() {
-            let valid = self.valid(&state, want);
-            if let Some((page, kind)) = self.refused_in_place(&state, &valid) {
-                return Outcome::Fault(page, kind);
-            }
+            let valid = self.valid(&state, want, &rights);
             if !self.is_served(&valid) {
                 // A pin in progress: the page is neither the device's to use nor home yet.
                 return Outcome::Again;
@@ -457,6 +502,9 @@ impl<D: Device> Round<'_, D> {
         }
         let fill = plan.take | plan.duplicate | plan.from_device;
         let needed = (fill - state.resident(self.id())).count();
+        if needed > 0 && self.mapped.residency().take_failure() {
+            return Outcome::NoFrames;
+        }
         if !self.mapped.residency().reserve(needed) {
             return Outcome::Full(needed);
         }
@@ -475,14 +523,15 @@ impl<D: Device> Round<'_, D> {
             let mut state = self.region.lock_block(self.block);
             // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
             let stop = self.is_over() || space.forking().load(Ordering::SeqCst) != 0;
-            if stop || self.plan(&state) != (want, plan) || (fill - state.resident(self.id())).count() != needed {
+            let same = self.rights(space) == rights && self.plan(&state, &rights) == (want, plan);
+            if stop || !same || (fill - state.resident(self.id())).count() != needed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
                 return Outcome::Again;
             }
-            return self.finish(&gate, &mut state, want, &plan, needed, scratch, commit);
+            return self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit);
         }
-        self.finish(&gate, &mut state, want, &plan, needed, scratch, commit)
+        self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit)
     }
 
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
@@ -491,10 +540,23 @@ impl<D: Device> Round<'_, D> {
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
-    fn plan(&self, state: &BlockState) -> (PageMask, Plan) {
-        let beside = self.company() - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
+    fn plan(&self, state: &BlockState, rights: &Rights) -> (PageMask, Plan) {
+        let beside = (self.company() & rights.to(self.access)) - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
         let all = self.want | beside;
         (all, state.plan(self.id(), all, self.access, self.region.on_read()))
+    }
+
+    /// The pages that rounds may serve: those of the body, or all that hold bytes of the range where nothing ever moves.
+    fn servable(&self) -> PageMask {
+        match self.region.kind() {
+            RegionKind::InPlace => self.region.cover_mask(self.block),
+            RegionKind::Managed | RegionKind::Input => self.region.body_mask(self.block),
+        }
+    }
+
+    /// What the mappings permit of the wanted pages and those beside them.
+    fn rights(&self, space: &AddressSpace) -> Rights {
+        Rights::of(space, self.region, self.block, self.want | self.company())
     }
 
     /// The granules around the wanted pages, cut down where device memory is small: a fault for one page must not claim
@@ -502,6 +564,9 @@ impl<D: Device> Round<'_, D> {
     fn company(&self) -> PageMask {
         let quarter = (self.mapped.residency().capacity() / 4).max(1);
         let granule = self.region.granule().min(1 << quarter.ilog2());
+        if self.alone {
+            return PageMask::EMPTY;
+        }
         granules_of(self.want, granule) & self.region.body_mask(self.block)
     }
 
@@ -536,23 +601,21 @@ impl<D: Device> Round<'_, D> {
         gate: &impl Inside,
         state: &mut BlockState,
         want: PageMask,
+        rights: &Rights,
         plan: &Plan,
         reserved: usize,
         scratch: &mut Scratch,
         commit: impl FnOnce(&Valid) -> T,
     ) -> Outcome<T> {
         let before = state.resident(self.id()).count();
-        let moved = self.execute(gate, state, plan, scratch);
+        let moved = self.execute(gate, state, rights, plan, scratch);
         debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
         let after = state.resident(self.id()).count();
         self.mapped.residency().release(before + reserved - after);
-        let valid = self.valid(state, want);
+        let valid = self.valid(state, want, rights);
         if self.is_served(&valid) {
             // Whatever happened to the company: what was wanted is there.
             return Outcome::Done(self.commit(state, &valid, commit));
-        }
-        if let Some((page, kind)) = self.refused_in_place(state, &valid) {
-            return Outcome::Fault(page, kind);
         }
         match moved {
             Ok(()) | Err(Stall::Changing) => Outcome::Again,
@@ -566,6 +629,7 @@ impl<D: Device> Round<'_, D> {
         &self,
         gate: &impl Inside,
         state: &mut BlockState,
+        rights: &Rights,
         plan: &Plan,
         scratch: &mut Scratch,
     ) -> Result<(), Stall> {
@@ -583,12 +647,16 @@ impl<D: Device> Round<'_, D> {
             self.fetch_from_devices(gate, &mut mover, run, scratch)?;
         }
         mover.state.revoked_all(plan.revoke & mover.state.frames(id), Some(id));
-        for run in plan.take.runs() {
+        for run in ((plan.take | duplicate) - rights.writable).runs() {
+            mover.duplicate(me, run.clone(), scratch)?;
+            self.count_arrival(&run);
+        }
+        for run in (plan.take & rights.writable).runs() {
             mover.state.revoked_all(PageMask::range(run.clone()), Some(id));
             mover.take(me, run.clone(), self.access, scratch)?;
             self.count_arrival(&run);
         }
-        for run in duplicate.runs() {
+        for run in (duplicate & rights.writable).runs() {
             mover.take(me, run.clone(), Access::Read, scratch)?;
             mover.share_home(me, run.clone())?;
             self.count_arrival(&run);
@@ -637,7 +705,7 @@ impl<D: Device> Round<'_, D> {
             return;
         }
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
-        self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
+        self.mapped.counters().to_device(self.cause, demand, run.len() as u64 - demand);
     }
 
     /// Whether everything that was wanted is valid.
@@ -648,30 +716,19 @@ impl<D: Device> Round<'_, D> {
         }
     }
 
-    fn valid(&self, state: &BlockState, want: PageMask) -> Valid {
-        let (mut in_place, mut in_place_writable) = (PageMask::EMPTY, PageMask::EMPTY);
-        for page in (state.in_place() & want - state.away()).runs().flatten() {
-            // The mapping says what may be done in place: no translation of ours stands between it and the worker.
-            let Some(vma) = AddressSpace::global().vma(self.region.addr_of(self.block, page)) else { continue };
-            in_place |= if vma.readable { PageMask::page(page) } else { PageMask::EMPTY };
-            in_place_writable |= if vma.readable && vma.writable { PageMask::page(page) } else { PageMask::EMPTY };
-        }
-        let in_window = state.frames(self.id()) & want - in_place;
-        let writable = (state.exclusive_to(self.id()) & in_window) | in_place_writable;
+    fn valid(&self, state: &BlockState, want: PageMask, rights: &Rights) -> Valid {
+        let in_place = match self.region.kind() {
+            RegionKind::InPlace => want,
+            RegionKind::Managed | RegionKind::Input => state.in_place() & want - state.away(),
+        } & rights.readable;
+        let in_window = state.frames(self.id()) & want & rights.readable - in_place;
+        let writable = ((state.exclusive_to(self.id()) & in_window) | in_place) & rights.writable;
         Valid {
             block: self.block,
             readable: in_window | in_place,
             writable: if self.region.is_writable() { writable } else { PageMask::EMPTY },
             in_place,
         }
-    }
-
-    /// A wanted page that is served in place and does not permit the access: the fault is final.
-    fn refused_in_place(&self, state: &BlockState, valid: &Valid) -> Option<(usize, DeviceFaultKind)> {
-        let permitted = if self.access == Access::Write { valid.writable } else { valid.readable };
-        let page = (state.in_place() & self.want - state.away() - permitted).first_from(0)?;
-        let mapped = AddressSpace::global().vma(self.region.addr_of(self.block, page)).is_some();
-        Some((page, if mapped { DeviceFaultKind::Protection } else { DeviceFaultKind::Unmapped }))
     }
 
     fn commit<T>(&self, state: &mut BlockState, valid: &Valid, commit: impl FnOnce(&Valid) -> T) -> T {
@@ -708,7 +765,7 @@ impl<D: Device> Round<'_, D> {
             }
         }
         self.mapped.residency().release(before + needed - state.resident(id).count());
-        let valid = self.valid(state, all);
+        let valid = self.valid(state, all, &Rights::of(AddressSpace::global(), self.region, self.block, all));
         if valid.readable.contains_all(&self.want) {
             return Outcome::Done(self.commit(state, &valid, commit));
         }
@@ -718,6 +775,47 @@ impl<D: Device> Round<'_, D> {
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
                 Outcome::Fault(page, DeviceFaultKind::Unmapped)
             }
+        }
+    }
+}
+
+/// What an explicit migration does next with a block.
+enum Migration {
+    /// A round on these pages.
+    Run(PageMask, Access),
+    /// Nothing, before this was seen to.
+    Stop(Outcome<()>),
+    /// Nothing more: what can move has moved.
+    Done(Valid),
+}
+
+impl<D: Device> Round<'_, D> {
+    /// The next step of migrating the wanted pages.
+    fn next_migration(&self) -> Migration {
+        let space = AddressSpace::global();
+        let _gate = space.gate().enter();
+        let state = self.region.lock_block(self.block);
+        let rights = self.rights(space);
+        if let Some((page, kind)) = rights.refusal(self.want, Access::Read) {
+            return Migration::Stop(Outcome::Fault(page, kind));
+        }
+        if state.pending().intersects(&self.want) {
+            return Migration::Stop(Outcome::Again);
+        }
+        let fixed = state.gone() | state.in_place() | state.held_by_devices(Some(self.id()));
+        let movable = match self.region.kind() {
+            RegionKind::InPlace => PageMask::EMPTY,
+            RegionKind::Managed | RegionKind::Input => self.want & self.region.body_mask(self.block) - fixed,
+        };
+        let writable = if self.region.is_writable() { rights.writable } else { PageMask::EMPTY };
+        let write = movable & writable - state.exclusive_to(self.id());
+        let read = movable - writable - state.frames(self.id());
+        if !write.is_empty() {
+            Migration::Run(write, Access::Write)
+        } else if !read.is_empty() {
+            Migration::Run(read, Access::Read)
+        } else {
+            Migration::Done(self.valid(&state, self.want & self.servable() - state.gone(), &rights))
         }
     }
 }
@@ -745,7 +843,52 @@ impl<D: Device> Update<'_, D> {
         }
         count_round(&mapped, access);
         self.range.valid.clear();
-        let (mut at, mut stuck) = (self.pages.start, None);
+        let (mut at, mut stuck, mut appetite) = (self.pages.start, None, Appetite::Granules);
+        while at < self.pages.end {
+            let block = at / PAGES_PER_BLOCK;
+            let origin = block * PAGES_PER_BLOCK;
+            let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
+            let (want, alone) = appetite.of(PageMask::range(at - origin..end - origin));
+            if self.range.scratch.ensure(region.door()).is_err() {
+                return Err(fault(at, DeviceFaultKind::OutOfMemory));
+            }
+            let key = Some(self.range.subscriptions[self.subscription].1.key());
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone, cause: Cause::Demand };
+            match round.run(&mut self.range.scratch, Valid::clone) {
+                Outcome::Done(valid) => {
+                    self.range.valid.push(valid);
+                    at += want.count();
+                    stuck = None;
+                }
+                Outcome::NoFrames => appetite.refused(&round),
+                other => {
+                    self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?;
+                }
+            }
+            if self.deadline.has_passed() {
+                return Err(fault(at, DeviceFaultKind::Timeout));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves the pages to device memory, whatever the policy says and without an access: the kernel's `migrate_vma`.
+    ///
+    /// What cannot move stays where it is: edges, pinned pages, memory of a kind that is served in place, and pages that another
+    /// device holds. `end_update` then gives those pages as in place, or not at all. Read-only pages are duplicated: the
+    /// kernel would not move them.
+    ///
+    /// # Errors
+    /// A page is not mapped or permits no access, device memory is exhausted, or the deadline passed.
+    pub fn migrate(&mut self) -> Result<(), DeviceFault> {
+        let mapped = self.mapped.clone();
+        let region = mapped.shared_region();
+        let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, Access::Read, kind);
+        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace {
+            return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));
+        }
+        self.range.valid.clear();
+        let (mut at, mut stuck, mut appetite) = (self.pages.start, None, Appetite::Granules);
         while at < self.pages.end {
             let block = at / PAGES_PER_BLOCK;
             let origin = block * PAGES_PER_BLOCK;
@@ -755,17 +898,29 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
             let key = Some(self.range.subscriptions[self.subscription].1.key());
-            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0 };
-            match round.run(&mut self.range.scratch, Valid::clone) {
-                Outcome::Done(valid) => {
+            let (access, cause) = (Access::Read, Cause::Explicit);
+            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone: true, cause };
+            let outcome = match round.next_migration() {
+                Migration::Done(valid) => {
                     self.range.valid.push(valid);
                     at = end;
                     stuck = None;
+                    continue;
                 }
-                other => {
-                    self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?;
+                Migration::Stop(outcome) => outcome,
+                Migration::Run(want, access) => {
+                    let round = Round { want: appetite.of(want).0, access, ..round };
+                    match round.run(&mut self.range.scratch, |_| ()) {
+                        Outcome::NoFrames => {
+                            appetite.refused(&round);
+                            continue;
+                        }
+                        Outcome::Done(()) => continue,
+                        outcome => outcome,
+                    }
                 }
-            }
+            };
+            self.range.between_rounds(&round_info(&mapped, block, Access::Read), outcome, &mut stuck)?;
             if self.deadline.has_passed() {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
@@ -783,11 +938,13 @@ impl<D: Device> Update<'_, D> {
             let block = at / PAGES_PER_BLOCK;
             let origin = block * PAGES_PER_BLOCK;
             let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
-            let want = PageMask::range(at - origin..end - origin) & region.body_mask(block);
-            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0 };
-            let _gate = AddressSpace::global().gate().enter();
+            let want = PageMask::range(at - origin..end - origin);
+            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0, alone: true, cause: Cause::Explicit };
+            let want = want & round.servable();
+            let space = AddressSpace::global();
+            let _gate = space.gate().enter();
             let state = region.lock_block(block);
-            self.range.valid.push(round.valid(&state, want - state.gone()));
+            self.range.valid.push(round.valid(&state, want - state.gone(), &round.rights(space)));
             at = end;
         }
     }

@@ -223,6 +223,15 @@ impl Region {
         PageMask::range(clip(first)..clip(end))
     }
 
+    /// The pages of `block` that hold bytes of the range: the body's, and the edges.
+    pub(crate) fn cover_mask(&self, block: usize) -> PageMask {
+        let first = (self.addr - self.base) / PAGE_SIZE;
+        let end = (self.end() - self.base).div_ceil(PAGE_SIZE);
+        let origin = block * PAGES_PER_BLOCK;
+        let clip = |page: usize| page.clamp(origin, origin + PAGES_PER_BLOCK) - origin;
+        PageMask::range(clip(first)..clip(end))
+    }
+
     /// Byte addresses of the pages `pages` of `block`, as an interval of the hub.
     pub(crate) fn interval(&self, block: usize, pages: Range<usize>) -> crate::notifier::Interval {
         crate::notifier::Interval::new(self.addr_of(block, pages.start) as u64, self.addr_of(block, pages.end) as u64)

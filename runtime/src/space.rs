@@ -143,6 +143,15 @@ impl AddressSpace {
         self.pagemap.page(addr).is_ok_and(|state| state.intersects(PageState::PRESENT | PageState::SWAPPED))
     }
 
+    /// What the CPU's page table says of the page of `addr`.
+    pub(crate) fn page_state(&self, addr: usize) -> PageState {
+        self.pagemap.page(addr).unwrap_or_default()
+    }
+
+    pub(crate) fn pagemap(&self) -> &Pagemap {
+        &self.pagemap
+    }
+
     /// Whether the page of `addr` is in memory.
     pub(crate) fn is_present(&self, addr: usize) -> bool {
         self.pagemap.page(addr).is_ok_and(|state| state.contains(PageState::PRESENT))
