@@ -31,6 +31,8 @@ pub struct Accelerator {
     /// `None` only while it is being dropped.
     queue: Option<Sender<Arc<Launch>>>,
     threads: Vec<JoinHandle<()>>,
+    /// The process whose threads they are.
+    process: u32,
 }
 
 impl Accelerator {
@@ -68,6 +70,7 @@ impl Accelerator {
             options,
             queue: Some(sender),
             threads: Vec::new(),
+            process: std::process::id(),
         };
         for i in 0..accel.options.workers {
             let parts = WorkerParts {
@@ -305,6 +308,11 @@ impl Accelerator {
         Ok(Job { launch, buffers })
     }
 
+    /// Whether this is a forked child, where the workers are not.
+    fn is_inherited(&self) -> bool {
+        self.process != std::process::id()
+    }
+
     fn run_work<'a>(&self, work: Box<dyn Work + 'a>) -> Result<(), Error> {
         // SAFETY: we wait below, and nothing between here and there unwinds but by a failure to allocate, which aborts.
         let launch = Arc::new(unsafe { Launch::new(work, self.workers()) });
@@ -313,6 +321,9 @@ impl Accelerator {
     }
 
     fn operands<V: ViewSet>(&self, views: &V) -> Result<Operands, Error> {
+        if self.is_inherited() {
+            return Err(Error::Forked);
+        }
         if self.shared.is_current() {
             return Err(Error::Nested);
         }
@@ -359,6 +370,11 @@ impl Drop for Accelerator {
     fn drop(&mut self) {
         // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
         self.queue = None;
+        if self.is_inherited() {
+            // There is nobody to join.
+            std::mem::forget(std::mem::take(&mut self.threads));
+            return;
+        }
         for thread in self.threads.drain(..) {
             // A worker catches what its kernels panic with.
             let _ = thread.join();

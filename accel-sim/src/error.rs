@@ -36,6 +36,8 @@ pub enum Error {
     },
     /// A kernel launched on its own accelerator: its worker would wait for itself.
     Nested,
+    /// This is a forked child: the accelerator and its workers are the parent's.
+    Forked,
     /// A worker thread could not be started.
     Thread(std::io::Error),
 }
@@ -90,6 +92,10 @@ impl fmt::Display for Error {
             Error::Nested => write!(
                 f,
                 "a kernel cannot launch on its own accelerator: its worker would wait for itself"
+            ),
+            Error::Forked => write!(
+                f,
+                "this is a forked child: the accelerator is the parent's; make one here"
             ),
             Error::Thread(error) => write!(f, "a worker thread could not be started: {error}"),
         }

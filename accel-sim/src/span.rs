@@ -398,10 +398,10 @@ impl Bounce {
     }
 
     /// The address of the span's copy, and for each part of the span: where it is for the device, where in the copy, and its length.
-    fn parts<'a>(
+    fn parts(
         &mut self,
         v: usize,
-        want: &'a Want<'_>,
+        want: &Want<'_>,
     ) -> (usize, impl Iterator<Item = (usize, usize, usize)>) {
         let (addr, copies) = self.copies(v, want);
         let on_host = &self.0[v].on_host;

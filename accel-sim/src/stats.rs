@@ -72,7 +72,8 @@ pub struct WorkerStats {
     pub coalesced: u64,
     /// Work items: chunks of slices, and batches of element items.
     pub items: u64,
-    /// Spans that lay partly in device memory and partly not, and were worked on in a copy.
+    /// Spans that were worked on in a copy: they lay partly in device memory and partly not, or device memory was too tight for all spans
+    /// of their item.
     pub bounced: u64,
 }
 

@@ -553,6 +553,78 @@ fn a_working_set_larger_than_the_device() {
     });
 }
 
+/// The spans of one item just fit, so each page that comes drives another one out.
+#[test]
+fn a_device_of_a_few_pages() {
+    within_deadline(|| {
+        for pages in [6, 7, 12] {
+            let accel =
+                Accelerator::with_options(Options::new().workers(1).memory_bytes(pages * 4096))
+                    .expect("an accelerator");
+            let len = 20_001;
+            let (mut a, mut b, c) = (vec![1_u32; len], vec![2_u32; len], vec![3_u32; len]);
+            {
+                let mut a = svm::mirror(&mut a[1..]).expect("a mirror");
+                let mut b = svm::mirror(&mut b[1..]).expect("a mirror");
+                let c = svm::mirror_ref(&c[1..]).expect("an input");
+                accel
+                    .run(
+                        (indices(), a.view_mut(), b.view_mut(), c.view()),
+                        |(range, a, b, c)| {
+                            for (((i, a), b), c) in range.zip(a).zip(b).zip(c) {
+                                *a += *b * *c + i as u32;
+                                *b = 0;
+                            }
+                        },
+                    )
+                    .expect("the launch");
+                assert!(accel.resident_bytes() <= pages * 4096);
+                a.close().and(b.close()).expect("home");
+            }
+            assert!(
+                a[1..].iter().enumerate().all(|(i, &a)| a == 7 + i as u32) && a[0] == 1,
+                "{pages} pages"
+            );
+            assert!(b[1..].iter().all(|&b| b == 0) && b[0] == 2, "{pages} pages");
+        }
+    });
+}
+
+#[test]
+fn a_forked_child_is_refused_and_does_not_hang() {
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, alarm, fork};
+
+    let accel = accel(2);
+    let mut data = Buffer::<u64>::zeroed(10_000).expect("a buffer");
+    accel
+        .run(data.view_mut(), |d| d.fill(1))
+        .expect("the launch");
+    // SAFETY: the child allocates little, takes no lock that another thread of this test can hold, and ends by `_exit`.
+    match unsafe { fork() }.expect("a child") {
+        ForkResult::Child => {
+            alarm::set(20);
+            let refused = matches!(
+                accel.run(data.view_mut(), |d| d.fill(2)),
+                Err(Error::Forked)
+            );
+            drop(accel);
+            // SAFETY: ends the child without the harness's exit handlers.
+            unsafe { nix::libc::_exit(if refused { 0 } else { 1 }) };
+        }
+        ForkResult::Parent { child } => {
+            assert_eq!(
+                waitpid(child, None).expect("it ends"),
+                WaitStatus::Exited(child, 0)
+            );
+        }
+    }
+    accel
+        .run(data.view_mut(), |d| d.iter_mut().for_each(|d| *d += 1))
+        .expect("the parent goes on");
+    assert!(data.as_slice().iter().all(|&d| d == 2));
+}
+
 #[test]
 fn kernels_read_captured_cpu_memory() {
     within_deadline(|| {
