@@ -238,11 +238,12 @@ fn arrays_on_the_stack() {
 fn statics() {
     static mut DATA: [u64; 20 * 512] = [7; 20 * 512];
     static mut BSS: [u64; 20 * 512] = [0; 20 * 512];
+    let (data, bss) = (&raw mut DATA, &raw mut BSS);
     every_way("statics", |devices, options| {
         // SAFETY: this closure alone uses them, one call after the other.
-        let data = unsafe { &mut *(&raw mut DATA) };
+        let data = unsafe { data.as_mut_unchecked() };
         // SAFETY: as above.
-        let bss = unsafe { &mut *(&raw mut BSS) };
+        let bss = unsafe { bss.as_mut_unchecked() };
         for memory in [data, bss] {
             exercise_slice(devices, options, memory, 0..20 * 512);
             exercise_slice(devices, options, memory, 5..9000);

@@ -121,10 +121,9 @@ extern "C" fn foreign(job: *mut libc::c_void) -> *mut libc::c_void {
         drop(mirror);
         assert_eq!((array[0], array[1], array[6 * WORDS - 1]), (7, 9, 7));
     }
-    for i in 0..job.len {
-        // SAFETY: the words are this thread's alone until it is joined.
-        unsafe { *job.words.add(i) += 1 };
-    }
+    // SAFETY: the words are this thread's alone until it is joined.
+    let words = unsafe { std::slice::from_raw_parts_mut(job.words, job.len) };
+    words.iter_mut().for_each(|word| *word += 1);
     let none = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
     // SAFETY: no handler runs on it.
     unsafe { libc::sigaltstack(&raw const none, std::ptr::null_mut()) };

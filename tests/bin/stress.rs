@@ -9,7 +9,7 @@ use tests::stress::{self, Config};
 
 const USAGE: &str = "stress [--seconds N] [--seed S] [--delivery inline|thread] [--granule 4k|64k|2m] [--workers N] \
                      [--device-memory BYTES|none] [--accelerators N] [--sessions N] [--shared-pages N] \
-                     [--only counters|pages|sessions|list]...";
+                     [--only counters|pages|sessions|list|events]...";
 
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Config, String> {
     let mut config = Config::default();
