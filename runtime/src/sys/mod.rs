@@ -38,7 +38,6 @@ pub(crate) mod membarrier;
 pub(crate) mod mmap;
 pub(crate) mod pagemap;
 pub(crate) mod process;
-mod resolver_stack;
 pub(crate) mod signal;
 #[cfg(test)]
 pub(crate) mod testing;

@@ -20,8 +20,6 @@
 //!    core dump shows it where it was. An ignored SIGBUS is honoured where one was *sent*; one that was
 //!    *raised* by an instruction can't be ignored, and the kernel does not either.
 //!
-//! The resolver itself runs on a stack of ours: see `resolver_stack`.
-//!
 //! # How a nested fault is recognised
 //!
 //! A thread-local flag is not fit: in a shared object that was loaded late the first access allocates.
@@ -41,7 +39,6 @@ use bytemuck::Zeroable;
 
 use super::mmap::{Advice, MapBox, advise};
 use super::process::abort_with_message;
-use super::resolver_stack::ResolverStacks;
 use super::{check, errno, set_errno};
 
 /// What the kernel says about a SIGBUS.
@@ -89,7 +86,6 @@ struct Installed {
     /// Whether `previous` was used up (`SA_RESETHAND`).
     previous_spent: AtomicBool,
     resolving: &'static Resolving,
-    stacks: ResolverStacks,
 }
 
 static INSTALLED: OnceLock<Installed> = OnceLock::new();
@@ -112,7 +108,6 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
         advise(pages, Advice::WipeOnFork)?;
     }
     let resolving = MapBox::leak(table);
-    let stacks = ResolverStacks::new()?;
     let mut first = false;
     // The previous action is read before ours is installed, so that a SIGBUS in the first instant
     // finds it. (Another library that installs its own between the two steps is lost; sigaction(2) has
@@ -120,7 +115,6 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     INSTALLED.get_or_init(|| {
         first = true;
         Installed {
-            stacks,
             resolver,
             previous: current_action(),
             previous_spent: AtomicBool::new(false),
@@ -187,11 +181,11 @@ extern "C" fn on_sigbus(
                 fault.pc
             )),
             Entered::As(slot) => {
-                let verdict = installed.stacks.run(|| (installed.resolver)(&fault));
+                let verdict = (installed.resolver)(&fault);
                 slot.store(0, Relaxed);
                 verdict
             }
-            Entered::Unguarded => installed.stacks.run(|| (installed.resolver)(&fault)),
+            Entered::Unguarded => (installed.resolver)(&fault),
         }
     } else {
         Verdict::NotOurs
