@@ -3,7 +3,7 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use svm::{Delivery, Granule, Options};
 use tests::mm::{Dmirror, Done, Errno, Mm, prot};
@@ -24,13 +24,15 @@ const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 struct Map {
     addr: usize,
     len: usize,
+    /// Pages that were unmapped: somebody else's mapping may be there by now.
+    holes: Mutex<Vec<std::ops::Range<usize>>>,
 }
 
 impl Map {
     fn with(len: usize, protection: i32, flags: i32, fd: i32) -> Option<Self> {
         // SAFETY: a fresh mapping.
         let at = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
-        (at != libc::MAP_FAILED).then(|| Self { addr: at.expose_provenance(), len })
+        (at != libc::MAP_FAILED).then(|| Self { addr: at.expose_provenance(), len, holes: Mutex::default() })
     }
 
     fn new(len: usize, protection: i32) -> Self {
@@ -58,6 +60,7 @@ impl Map {
 
     fn unmap(&self, first: usize, pages: usize) {
         let at = ptr::with_exposed_provenance_mut(self.page(first));
+        self.holes.lock().unwrap().push(first..first + pages);
         // SAFETY: the test's own mapping.
         assert_eq!(unsafe { libc::munmap(at, pages * PAGE) }, 0);
     }
@@ -65,8 +68,18 @@ impl Map {
 
 impl Drop for Map {
     fn drop(&mut self) {
-        // SAFETY: the mapping is the test's, and it is over.
-        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(self.addr), self.len) };
+        let holes = self.holes.get_mut().unwrap();
+        holes.push(self.len.div_ceil(PAGE)..usize::MAX);
+        holes.sort_by_key(|hole| hole.start);
+        let mut page = 0;
+        for hole in holes.drain(..) {
+            if hole.start > page {
+                let at = ptr::with_exposed_provenance_mut(self.addr + page * PAGE);
+                // SAFETY: what is left of the test's mapping, and it is over.
+                unsafe { libc::munmap(at, (hole.start - page) * PAGE) };
+            }
+            page = hole.end;
+        }
     }
 }
 

@@ -178,7 +178,7 @@ impl<'a> Mover<'a> {
     /// How many of `pages` pages lie before the next border of a mapping on either side, if that is not all of them.
     fn border(&self, source: usize, destination: usize, pages: usize) -> Option<usize> {
         let space = AddressSpace::global();
-        let left = |addr: usize| Some((space.vma(addr)?.range.end() - addr) / PAGE_SIZE);
+        let left = |addr: usize| Some((space.mapping_end(addr)? - addr) / PAGE_SIZE);
         let clipped = left(source)?.min(left(destination)?);
         (clipped < pages).then_some(clipped)
     }

@@ -182,6 +182,11 @@ impl AddressSpace {
         (end - addr) / PAGE_SIZE
     }
 
+    /// Where the mapping that covers `addr` ends.
+    pub(crate) fn mapping_end(&self, addr: usize) -> Option<usize> {
+        self.maps.end_of(addr)
+    }
+
     /// The mapping at `addr`.
     pub(crate) fn vma(&self, addr: usize) -> Option<Vma> {
         self.maps.covering(addr).ok().flatten()

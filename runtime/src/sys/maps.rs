@@ -153,6 +153,16 @@ impl Maps {
         }
     }
 
+    /// Where the mapping that covers `addr` ends. Fault path, and sparing of stack: a handler may have 8 KiB in all, and has
+    /// used most of it where this is asked.
+    pub(crate) fn end_of(&self, addr: usize) -> Option<usize> {
+        if !self.query {
+            return Some(self.covering(addr).ok()??.range.end());
+        }
+        let query = self.query_named(addr, &mut []).ok()?;
+        (query.vma_start as usize <= addr).then_some(query.vma_end as usize)
+    }
+
     /// Visits the mappings that overlap a range, ascending. Fault path, if `visit` is.
     ///
     /// # Errors

@@ -39,6 +39,7 @@ pub(crate) mod mmap;
 pub(crate) mod pagemap;
 pub(crate) mod process;
 pub(crate) mod signal;
+mod stack;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod uffd;

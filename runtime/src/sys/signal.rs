@@ -6,7 +6,8 @@
 //! SIGBUS, and resolves its own fault in the handler. There is one handler per process, installed once
 //! and for ever, with these properties:
 //!
-//! 1. `SA_ONSTACK`: it runs on the alternate stack where the thread has one (Rust's threads do).
+//! 1. `SA_ONSTACK`: it runs on the alternate stack where the thread has one (Rust's threads do), and the resolver on one of
+//!    ours if that is small ([`super::stack`]).
 //! 2. Asynchronous signals are masked while it runs: a handler of theirs that touched mirrored memory
 //!    would find the locks taken (hazard S1). Synchronous ones are not, `SA_NODEFER` included: a fault
 //!    with its signal blocked kills the process without a word.
@@ -39,6 +40,7 @@ use bytemuck::Zeroable;
 
 use super::mmap::{Advice, MapBox, advise};
 use super::process::abort_with_message;
+use super::stack::Stacks;
 use super::{check, errno, set_errno};
 
 /// What the kernel says about a SIGBUS.
@@ -86,6 +88,7 @@ struct Installed {
     /// Whether `previous` was used up (`SA_RESETHAND`).
     previous_spent: AtomicBool,
     resolving: &'static Resolving,
+    stacks: Stacks,
 }
 
 static INSTALLED: OnceLock<Installed> = OnceLock::new();
@@ -108,6 +111,7 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
         advise(pages, Advice::WipeOnFork)?;
     }
     let resolving = MapBox::leak(table);
+    let stacks = Stacks::new()?;
     let mut first = false;
     // The previous action is read before ours is installed, so that a SIGBUS in the first instant
     // finds it. (Another library that installs its own between the two steps is lost; sigaction(2) has
@@ -119,6 +123,7 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
             previous: current_action(),
             previous_spent: AtomicBool::new(false),
             resolving,
+            stacks,
         }
     });
     if !first {
@@ -174,6 +179,9 @@ extern "C" fn on_sigbus(
         let addr = unsafe { details.si_addr() }.addr();
         // SAFETY: with SA_SIGINFO the third argument is the interrupted context, valid for this frame.
         let fault = unsafe { decode(addr, context) };
+        // SAFETY: as above; the kernel says there which alternate stack the thread has.
+        let alternate = unsafe { &(*context).uc_stack };
+        let resolve = || installed.stacks.with_room(alternate, || (installed.resolver)(&fault));
         match installed.resolving.enter(thread_pointer()) {
             Entered::Nested => abort_with_message(format_args!(
                 "a page fault at {addr:#x} inside the page-fault resolver (pc {:#x}): \
@@ -181,11 +189,11 @@ extern "C" fn on_sigbus(
                 fault.pc
             )),
             Entered::As(slot) => {
-                let verdict = (installed.resolver)(&fault);
+                let verdict = resolve();
                 slot.store(0, Relaxed);
                 verdict
             }
-            Entered::Unguarded => (installed.resolver)(&fault),
+            Entered::Unguarded => resolve(),
         }
     } else {
         Verdict::NotOurs

@@ -1,0 +1,172 @@
+//! Stacks for the SIGBUS handler.
+//!
+//! A thread's alternate signal stack, where it has one, is 8 KiB for a thread made by Rust, and the kernel's frame takes up to
+//! half of it. Resolving a fault without optimisation needs more than the rest. So a handler that finds itself on such a stack
+//! borrows one of ours for the resolver, and returns to the thread's own before anything else is called.
+//!
+//! The pool is one mapping, made before the handler is installed. A stack is taken by setting its bit: no lock, no system
+//! call. Where all are taken the resolver runs where it is, which an optimised build has room for.
+
+use core::ffi::c_void;
+use core::sync::atomic::{AtomicU64, Ordering};
+use std::io;
+
+use bytemuck::Zeroable;
+
+use super::mmap::{Advice, MapArray, MapBox, advise};
+use crate::addr::PAGE_SIZE;
+
+/// Bytes of a stack; its lowest page is never needed, and stands between it and the next.
+const STACK: usize = 64 << 10;
+/// Alternate stacks of this size or more are good enough.
+const ENOUGH: usize = 32 << 10;
+/// As many as the bitmap has bits.
+const NR_STACKS: usize = u64::BITS as usize;
+
+/// All-zero bytes: every stack is free.
+#[derive(Zeroable)]
+struct Taken(AtomicU64);
+
+/// See the [module](self).
+pub(super) struct Stacks {
+    taken: &'static Taken,
+    memory: MapArray<u8>,
+}
+
+impl Stacks {
+    /// The pool. Control path.
+    ///
+    /// # Errors
+    /// `ENOMEM`.
+    pub(super) fn new() -> io::Result<Self> {
+        let taken = MapBox::<Taken>::zeroed()?;
+        if let Some(pages) = MapBox::pages(&taken) {
+            // In a forked child nobody is in a handler.
+            advise(pages, Advice::WipeOnFork)?;
+        }
+        Ok(Self { taken: MapBox::leak(taken), memory: MapArray::zeroed(NR_STACKS * STACK)? })
+    }
+
+    /// Runs `f`, on a stack of ours if this frame is on an alternate one that is small. Async-signal-safe if `f` is; `f` must
+    /// not unwind (it aborts).
+    pub(super) fn with_room<R, F: FnOnce() -> R>(&self, alternate: &libc::stack_t, f: F) -> R {
+        let here = 0_u8;
+        let used = (&raw const here).addr().wrapping_sub(alternate.ss_sp.addr());
+        if used >= alternate.ss_size || alternate.ss_size >= ENOUGH {
+            return f();
+        }
+        let Some(index) = self.take() else { return f() };
+        let mut call = Call { f: Some(f), result: None };
+        let end = self.memory.as_ptr().wrapping_add((index + 1) * STACK);
+        // SAFETY: the stack is ours alone until its bit is cleared, 64 KiB long, and its end is aligned to a page; `call`
+        // outlives the call and is what `run` expects.
+        unsafe { call_on(end, run::<F, R>, (&raw mut call).cast()) };
+        // Release pairs with the Acquire of `take`: the next owner's frames come after ours.
+        self.taken.0.fetch_and(!(1 << index), Ordering::Release);
+        match call.result {
+            Some(result) => result,
+            None => super::process::abort_with_message(format_args!("the fault resolver did not run")),
+        }
+    }
+
+    fn take(&self) -> Option<usize> {
+        let mut taken = self.taken.0.load(Ordering::Relaxed);
+        loop {
+            let free = taken.trailing_ones();
+            if free == u64::BITS || !cfg!(target_arch = "x86_64") {
+                return None;
+            }
+            match self.taken.0.compare_exchange_weak(taken, taken | 1 << free, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return Some(free as usize),
+                Err(now) => taken = now,
+            }
+        }
+    }
+}
+
+/// A closure and the place for its result.
+struct Call<F, R> {
+    f: Option<F>,
+    result: Option<R>,
+}
+
+extern "C" fn run<F: FnOnce() -> R, R>(call: *mut c_void) {
+    let call: *mut Call<F, R> = call.cast();
+    // SAFETY: `with_room`, the only caller, passes such a `Call`, which nobody else uses meanwhile.
+    let call = unsafe { &mut *call };
+    call.result = call.f.take().map(|f| f());
+}
+
+/// Calls `f(arg)` with the stack pointer at `stack_end`.
+///
+/// # Safety
+/// `stack_end` is the aligned end of memory that nobody else uses, with room for all that `f` needs; `arg` is what `f` expects;
+/// `f` does not unwind.
+#[cfg(target_arch = "x86_64")]
+unsafe fn call_on(stack_end: *const u8, f: extern "C" fn(*mut c_void), arg: *mut c_void) {
+    // SAFETY: the old stack pointer is kept in a register that a callee preserves, and restored; all registers that a callee
+    // may change are declared; at the call the stack is aligned to 16 bytes, as the ABI has it. By contract, the rest.
+    unsafe {
+        core::arch::asm!(
+            "mov r12, rsp",
+            "mov rsp, {stack_end}",
+            "call {f}",
+            "mov rsp, r12",
+            stack_end = in(reg) stack_end,
+            f = in(reg) f,
+            in("rdi") arg,
+            out("r12") _,
+            clobber_abi("C"),
+        );
+    }
+}
+
+/// Elsewhere no stack is ever taken.
+///
+/// # Safety
+/// As on x86-64.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn call_on(_stack_end: *const u8, f: extern "C" fn(*mut c_void), arg: *mut c_void) {
+    f(arg);
+}
+
+const _: () = assert!(STACK.is_multiple_of(PAGE_SIZE) && ENOUGH < STACK);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on a signal stack that ends where this frame does.
+    fn small_stack_here() -> libc::stack_t {
+        let here = 0_u8;
+        let start = (&raw const here).wrapping_sub(4096).cast_mut();
+        libc::stack_t { ss_sp: start.cast(), ss_flags: 0, ss_size: 8192 }
+    }
+
+    #[inline(never)]
+    fn deep(n: usize) -> (usize, usize) {
+        let frame = [n as u8; 256];
+        let frame = core::hint::black_box(&frame);
+        let here = core::ptr::from_ref(frame).addr();
+        if n == 0 { (here, 0) } else { (deep(n - 1).0, usize::from(frame[7]) + n) }
+    }
+
+    #[test]
+    fn a_small_alternate_stack_is_left_and_returned_to() {
+        let stacks = Stacks::new().unwrap();
+        let (lowest, _) = stacks.with_room(&small_stack_here(), || deep(100));
+        let pool = stacks.memory.as_ptr().addr()..stacks.memory.as_ptr().addr() + NR_STACKS * STACK;
+        assert_eq!(pool.contains(&lowest), cfg!(target_arch = "x86_64"));
+        assert_eq!(stacks.taken.0.load(Ordering::Relaxed), 0);
+        let large = libc::stack_t { ss_size: 1 << 20, ..small_stack_here() };
+        assert!(!pool.contains(&stacks.with_room(&large, || deep(1)).0));
+    }
+
+    #[test]
+    fn without_a_free_stack_it_runs_where_it_is() {
+        let stacks = Stacks::new().unwrap();
+        stacks.taken.0.store(u64::MAX, Ordering::Relaxed);
+        assert_eq!(stacks.with_room(&small_stack_here(), || 7), 7);
+        assert_eq!(stacks.taken.0.load(Ordering::Relaxed), u64::MAX);
+    }
+}
