@@ -14,12 +14,27 @@ use bytemuck::Zeroable;
 use super::check;
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 
+/// Where to ask for the next mapping: far from everything, and never where something has been before.
+///
+/// Left to itself the kernel fills the smallest hole, and that may be one that the application has just made in a buffer of
+/// its own; when it then unmaps the whole of the buffer, as it may, what lies in the hole goes too. A hint that is taken, or
+/// beyond what the processor can address, is ignored.
+fn hint(len_bytes: usize) -> usize {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    const START: usize = 0x1000_0000_0000;
+    const BYTES: usize = 0x2000_0000_0000;
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    // Relaxed: only uniqueness counts. A page stays free between neighbours.
+    let offset = NEXT.fetch_add(len_bytes.next_multiple_of(PAGE_SIZE) + PAGE_SIZE, Ordering::Relaxed);
+    START + offset % BYTES
+}
+
 /// Maps `len_bytes` of zero-filled private anonymous memory, without reserving swap for it.
 pub(super) fn map_anonymous(len_bytes: usize) -> io::Result<NonNull<u8>> {
     // SAFETY: without MAP_FIXED the kernel picks a range that nothing uses.
     let address = unsafe {
         libc::mmap(
-            std::ptr::null_mut(),
+            std::ptr::without_provenance_mut(hint(len_bytes)),
             len_bytes,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
