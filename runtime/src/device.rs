@@ -22,7 +22,7 @@ use core::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::{DeviceId, MAX_DEVICES};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 use crate::evict;
 use crate::mask::PageMask;
 pub use crate::notifier::{Blocking, WouldBlock};
@@ -634,7 +634,7 @@ impl<D: Device> Attachment<D> {
             return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
         }
         if attached.is_detached() {
-            return Err(Error::invalid("map", "the device is detached"));
+            return Err(DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into());
         }
         if let Some(known) = attached.with_mapped(|list| list.iter().find(|m| m.region.id() == region.id()).cloned()) {
             return Ok(MappedRef(known));
@@ -691,7 +691,8 @@ impl<D: Device> Attachment<D> {
             });
             mapped.unmap();
             space.unpublish_window(mapped.window());
-            return Err(told.map_or_else(no_memory, |()| Error::invalid("map", "the mirror is closed").at(region.addr())));
+            let closed = || DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into();
+            return Err(told.map_or_else(no_memory, |()| closed()));
         }
         Ok(MappedRef(mapped))
     }
