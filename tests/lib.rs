@@ -4,10 +4,12 @@
 #![cfg(target_os = "linux")]
 
 pub mod device;
+pub mod idle;
 pub mod stress;
 pub mod watchdog;
 
 pub use device::{Dummy, TestDevice};
+pub use idle::Idle;
 pub use watchdog::Watchdog;
 
 /// Whether this machine lets the process have a userfaultfd; says so if not, so that a skipped test is seen.
