@@ -1,7 +1,7 @@
 //! [`Idle`]: a device that holds no translation, so that a test decides by itself what it faults in and when it lets go.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
 use svm::{Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, MapInfo, MappedRef, WouldBlock};
@@ -15,6 +15,8 @@ pub struct Idle {
     lock: DeviceLock,
     /// Bit *b*: an access to block *b* never ends, as of a kernel that hangs in a span.
     pub stuck: AtomicU64,
+    /// Pauses less resumptions: 0 or 1, or somebody was forgotten.
+    pub pauses: AtomicI64,
 }
 
 // SAFETY: it has no translations. A test that accesses a window itself does so where nothing takes the page from it.
@@ -36,6 +38,19 @@ unsafe impl Device for Idle {
 
     fn quiesced(&self, (): &(), inv: &Invalidation) -> bool {
         self.stuck.load(Ordering::SeqCst) >> inv.block() & 1 == 0
+    }
+
+    fn pause(&self) {
+        self.pauses.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Never: an event's reader waits for it as long as it ever does.
+    fn is_paused(&self) -> bool {
+        false
+    }
+
+    fn resume(&self) {
+        self.pauses.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

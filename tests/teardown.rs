@@ -280,3 +280,70 @@ fn mapping_a_mirror_that_is_being_closed_is_refused_or_in_time() {
         assert_eq!(bytes[0], 9);
     });
 }
+
+/// A mirror ends while other threads fork. What is the application's alone again is inherited by children like any memory.
+#[test]
+fn memory_of_a_mirror_closed_beside_a_fork_is_inherited() {
+    both_doors("close beside a fork", |options| {
+        let map = Map::new(4);
+        let stop = AtomicBool::new(false);
+        let in_child = |child: &dyn Fn() -> i32| {
+            // SAFETY: the child calls only what is async-signal-safe.
+            let pid = unsafe { libc::fork() };
+            if pid == 0 {
+                let status = child();
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(status) }
+            }
+            let mut status = 0;
+            // SAFETY: waits for the child just made.
+            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            status
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    assert_eq!(in_child(&|| 0), 0);
+                }
+            });
+            let end = Instant::now() + Duration::from_millis(1500);
+            let mut status = 0;
+            while status == 0 && Instant::now() < end {
+                map.word(1).store(5, Ordering::Relaxed);
+                map.mirror(options).close().unwrap();
+                status = in_child(&|| i32::from(map.word(1).load(Ordering::Relaxed) != 5));
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(status, 0, "the child has no such memory");
+        });
+        map.unmap();
+    });
+}
+
+/// Devices pause while an event is read. One whose only mirror comes or goes meanwhile is resumed as often as it was paused.
+#[test]
+fn a_device_whose_mirror_goes_during_an_event_is_not_left_paused() {
+    let _watchdog = Watchdog::with_timeout("paused", Duration::from_secs(20));
+    if !usable() {
+        return;
+    }
+    let (noisy, stop) = (Map::new(1), AtomicBool::new(false));
+    let mirror = noisy.mirror(&Options::new());
+    let device = Idle::attach().unwrap();
+    let noise = std::thread::scope(|scope| {
+        let noise = scope.spawn(|| (0..).take_while(|_| !stop.load(Ordering::Relaxed)).inspect(|_| noisy.discard()).count());
+        let mut bytes = vec![0u8; PAGES * PAGE];
+        let end = Instant::now() + Duration::from_millis(1500);
+        while Instant::now() < end {
+            let mirror = svm::mirror(&mut bytes).unwrap();
+            drop(device.map(mirror.view().region()).unwrap());
+            mirror.close().unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+        noise.join().unwrap()
+    });
+    assert!(noise > 100, "no events: {noise}");
+    mirror.close().unwrap();
+    assert_eq!(device.device().pauses.load(Ordering::SeqCst), 0, "pauses without a resumption, or the reverse");
+    noisy.unmap();
+}
