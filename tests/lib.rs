@@ -4,11 +4,13 @@
 #![cfg(target_os = "linux")]
 
 pub mod device;
+pub mod idle;
 pub mod mm;
 pub mod stress;
 pub mod watchdog;
 
 pub use device::{Dummy, TestDevice};
+pub use idle::Idle;
 pub use watchdog::Watchdog;
 
 /// Whether this machine lets the process have a userfaultfd; says so if not, so that a skipped test is seen.

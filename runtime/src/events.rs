@@ -82,7 +82,8 @@ impl Pending {
     }
 }
 
-/// Stops the devices behind `door` before an event is read.
+/// Stops the devices behind `door` before an event is read. Which devices these are does not change before [`resume`]: the set
+/// of mappings changes only while the gate is open, and an event takes no window away.
 pub(crate) fn pause(space: &AddressSpace, door: &Door, closed: &Closed<'_>) {
     if door.delivery() != Delivery::Inline {
         return;

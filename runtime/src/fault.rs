@@ -162,10 +162,12 @@ impl Pending {
 pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else {
-        let verdict = if space.has_missed_before(&gate, fault.addr, fault.thread) { Verdict::NotOurs } else { Verdict::Resolved };
-        drop(gate);
-        // Told of a change that nobody has applied yet, look again when it is.
-        return if space.has_unread_events() { Attempt::Again } else { Attempt::Done(verdict) };
+        // Told of a change that nobody has applied yet, look again when it is; that was no miss.
+        if space.has_unread_events() {
+            return Attempt::Again;
+        }
+        let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
+        return Attempt::Done(if stranger { Verdict::NotOurs } else { Verdict::Resolved });
     };
     let region = &*place.region;
     let (block, page) = match place.kind {

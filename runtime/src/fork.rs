@@ -23,6 +23,7 @@ use crate::stats::Cause;
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::process;
+use crate::sys::signal::AsyncSignalsBlocked;
 
 /// Has libc call the three handlers around every fork of this process, once.
 pub(crate) fn install() -> std::io::Result<()> {
@@ -67,6 +68,7 @@ fn advise_bodies(space: &AddressSpace, advice: Advice) {
 
 extern "C" fn prepare() {
     let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
     let first = space.forking().fetch_add(1, Ordering::SeqCst) == 0;
@@ -87,6 +89,7 @@ extern "C" fn prepare() {
 
 extern "C" fn parent() {
     let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // Another thread may be between its prepare and its fork: the last one closes the bracket.
     if space.forking().fetch_sub(1, Ordering::SeqCst) == 1 {

@@ -214,8 +214,12 @@ impl Raw {
         }
         // 3. The kernel has the faults again; 4. nobody finds the region; 5. nobody refers to it any more.
         if let (RegionKind::Managed, Some(body)) = (region.kind(), region.body()) {
-            unregister_what_is_left(region, body);
-            space.unpublish_region(region);
+            {
+                // What a fork gives to children and takes from them again must not be taken from memory that is ours no more.
+                let _bracket = space.fork_bracket();
+                unregister_what_is_left(region, body);
+                space.unpublish_region(region);
+            }
             region.wait_landed();
         }
         // 6. The windows go.

@@ -8,6 +8,7 @@
 //! looked at again, so that a worker whose own read fault would let it finish is not stuck behind a write fault that waits
 //! for that worker (hazards W1).
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::error::{Access, Error, ErrorKind, Result};
@@ -23,8 +24,9 @@ use crate::sys::event::{Doorbell, Event, EventBuffer};
 use crate::sys::uffd::Wake;
 use crate::sys::clock;
 
-/// Faults that can be put aside; when all are, the monitor waits for one of them before it reads on.
-const ASIDE: usize = 256;
+/// Faults that can be put aside. It is more than there are threads to fault, as a rule; what comes beyond it is sent back to fault
+/// anew. The monitor never stops reading: what the faults aside wait for may be an event, and faults are read before events.
+const ASIDE: usize = 4096;
 
 /// A fault put aside.
 enum Aside {
@@ -40,7 +42,7 @@ pub(crate) fn spawn(operation: &'static str, space: &'static AddressSpace, door:
     let failed = |e: std::io::Error| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0));
     let doorbell = Doorbell::new().map_err(failed)?;
     // Room for all that can be outstanding: the reader does not allocate while somebody waits for it.
-    let (aside, pending) = (Vec::with_capacity(ASIDE), Vec::with_capacity(4096));
+    let (aside, pending) = (VecDeque::with_capacity(ASIDE), Vec::with_capacity(4096));
     std::thread::Builder::new()
         .name(if door.delivery() == Delivery::Thread { "svm-monitor" } else { "svm-events" }.into())
         .spawn(move || {
@@ -65,7 +67,8 @@ impl Drop for AbortOnEnd {
 struct Reader {
     space: &'static AddressSpace,
     door: &'static Door,
-    aside: Vec<Aside>,
+    /// In the order in which they are looked at again: every one of them, in each round.
+    aside: VecDeque<Aside>,
     pending: Vec<events::Pending>,
 }
 
@@ -77,7 +80,7 @@ impl Reader {
             if ready.broken {
                 return;
             }
-            if ready.message && self.aside.len() < ASIDE {
+            if ready.message {
                 self.read_one(&mut message);
             }
             self.look_again();
@@ -120,13 +123,17 @@ impl Reader {
         let space = self.space;
         self.pending.retain_mut(|pending| !pending.poll(space));
         for _ in 0..self.aside.len() {
-            match self.aside.swap_remove(0) {
-                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => self.aside.push(Aside::Retry(fault, at_ns)),
+            // From the front, and back to the end: each is seen once, whatever becomes of the others.
+            let Some(next) = self.aside.pop_front() else { return };
+            match next {
+                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => self.aside.push_back(Aside::Retry(fault, at_ns)),
                 Aside::Retry(fault, _) => {
                     let attempt = fault::begin(space, &fault, First::No);
                     self.settle(fault, attempt);
                 }
-                Aside::Pending(fault, pending) if !pending.is_ready(space) => self.aside.push(Aside::Pending(fault, pending)),
+                Aside::Pending(fault, pending) if !pending.is_ready(space) => {
+                    self.aside.push_back(Aside::Pending(fault, pending));
+                }
                 Aside::Pending(fault, pending) => {
                     let attempt = pending.finish(space, &fault);
                     self.settle(fault, attempt);
@@ -135,25 +142,34 @@ impl Reader {
         }
     }
 
-fn settle(&mut self, fault: CpuFault, attempt: Attempt) {
-    let (door, aside) = (self.door, &mut self.aside);
-    let page = page_floor(fault.addr);
-    match attempt {
-        // Most resolutions have woken the thread already; the one that found nothing to do has not.
-        Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
-        // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
-        Attempt::Done(Verdict::NotOurs | Verdict::Window) => {
-            if let Some(range) = crate::addr::PageRange::containing(page, 1) {
-                // SAFETY: a fault is read from the descriptor that its page is registered with.
-                let poisoned = unsafe { door.uffd().poison(range, Wake::Yes) };
-                if !poisoned.is_complete() {
-                    door.wake(page, PAGE_SIZE);
+    fn settle(&mut self, fault: CpuFault, attempt: Attempt) {
+        let door = self.door;
+        let page = page_floor(fault.addr);
+        match attempt {
+            // Most resolutions have woken the thread already; the one that found nothing to do has not.
+            Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
+            // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
+            Attempt::Done(Verdict::NotOurs | Verdict::Window) => {
+                if let Some(range) = crate::addr::PageRange::containing(page, 1) {
+                    // SAFETY: a fault is read from the descriptor that its page is registered with.
+                    let poisoned = unsafe { door.uffd().poison(range, Wake::Yes) };
+                    if !poisoned.is_complete() {
+                        door.wake(page, PAGE_SIZE);
+                    }
                 }
             }
+            Attempt::Again => self.put_aside(page, Aside::Retry(fault, 0)),
+            Attempt::WaitUntil(ns) => self.put_aside(page, Aside::Retry(fault, ns)),
+            Attempt::Pending(pending) => self.put_aside(page, Aside::Pending(fault, pending)),
         }
-        Attempt::Again => aside.push(Aside::Retry(fault, 0)),
-        Attempt::WaitUntil(ns) => aside.push(Aside::Retry(fault, ns)),
-        Attempt::Pending(pending) => aside.push(Aside::Pending(fault, pending)),
     }
-}
+
+    fn put_aside(&mut self, page: usize, what: Aside) {
+        // Not beyond its capacity: growing would allocate while somebody waits.
+        if self.aside.len() < ASIDE {
+            self.aside.push_back(what);
+        } else {
+            self.door.wake(page, PAGE_SIZE);
+        }
+    }
 }

@@ -25,7 +25,8 @@
 //! 2. Leave: take the count back; if the gate waits for sections to leave, wake it.
 //! 3. Close: one closer at a time (a lock). Set `CLOSED`, wait until both counts of every shard have been seen at zero.
 //! 4. Synchronize: under the same lock, turn the phase over and wait until the old phase's counts have been seen at zero.
-//!    Newcomers go on in the new phase, unhindered.
+//!    Newcomers go on in the new phase, unhindered. A change that precedes it is made under that lock too, so that nothing
+//!    changes under a closer.
 //!
 //! # Safety
 //!
@@ -233,13 +234,27 @@ impl Gate {
     ///
     /// The caller is in no section.
     pub fn synchronize(&self) {
+        let Ok(()) = self.change(|| Ok::<_, core::convert::Infallible>(()));
+    }
+
+    /// Makes a change while no closer is at work, and waits until every section that may have missed it has left.
+    ///
+    /// So a closer sees nothing change but what it changes itself. If `change` fails there is nothing to wait for. The caller is
+    /// in no section, and `change` neither enters one nor waits for anybody who might.
+    ///
+    /// # Errors
+    ///
+    /// What `change` says.
+    pub fn change<R, E>(&self, change: impl FnOnce() -> Result<R, E>) -> Result<R, E> {
         let _alone = self.exclusive.lock();
+        let changed = change()?;
         // SeqCst: rule 4, against rule 1.
         let was = self.state.fetch_xor(PHASE, SeqCst);
         fence_for_model();
         if !mutated(Mutation::GateSynchronizeWithoutWait) {
             self.drain(phase_of(was));
         }
+        Ok(changed)
     }
 
     /// Waits until every shard's count for `phase` has been seen at zero; acquires what those sections wrote.

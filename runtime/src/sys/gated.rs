@@ -42,10 +42,10 @@ impl<T> Gated<T> {
     }
 
     /// Replaces the value by what `f` makes of it, and frees the old one after a grace period. Not inside the gate, which
-    /// would wait for itself. If `f` fails, for want of memory, nothing changes.
+    /// would wait for itself, and not while it is closed: the closer sees one value from beginning to end. If `f` fails, for
+    /// want of memory, nothing changes.
     pub(crate) fn update(&self, gate: &Gate, f: impl FnOnce(&T) -> Result<T, i32>) -> Result<(), i32> {
-        let old = self.exchange(f)?;
-        gate.synchronize();
+        let old = gate.change(|| self.exchange(f))?;
         // SAFETY: `old` is unreachable for new readers, and the grace period has ended the old ones.
         drop(unsafe { MapArc::<T>::from_raw(old) });
         Ok(())
