@@ -8,10 +8,20 @@ use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering, fence};
 
+use super::mmap::state_len;
 
 /// Maps at least `len_bytes` of zero-filled memory. `Err` gives the errno.
 fn map_anonymous(len_bytes: usize) -> Result<NonNull<u8>, i32> {
-    super::mmap::map_anonymous(len_bytes).map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))
+    super::mmap::map_anonymous(state_len(len_bytes).ok_or(libc::ENOMEM)?).map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))
+}
+
+/// Unmaps what `map_anonymous(len_bytes)` gave.
+///
+/// # Safety
+/// Nothing uses it any more.
+unsafe fn unmap(addr: usize, len_bytes: usize) {
+    // SAFETY: by contract; the length is computed as it was for the mapping, which succeeded.
+    unsafe { super::mmap::unmap(addr, state_len(len_bytes).unwrap_or(len_bytes)) };
 }
 
 #[repr(C)]
@@ -117,7 +127,7 @@ impl<T: ?Sized> Drop for MapArc<T> {
         // SAFETY: the count is zero, so this was the last reference; the value is dropped once.
         unsafe { core::ptr::drop_in_place(&raw mut (*self.shared.as_ptr()).value) };
         // SAFETY: `new` mapped exactly these bytes at this address, and nothing refers to them any more.
-        unsafe { super::mmap::unmap(self.shared.as_ptr().expose_provenance(), bytes) };
+        unsafe { unmap(self.shared.as_ptr().expose_provenance(), bytes) };
     }
 }
 
@@ -182,7 +192,7 @@ impl<T> Drop for MapSlice<T> {
         // SAFETY: the items are initialised and dropped once.
         unsafe { core::ptr::drop_in_place(all) };
         // SAFETY: `collect` mapped this many bytes here, and nothing refers to them any more.
-        unsafe { super::mmap::unmap(self.items.as_ptr().expose_provenance(), self.len * size_of::<T>().max(1)) };
+        unsafe { unmap(self.items.as_ptr().expose_provenance(), self.len * size_of::<T>().max(1)) };
     }
 }
 

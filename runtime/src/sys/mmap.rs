@@ -59,6 +59,13 @@ pub(super) unsafe fn unmap(address: usize, len_bytes: usize) {
     }
 }
 
+/// Bytes of address space that `len_bytes` of the runtime's own state take: no less than 64 KiB, of which what is not touched
+/// costs nothing. The kernel fills holes first, and a page that a program unmapped in the midst of a mapping of its own is
+/// a hole: it may look for it, and unmaps it anew with the rest (the kernel's own hmm-tests does both).
+pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
+    len_bytes.max(16 * PAGE_SIZE).checked_next_multiple_of(PAGE_SIZE)
+}
+
 /// Advice that changes cost, never contents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Advice {
@@ -270,7 +277,7 @@ impl<T> MapArray<T> {
         const { assert!(align_of::<T>() <= PAGE_SIZE) };
         let map_len = size_of::<T>()
             .checked_mul(len)
-            .and_then(|bytes| bytes.checked_next_multiple_of(PAGE_SIZE))
+            .and_then(|bytes| if bytes == 0 { Some(0) } else { state_len(bytes) })
             .filter(|&bytes| bytes <= isize::MAX as usize)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         if map_len == 0 {

@@ -204,6 +204,10 @@ pub(crate) mod mmap {
     /// None is needed: nothing was ever mapped.
     pub(super) unsafe fn unmap(_: usize, _: usize) {}
 
+    pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
+        Some(len_bytes)
+    }
+
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     pub(crate) enum Advice {
         HugePage,
