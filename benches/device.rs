@@ -1,0 +1,133 @@
+//! A device without workers: it faults pages in and gives them up, and does nothing else. What is measured with it is the
+//! runtime alone; what an accelerator adds is measured by the benches that use one.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use svm::{
+    Access, AttachOptions, Attachment, Buffer, Device, DeviceLock, Error, Invalidation, Keep, MapInfo, MappedRef, Options, PageBits,
+    Range, Stats, Valid, WouldBlock,
+};
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The device the runtime sees: a lock, and two bitmaps per region.
+#[derive(Debug, Default)]
+pub struct Idle {
+    lock: DeviceLock,
+}
+
+/// Translations of one region.
+#[derive(Debug)]
+pub struct Table {
+    readable: PageBits,
+    writable: PageBits,
+}
+
+// SAFETY: the device makes no access at all: its table alone says what it could access. `invalidate` clears that under the
+// device lock, takes no other and allocates nothing.
+unsafe impl Device for Idle {
+    type Table = Table;
+
+    fn map(&self, map: &MapInfo) -> Result<Table, Error> {
+        Ok(Table { readable: PageBits::new(map.nr_pages)?, writable: PageBits::new(map.nr_pages)? })
+    }
+
+    fn lock(&self) -> &DeviceLock {
+        &self.lock
+    }
+
+    fn invalidate(&self, table: &Table, inv: &Invalidation) -> Result<(), WouldBlock> {
+        let _guard = self.lock.lock_for(inv.blocking())?;
+        table.writable.remove(inv.block(), inv.pages());
+        if inv.keep() == Keep::Nothing {
+            table.readable.remove(inv.block(), inv.pages());
+        }
+        Ok(())
+    }
+
+    fn quiesced(&self, _table: &Table, _inv: &Invalidation) -> bool {
+        true
+    }
+}
+
+fn install(table: &Table, valid: &Valid) {
+    table.readable.insert(valid.block(), valid.readable());
+    table.writable.insert(valid.block(), valid.writable());
+}
+
+/// A mirrored buffer, the device on it, and one range to fault with.
+#[derive(Debug)]
+pub struct Rig {
+    // In the order in which they go: the range and the mapping before what they refer to.
+    range: Range<Idle>,
+    mapped: MappedRef<Idle>,
+    attachment: Attachment<Idle>,
+    buffer: Buffer<u8>,
+}
+
+impl Rig {
+    /// `len` bytes, every page populated.
+    ///
+    /// # Errors
+    /// As [`svm::attach`] and [`Buffer::with_options`].
+    pub fn new(len: usize, options: &Options) -> Result<Self> {
+        let mut buffer = Buffer::with_options(len, options)?;
+        buffer.as_mut_slice().fill(1);
+        let attachment = svm::attach(Idle::default(), AttachOptions::new())?;
+        let mapped = attachment.map(buffer.view().region())?;
+        let range = attachment.range()?;
+        Ok(Self { range, mapped, attachment, buffer })
+    }
+
+    /// One device fault on `pages` of one block, as a worker makes it.
+    ///
+    /// # Errors
+    /// The fault that ended it.
+    pub fn fault(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
+        self.range.fault_in(&self.mapped, pages, access, 0, TIMEOUT, |valid, _guard| install(self.mapped.table(), valid))?;
+        Ok(())
+    }
+
+    /// One update over all of `pages`: what a prefetch is.
+    ///
+    /// # Errors
+    /// The fault that ended it.
+    pub fn prefetch(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
+        loop {
+            let mut update = self.range.start_update(&self.mapped, pages.clone(), TIMEOUT)?;
+            update.fault(access)?;
+            let guard = self.attachment.device().lock.lock();
+            if let Ok(valid) = update.end_update(&guard) {
+                valid.iter().for_each(|valid| install(self.mapped.table(), valid));
+                return Ok(());
+            }
+        }
+    }
+
+    /// Brings everything home.
+    ///
+    /// # Errors
+    /// As [`Attachment::release`].
+    pub fn release(&self) -> Result<()> {
+        Ok(self.attachment.release()?)
+    }
+
+    /// The memory.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        self.buffer.as_mut_slice()
+    }
+
+    /// What was done with it so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.buffer.stats()
+    }
+
+    /// Index of the first page, from the region's base.
+    #[must_use]
+    pub fn first_page(&self) -> usize {
+        let view = self.buffer.view();
+        (view.addr() - view.region().base()) / svm::addr::PAGE_SIZE
+    }
+}

@@ -1,0 +1,118 @@
+//! F4, F5 and F6: no handler, the calls themselves.
+
+use std::ptr;
+
+use anyhow::Result;
+
+use super::Pair;
+use super::raw::{Area, Faults};
+use crate::harness::{Samples, Subject};
+
+/// F4: write-protect, then copy.
+#[derive(Debug)]
+pub struct ProtectAndCopy {
+    pair: Pair,
+    granule: usize,
+}
+
+impl ProtectAndCopy {
+    /// `len` bytes, `granule` at a time.
+    #[must_use]
+    pub fn new(len: usize, granule: usize) -> Self {
+        let uffd = super::raw::Uffd::open(Faults::Signal);
+        let (host, frames) = (Area::new(len, false), Area::new(len, false));
+        host.populate();
+        frames.populate();
+        uffd.register(&host, true);
+        Self { pair: Pair { uffd, host, frames }, granule }
+    }
+}
+
+impl Subject for ProtectAndCopy {
+    fn arm(&mut self) -> Result<()> {
+        let host = &self.pair.host;
+        self.pair.uffd.write_protect(host.addr(), host.len(), false);
+        host.populate();
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let Pair { uffd, host, frames } = &self.pair;
+        for at in (0..host.len()).step_by(self.granule) {
+            samples.time(|| {
+                uffd.write_protect(host.addr() + at, self.granule, true);
+                read_by_kernel(frames.addr() + at, host.addr() + at, self.granule);
+            });
+        }
+        Ok(())
+    }
+}
+
+/// F5: MOVE, `granule` in one call.
+#[derive(Debug)]
+pub struct Move {
+    pair: Pair,
+    granule: usize,
+}
+
+impl Move {
+    /// `len` bytes, `granule` at a time; with huge pages on both sides, or with none.
+    #[must_use]
+    pub fn new(len: usize, granule: usize, huge: bool) -> Self {
+        Self { pair: Pair::new(len, Faults::Signal, huge), granule }
+    }
+}
+
+impl Subject for Move {
+    fn arm(&mut self) -> Result<()> {
+        self.pair.read_all();
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let Pair { uffd, host, frames } = &self.pair;
+        for at in (0..host.len()).step_by(self.granule) {
+            samples.time(|| uffd.move_pages(frames.addr() + at, host.addr() + at, self.granule));
+        }
+        // Home in pieces of the same size, so that what was whole stays whole.
+        for at in (0..host.len()).step_by(self.granule) {
+            uffd.move_pages(host.addr() + at, frames.addr() + at, self.granule);
+        }
+        Ok(())
+    }
+}
+
+/// Copies `len` bytes by the kernel; both sides are populated.
+pub fn read_by_kernel(dst: usize, src: usize, len: usize) {
+    let local = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(dst), iov_len: len };
+    let remote = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(src), iov_len: len };
+    // SAFETY: getpid cannot fail; the destination is an area of the floor's own, of which no reference exists.
+    let copied = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+    assert_eq!(copied, len as isize, "floor: process_vm_readv");
+}
+
+/// F6: the first write to a page of plain memory.
+#[derive(Debug)]
+pub struct MinorFault(Area);
+
+impl MinorFault {
+    /// `len` bytes.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        Self(Area::new(len, false))
+    }
+}
+
+impl Subject for MinorFault {
+    fn arm(&mut self) -> Result<()> {
+        self.0.discard();
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        for at in (0..self.0.len()).step_by(svm::addr::PAGE_SIZE) {
+            samples.time(|| self.0.write(at));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,189 @@
+//! Results: the table that a reader sees, and the JSON that is kept.
+
+use std::fs::File;
+use std::io::BufWriter;
+
+use anyhow::{Context, Result};
+use comfy_table::{Cell, CellAlignment, Table, presets};
+use serde::Serialize;
+
+use crate::harness::{Args, Case, Samples};
+use crate::machine::{Machine, Setting};
+
+/// A distribution, in nanoseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Figure {
+    /// Number of samples.
+    pub n: u64,
+    /// Median.
+    pub p50: u64,
+    /// 90th percentile.
+    pub p90: u64,
+    /// 99th percentile.
+    pub p99: u64,
+    /// 99.9th percentile.
+    pub p999: u64,
+    /// The distribution: nanoseconds at each of 201 evenly spaced quantiles, for plots.
+    #[serde(skip)]
+    pub curve: Vec<u64>,
+}
+
+impl Figure {
+    /// Sums up samples.
+    #[must_use]
+    pub fn of(samples: &Samples) -> Self {
+        Self {
+            n: samples.len(),
+            p50: samples.quantile(0.5),
+            p90: samples.quantile(0.9),
+            p99: samples.quantile(0.99),
+            p999: samples.quantile(0.999),
+            curve: (0..=200).map(|i| samples.quantile(f64::from(i) / 200.0)).collect(),
+        }
+    }
+}
+
+/// What a case has to reach.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Target {
+    /// Ratio of the medians, at most.
+    pub p50: f64,
+    /// Ratio of the 99th percentiles, at most; 0 for none.
+    pub p99: f64,
+}
+
+impl Target {
+    /// A target for the median, and twice the floor's 99th percentile.
+    #[must_use]
+    pub const fn p50(ratio: f64) -> Self {
+        Self { p50: ratio, p99: 2.0 }
+    }
+
+    /// A target for the median alone.
+    #[must_use]
+    pub const fn p50_alone(ratio: f64) -> Self {
+        Self { p50: ratio, p99: 0.0 }
+    }
+}
+
+/// What a case came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// Name of the case.
+    pub name: String,
+    /// How faults reach the resolver, or "-".
+    pub delivery: &'static str,
+    /// What else ran.
+    pub setting: Setting,
+    /// Which floor.
+    pub floor_name: &'static str,
+    /// The floor's figure.
+    pub floor: Figure,
+    /// Ours.
+    pub ours: Figure,
+    /// Median over the rounds of the ratio of the medians.
+    pub ratio: f64,
+    /// First and third quartile of that ratio.
+    pub spread: [f64; 2],
+    /// Ratio of the 99th percentiles over all rounds.
+    pub ratio_p99: f64,
+    /// What was to be reached.
+    pub target: Option<Target>,
+    /// Whether it was, the median.
+    pub met: Option<bool>,
+    /// Whether it was, the 99th percentile.
+    pub met_p99: Option<bool>,
+}
+
+impl Outcome {
+    /// Sums a case up.
+    #[must_use]
+    pub fn new(case: Case, floor: Figure, ours: Figure, mut ratios: Vec<f64>) -> Self {
+        ratios.sort_by(f64::total_cmp);
+        let at = |q: f64| ratios.get((q * (ratios.len().max(1) - 1) as f64).round() as usize).copied().unwrap_or(f64::NAN);
+        let ratio_p99 = ours.p99 as f64 / floor.p99 as f64;
+        let ratio = at(0.5);
+        Self {
+            met: case.target.map(|t| ratio <= t.p50),
+            met_p99: case.target.filter(|t| t.p99 > 0.0).map(|t| ratio_p99 <= t.p99),
+            name: case.name,
+            delivery: case.delivery,
+            setting: case.setting,
+            floor_name: case.floor,
+            floor,
+            ours,
+            ratio,
+            spread: [at(0.25), at(0.75)],
+            ratio_p99,
+            target: case.target,
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct File_<'a> {
+    bench: &'a str,
+    quick: bool,
+    machine: &'a Machine,
+    cases: &'a [Outcome],
+}
+
+/// Prints the table, and writes what the command line asked for.
+///
+/// # Errors
+/// A file could not be written.
+pub fn publish(bench: &str, args: &Args, machine: &Machine, outcomes: &[Outcome]) -> Result<()> {
+    println!("{bench}: {} x {}, Linux {}, load {}", machine.nr_cpus, machine.cpu, machine.kernel, machine.load);
+    println!("{}", table(outcomes));
+    if let Some(path) = &args.json {
+        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let all = File_ { bench, quick: args.quick, machine, cases: outcomes };
+        serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
+    }
+    if let Some(dir) = &args.plot {
+        std::fs::create_dir_all(dir)?;
+        crate::plot::ratios(&dir.join(format!("{bench}_ratios.svg")), bench, outcomes)?;
+        crate::plot::distributions(dir, bench, outcomes)?;
+    }
+    Ok(())
+}
+
+fn table(outcomes: &[Outcome]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["case", "by", "setting", "n", "floor", "floor p50", "ours p50", "ratio [quartiles]", "p99 ratio", "target", ""]);
+    for o in outcomes {
+        let verdict = match (o.met, o.met_p99) {
+            (None, _) => "",
+            (Some(true), None | Some(true)) => "met",
+            (Some(true), Some(false)) => "met, p99 missed",
+            (Some(false), _) => "MISSED",
+        };
+        table.add_row([
+            o.name.clone(),
+            o.delivery.into(),
+            o.setting.name().into(),
+            o.ours.n.to_string(),
+            o.floor_name.into(),
+            time(o.floor.p50),
+            time(o.ours.p50),
+            format!("{:.2} [{:.2} {:.2}]", o.ratio, o.spread[0], o.spread[1]),
+            format!("{:.2}", o.ratio_p99),
+            o.target.map_or_else(String::new, |t| format!("{:.2}", t.p50)),
+            verdict.into(),
+        ]
+        .map(Cell::new)
+        .map(|c| c.set_alignment(CellAlignment::Left)));
+    }
+    table
+}
+
+/// A duration as a reader likes it.
+#[must_use]
+pub fn time(ns: u64) -> String {
+    match ns {
+        0..10_000 => format!("{ns} ns"),
+        10_000..10_000_000 => format!("{:.1} µs", ns as f64 / 1e3),
+        _ => format!("{:.1} ms", ns as f64 / 1e6),
+    }
+}
