@@ -38,10 +38,11 @@ impl Subject for ProtectAndCopy {
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         let Pair { uffd, host, frames } = &self.pair;
+        let pid = std::process::id().cast_signed();
         for at in (0..host.len()).step_by(self.granule) {
             samples.time(|| {
                 uffd.write_protect(host.addr() + at, self.granule, true);
-                read_by_kernel(frames.addr() + at, host.addr() + at, self.granule);
+                read_by_kernel(pid, frames.addr() + at, host.addr() + at, self.granule);
             });
         }
         Ok(())
@@ -83,11 +84,11 @@ impl Subject for Move {
 }
 
 /// Copies `len` bytes by the kernel; both sides are populated.
-pub fn read_by_kernel(dst: usize, src: usize, len: usize) {
+pub fn read_by_kernel(pid: i32, dst: usize, src: usize, len: usize) {
     let local = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(dst), iov_len: len };
     let remote = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(src), iov_len: len };
-    // SAFETY: getpid cannot fail; the destination is an area of the floor's own, of which no reference exists.
-    let copied = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+    // SAFETY: the destination is an area of the floor's own, of which no reference exists.
+    let copied = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     assert_eq!(copied, len as isize, "floor: process_vm_readv");
 }
 

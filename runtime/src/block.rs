@@ -44,10 +44,12 @@ pub const MAX_DEVICES: usize = 8;
 pub(crate) struct DeviceId(pub(crate) u8);
 
 impl DeviceId {
+    #[inline]
     pub(crate) const fn index(self) -> usize {
         self.0 as usize
     }
 
+    #[inline]
     pub(crate) fn all() -> impl Iterator<Item = DeviceId> {
         (0..MAX_DEVICES as u8).map(DeviceId)
     }
@@ -58,32 +60,39 @@ impl DeviceId {
 pub(crate) struct DeviceSet(u8);
 
 impl DeviceSet {
+    #[inline]
     pub(crate) fn insert(&mut self, device: DeviceId) {
         self.0 |= 1 << device.0;
     }
 
+    #[inline]
     pub(crate) const fn contains(self, device: DeviceId) -> bool {
         self.0 >> device.0 & 1 == 1
     }
 
     /// Every device slot.
+    #[inline]
     pub(crate) const fn all() -> Self {
         Self(!0)
     }
 
     /// The set of one device.
+    #[inline]
     pub(crate) const fn one(device: DeviceId) -> Self {
         Self(1 << device.0)
     }
 
+    #[inline]
     pub(crate) const fn without(self, device: DeviceId) -> Self {
         Self(self.0 & !(1 << device.0))
     }
 
+    #[inline]
     pub(crate) const fn is_empty(self) -> bool {
         self.0 == 0
     }
 
+    #[inline]
     pub(crate) fn iter(self) -> impl Iterator<Item = DeviceId> {
         DeviceId::all().filter(move |d| self.0 >> d.0 & 1 == 1)
     }
@@ -153,24 +162,29 @@ impl BlockState {
         }
     }
 
+    #[inline]
     pub(crate) fn away(&self) -> PageMask {
         self.away
     }
 
     /// Pages out of devices' reach for good.
+    #[inline]
     pub(crate) fn gone(&self) -> PageMask {
         self.gone | self.displaced
     }
 
+    #[inline]
     pub(crate) fn pending(&self) -> PageMask {
         self.pending
     }
 
+    #[inline]
     pub(crate) fn displaced(&self) -> PageMask {
         self.displaced
     }
 
     /// Pages that devices access in place: pinned or unmovable.
+    #[inline]
     pub(crate) fn in_place(&self) -> PageMask {
         self.pinned | self.unmovable
     }
@@ -180,28 +194,34 @@ impl BlockState {
         self.pinned & (self.away | self.held_by_devices(None))
     }
 
+    #[inline]
     pub(crate) fn frames(&self, device: DeviceId) -> PageMask {
         self.holdings[device.index()].frames
     }
 
+    #[inline]
     pub(crate) fn junk(&self, device: DeviceId) -> PageMask {
         self.holdings[device.index()].junk
     }
 
     /// Window pages of `device` that are populated, current or not: what counts against its memory.
+    #[inline]
     pub(crate) fn resident(&self, device: DeviceId) -> PageMask {
         self.frames(device) | self.junk(device)
     }
 
+    #[inline]
     pub(crate) fn lease(&mut self) -> &mut Lease {
         &mut self.lease
     }
 
+    #[inline]
     fn occupants(&self) -> impl Iterator<Item = DeviceId> + use<> {
         DeviceSet(self.occupied).iter()
     }
 
     /// Pages of which some device other than `except` holds a copy.
+    #[inline]
     pub(crate) fn held_by_devices(&self, except: Option<DeviceId>) -> PageMask {
         let mut held = PageMask::EMPTY;
         for device in self.occupants() {
@@ -213,16 +233,19 @@ impl BlockState {
     }
 
     /// Pages that the CPU and some device hold: write-protected for the CPU.
+    #[inline]
     pub(crate) fn shared(&self) -> PageMask {
         self.held_by_devices(None) - self.away
     }
 
     /// Pages whose only holder is `device`.
+    #[inline]
     pub(crate) fn exclusive_to(&self, device: DeviceId) -> PageMask {
         (self.frames(device) & self.away) - self.held_by_devices(Some(device))
     }
 
     /// Devices that hold some page of `pages`.
+    #[inline]
     pub(crate) fn holders(&self, pages: &PageMask) -> DeviceSet {
         let mut set = DeviceSet::default();
         for device in self.occupants() {
@@ -234,11 +257,13 @@ impl BlockState {
     }
 
     /// A device that holds `page`.
+    #[inline]
     pub(crate) fn holder_of(&self, page: usize) -> Option<DeviceId> {
         self.occupants().find(|&d| self.frames(d).contains(page))
     }
 
     /// Whether no page is away and no window holds anything: the block is plain memory.
+    #[inline]
     pub(crate) fn is_home(&self) -> bool {
         self.away.is_empty() && self.occupied == 0
     }
@@ -246,23 +271,27 @@ impl BlockState {
     // Transitions. Each is called directly after the system call that made it true (D4).
 
     /// The CPU's page moved into `device`'s window.
+    #[inline]
     pub(crate) fn moved_out(&mut self, device: DeviceId, pages: PageMask) {
         self.away |= pages;
         self.filled(device, pages);
     }
 
     /// `device`'s window page moved to the CPU, which holds it alone or with the other frames.
+    #[inline]
     pub(crate) fn moved_home(&mut self, device: DeviceId, pages: PageMask) {
         self.away -= pages;
         self.emptied(device, pages);
     }
 
     /// The CPU was given a write-protected copy of a page that stays where it is.
+    #[inline]
     pub(crate) fn copied_home(&mut self, pages: PageMask) {
         self.away -= pages;
     }
 
     /// `device`'s window was given a copy.
+    #[inline]
     pub(crate) fn filled(&mut self, device: DeviceId, pages: PageMask) {
         let holding = &mut self.holdings[device.index()];
         holding.frames |= pages;
@@ -271,6 +300,7 @@ impl BlockState {
     }
 
     /// `device`'s window pages were emptied, whatever they held.
+    #[inline]
     pub(crate) fn emptied(&mut self, device: DeviceId, pages: PageMask) {
         let holding = &mut self.holdings[device.index()];
         holding.frames -= pages;
@@ -281,6 +311,7 @@ impl BlockState {
     }
 
     /// `device` is no longer a holder; what its window has is stale. Its translations are gone already.
+    #[inline]
     pub(crate) fn revoked(&mut self, device: DeviceId, pages: PageMask) {
         let holding = &mut self.holdings[device.index()];
         let stale = holding.frames & pages;
@@ -289,6 +320,7 @@ impl BlockState {
     }
 
     /// Every device but `except` ceases to hold `pages`.
+    #[inline]
     pub(crate) fn revoked_all(&mut self, pages: PageMask, except: Option<DeviceId>) {
         for device in self.occupants() {
             if Some(device) != except {
@@ -298,17 +330,20 @@ impl BlockState {
     }
 
     /// The CPU's copy was thrown away; a device holds the page.
+    #[inline]
     pub(crate) fn host_dropped(&mut self, pages: PageMask) {
         self.away |= pages;
     }
 
     /// The pages' contents were discarded: nobody's copy is current, and the CPU holds what zero-fill will give.
+    #[inline]
     pub(crate) fn discarded(&mut self, pages: PageMask) {
         self.revoked_all(pages, None);
         self.away -= pages;
     }
 
     /// The pages left the region.
+    #[inline]
     pub(crate) fn left(&mut self, pages: PageMask) {
         self.discarded(pages);
         self.displaced -= pages;
@@ -316,10 +351,12 @@ impl BlockState {
     }
 
     /// The pages were moved to another address; what is away comes home there.
+    #[inline]
     pub(crate) fn displaced_to_new_address(&mut self, pages: PageMask) {
         self.displaced |= pages - self.gone;
     }
 
+    #[inline]
     pub(crate) fn set_pending(&mut self, pages: PageMask, pending: bool) {
         if pending {
             self.pending |= pages;
@@ -328,6 +365,7 @@ impl BlockState {
         }
     }
 
+    #[inline]
     pub(crate) fn set_pinned(&mut self, pages: PageMask, pinned: bool) {
         if pinned {
             self.pinned |= pages;
@@ -336,6 +374,7 @@ impl BlockState {
         }
     }
 
+    #[inline]
     pub(crate) fn set_unmovable(&mut self, pages: PageMask) {
         self.unmovable |= pages;
     }
@@ -417,11 +456,13 @@ pub(crate) struct Plan {
 
 impl Plan {
     /// Whether nothing has to change.
+    #[inline]
     pub(crate) fn is_empty(&self) -> bool {
         self.changes().is_empty() && self.revoke.is_empty()
     }
 
     /// Pages whose holders change.
+    #[inline]
     pub(crate) fn changes(&self) -> PageMask {
         self.drop_host | self.take | self.duplicate | self.from_device | self.revoke | self.downgrade
     }

@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use crate::addr::PageRange;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
-use crate::sys::mmap;
+use crate::sys::{mmap, process};
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
 
 /// See the [module](self).
@@ -17,6 +17,8 @@ use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, W
 pub(crate) struct Door {
     uffd: Uffd,
     delivery: Delivery,
+    /// Of the process that the descriptor is of.
+    pid: u32,
     disowned: AtomicBool,
 }
 
@@ -68,7 +70,7 @@ impl Door {
             let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
-        Ok(Self { uffd, delivery, disowned: AtomicBool::new(false) })
+        Ok(Self { uffd, delivery, pid: std::process::id(), disowned: AtomicBool::new(false) })
     }
 
     pub(crate) fn uffd(&self) -> &Uffd {
@@ -147,6 +149,15 @@ impl Door {
         // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
         // door's descriptor, and which `register` answers for.
         unsafe { self.uffd.copy(dst, src, protect, Wake::Yes) }
+    }
+
+    /// Copies `len` bytes over pages that are there; says how many bytes of whole pages it came to. Not where the kernel's
+    /// accesses wait for a monitor.
+    pub(crate) fn copy_over(&self, dst: usize, src: usize, len: usize) -> usize {
+        debug_assert!(!self.is_transparent());
+        // SAFETY: `crate::movement`, the only caller, copies over stale pages of windows, which nobody refers to.
+        let copied = unsafe { process::copy_from_self(self.pid, dst, src, len) };
+        copied.unwrap_or(0) & !(crate::addr::PAGE_SIZE - 1)
     }
 
     /// Fills `len` bytes of missing pages with the shared page of zeros.

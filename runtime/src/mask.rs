@@ -23,6 +23,7 @@ impl PageMask {
 
     /// The pages `range.start .. range.end` (indices within the block, `end <= 512`).
     #[must_use]
+    #[inline]
     pub fn range(range: Range<usize>) -> Self {
         debug_assert!(range.end <= PAGES_PER_BLOCK);
         let mut mask = Self::EMPTY;
@@ -38,6 +39,7 @@ impl PageMask {
 
     /// The set of one page.
     #[must_use]
+    #[inline]
     pub fn page(page: usize) -> Self {
         let mut mask = Self::EMPTY;
         mask.0[page / 64] |= 1 << (page % 64);
@@ -46,60 +48,98 @@ impl PageMask {
 
     /// Builds a mask from its eight words, least significant page first.
     #[must_use]
+    #[inline]
     pub const fn from_words(words: [u64; WORDS]) -> Self {
         Self(words)
     }
 
     /// The eight words, least significant page first.
     #[must_use]
+    #[inline]
     pub const fn words(&self) -> &[u64; WORDS] {
         &self.0
     }
 
     /// Whether `page` is in the set.
     #[must_use]
+    #[inline]
     pub const fn contains(&self, page: usize) -> bool {
         self.0[page / 64] >> (page % 64) & 1 == 1
     }
 
     /// Whether the set has no page.
     #[must_use]
+    #[inline]
     pub fn is_empty(&self) -> bool {
         self.0.iter().all(|&w| w == 0)
     }
 
     /// Number of pages in the set.
     #[must_use]
+    #[inline]
     pub fn count(&self) -> usize {
-        self.0.iter().map(|w| w.count_ones() as usize).sum()
+        // Most words are all or nothing, and the instruction that counts ones is not everywhere.
+        let ones = |&w: &u64| match w {
+            0 => 0,
+            u64::MAX => 64,
+            some => some.count_ones() as usize,
+        };
+        self.0.iter().map(ones).sum()
+    }
+
+    /// Every page of each aligned group of `group` pages of which some page is in the set. `group` is a power of two up to 64.
+    #[inline]
+    pub(crate) fn grown_within_words(mut self, group: usize) -> Self {
+        debug_assert!(group.is_power_of_two() && group <= 64);
+        if group == 1 {
+            return self;
+        }
+        let ones = u64::MAX >> (64 - group);
+        // A one at the lowest page of each group.
+        let lowest = u64::MAX / ones;
+        for word in &mut self.0 {
+            let mut any = *word;
+            let mut shift = 1;
+            while shift < group {
+                any |= any >> shift;
+                shift *= 2;
+            }
+            *word = (any & lowest).wrapping_mul(ones);
+        }
+        self
     }
 
     /// Whether every page of `other` is in the set.
     #[must_use]
+    #[inline]
     pub fn contains_all(&self, other: &Self) -> bool {
         (*other - *self).is_empty()
     }
 
     /// Whether some page is in both sets.
     #[must_use]
+    #[inline]
     pub fn intersects(&self, other: &Self) -> bool {
         self.0.iter().zip(&other.0).any(|(a, b)| a & b != 0)
     }
 
     /// The first page at or after `from` that is in the set.
     #[must_use]
+    #[inline]
     pub fn first_from(&self, from: usize) -> Option<usize> {
         scan(&self.0, from, 0)
     }
 
     /// The first page at or after `from` that is *not* in the set.
     #[must_use]
+    #[inline]
     pub fn first_absent_from(&self, from: usize) -> Option<usize> {
         scan(&self.0, from, !0)
     }
 
     /// The smallest range of pages that covers the set; `None` if it is empty.
     #[must_use]
+    #[inline]
     pub fn bounds(&self) -> Option<Range<usize>> {
         let start = self.first_from(0)?;
         let word = self.0.iter().rposition(|&w| w != 0)?;
@@ -108,26 +148,38 @@ impl PageMask {
 
     /// The maximal runs of consecutive pages, in ascending order.
     #[must_use]
+    #[inline]
     pub fn runs(&self) -> Runs {
         Runs { mask: *self, next: 0 }
     }
 
     /// The maximal run that `page` lies in; empty if `page` is not in the set.
     #[must_use]
+    #[inline]
     pub fn run_around(&self, page: usize) -> Range<usize> {
         if !self.contains(page) {
             return page..page;
         }
         let end = self.first_absent_from(page).unwrap_or(PAGES_PER_BLOCK);
-        let mut start = page;
-        while start > 0 && self.contains(start - 1) {
-            start -= 1;
+        let (mut word, bit) = (page / 64, page % 64);
+        // Absent pages at or below `page`, the nearest one highest.
+        let mut absent = !self.0[word] << (63 - bit);
+        if absent != 0 {
+            return page + 1 - absent.leading_zeros() as usize..end;
         }
-        start..end
+        while word > 0 {
+            word -= 1;
+            absent = !self.0[word];
+            if absent != 0 {
+                return word * 64 + 64 - absent.leading_zeros() as usize..end;
+            }
+        }
+        0..end
     }
 }
 
 /// First bit at or after `from` in `words ^ flip`.
+#[inline]
 fn scan(words: &[u64; WORDS], from: usize, flip: u64) -> Option<usize> {
     let mut word = from / 64;
     if word >= WORDS {
@@ -156,6 +208,7 @@ pub struct Runs {
 impl Iterator for Runs {
     type Item = Range<usize>;
 
+    #[inline]
     fn next(&mut self) -> Option<Range<usize>> {
         let start = self.mask.first_from(self.next)?;
         let end = self.mask.first_absent_from(start).unwrap_or(PAGES_PER_BLOCK);
@@ -190,6 +243,7 @@ word_wise!(Sub sub SubAssign sub_assign, a b => a & !b);
 
 impl Not for PageMask {
     type Output = Self;
+    #[inline]
     fn not(self) -> Self {
         Self::FULL - self
     }
@@ -214,6 +268,24 @@ mod tests {
             }
             assert_eq!(mask.count(), end - start);
             assert_eq!(mask.bounds(), (start < end).then_some(start..end));
+        }
+    }
+
+    #[test]
+    fn runs_around_and_groups_agree_with_a_search() {
+        let words = [0x8000_0000_0000_0001, !0, 0, 0xF0F0, !0, !0, 1 << 40, !1];
+        let mask = PageMask::from_words(words);
+        for page in 0..512 {
+            let run = mask.runs().find(|run| run.contains(&page)).unwrap_or(page..page);
+            assert_eq!(mask.run_around(page), run, "page {page}");
+        }
+        for group in [1, 2, 4, 8, 16, 32, 64] {
+            let grown = mask.grown_within_words(group);
+            for page in 0..512 {
+                let start = page & !(group - 1);
+                let any = (start..start + group).any(|p| mask.contains(p));
+                assert_eq!(grown.contains(page), any, "group {group} page {page}");
+            }
         }
     }
 

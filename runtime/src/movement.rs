@@ -343,6 +343,33 @@ impl<'a> Mover<'a> {
         )
     }
 
+    /// Duplicates the CPU's pages of `run` into window pages of `device` that are populated and stale: protects them, then
+    /// copies over what is there. Says how far it came; from there on [`take`](Self::take) and
+    /// [`share_home`](Self::share_home) do it, for the usual reason is a page that is missing here.
+    ///
+    /// Stale window pages were copies for reading, and no translation leads to them any more, so nobody notices the copy.
+    pub(crate) fn duplicate_over_junk(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Result<usize, Stall> {
+        let door = self.region.door();
+        // W5: where the kernel's own accesses wait for our monitor, it must not make one of a registered page here.
+        if door.is_transparent() || run.is_empty() {
+            return Ok(run.start);
+        }
+        let (host, frame, len) = (self.host(run.start), self.frame(device, run.start), run.len() * PAGE_SIZE);
+        count(&self.region.counters().write_protect_calls, 1);
+        match door.protect(host, len) {
+            Stop::Complete => {}
+            Stop::Changing => return Err(Stall::Changing),
+            // Stale protection, if any: the next fault there finds nothing that explains it, and lifts it.
+            _ => return Ok(run.start),
+        }
+        count(&self.region.counters().kernel_copy_calls, 1);
+        let done = run.start + door.copy_over(frame, host, len) / PAGE_SIZE;
+        let pages = PageMask::range(run.start..done);
+        self.state.filled(device.id(), pages);
+        count(&self.region.counters().duplicated_pages, pages.count() as u64);
+        Ok(done)
+    }
+
     /// Gives `device` zero-filled window pages for a hole in the CPU's memory.
     fn zero_fill_frames(&mut self, device: &dyn AnyMapped, hole: Range<usize>, access: Access) -> Movement {
         let id = device.id();
@@ -708,6 +735,10 @@ pub(crate) fn granule_around(page: usize, granule: usize) -> PageMask {
 
 /// The granules that `pages` touch.
 pub(crate) fn granules_of(pages: PageMask, granule: usize) -> PageMask {
+    debug_assert!(granule.is_power_of_two() && granule <= PAGES_PER_BLOCK);
+    if granule <= 64 {
+        return pages.grown_within_words(granule);
+    }
     let mut grown = PageMask::EMPTY;
     let mut next = 0;
     while let Some(page) = pages.first_from(next) {

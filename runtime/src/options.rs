@@ -55,7 +55,7 @@ pub struct Options {
     pub delivery: Delivery,
     /// How many pages one fault moves.
     pub granule: Granule,
-    /// Whether windows (and `Buffer`s) ask for transparent huge pages.
+    /// Whether windows (and `Buffer`s) ask for transparent huge pages. Such a `Buffer` is populated when it is made.
     pub huge_pages: bool,
     /// Whether a device read duplicates at once instead of migrating.
     pub read_mostly: bool,

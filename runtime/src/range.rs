@@ -158,9 +158,8 @@ impl<D: Device> Range<D> {
         let covered = covered_by_granules(region, &pages);
         let at = self.subscription(region);
         let (_, subscription) = &mut self.subscriptions[at];
-        subscription.move_to(interval_of(region, &covered));
         let token = subscription
-            .begin(deadline)
+            .begin_at(interval_of(region, &covered), deadline)
             .map_err(|e| DeviceFault::new(addr, Access::Read, kind_of(e)))?;
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
@@ -206,11 +205,15 @@ impl<D: Device> Range<D> {
         let mut deadline = Deadline::after(timeout);
         let mut retries = 0;
         let mut stuck = None;
+        let mut is_first = true;
         loop {
             let subscription = &self.subscriptions[at].1;
-            // Waits here, where nothing is held. The token that counts is taken under the block's lock, under which every change of
-            // ours starts its bracket: so nothing of ours can come between it and the commit.
-            let _ = subscription.begin(deadline).map_err(|e| fault(kind_of(e)))?;
+            // Waits here, where nothing is held, if there was something to wait for. The token that counts is taken under the
+            // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
+            // the commit.
+            if !core::mem::take(&mut is_first) {
+                let _ = subscription.begin(deadline).map_err(|e| fault(kind_of(e)))?;
+            }
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
@@ -573,7 +576,13 @@ impl<D: Device> Round<'_, D> {
         let me: &dyn AnyMapped = &**self.mapped;
         let id = self.id();
         let mut mover = Mover::new(self.region, self.block, state);
-        mover.clear_junk(me, plan.take | plan.duplicate | plan.from_device, scratch)?;
+        // What the device's window still holds of an earlier copy is copied over; what that leaves, below.
+        for run in (plan.duplicate & mover.state.junk(id)).runs() {
+            let done = mover.duplicate_over_junk(me, run.clone())?;
+            self.count_arrival(&(run.start..done));
+        }
+        let duplicate = plan.duplicate - mover.state.frames(id);
+        mover.clear_junk(me, plan.take | duplicate | plan.from_device, scratch)?;
         for run in plan.from_device.runs() {
             self.fetch_from_devices(gate, &mut mover, run, scratch)?;
         }
@@ -583,7 +592,7 @@ impl<D: Device> Round<'_, D> {
             mover.take(me, run.clone(), self.access, scratch)?;
             self.count_arrival(&run);
         }
-        for run in plan.duplicate.runs() {
+        for run in duplicate.runs() {
             mover.take(me, run.clone(), Access::Read, scratch)?;
             mover.share_home(me, run.clone())?;
             self.count_arrival(&run);
@@ -628,6 +637,9 @@ impl<D: Device> Round<'_, D> {
     }
 
     fn count_arrival(&self, run: &Pages<usize>) {
+        if run.is_empty() {
+            return;
+        }
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
         self.mapped.counters().to_device(Cause::Demand, demand, run.len() as u64 - demand);
     }

@@ -216,6 +216,9 @@ impl Region {
         let first = (body.start() - self.base) / PAGE_SIZE;
         let end = (body.end() - self.base) / PAGE_SIZE;
         let origin = block * PAGES_PER_BLOCK;
+        if first <= origin && end >= origin + PAGES_PER_BLOCK {
+            return PageMask::FULL;
+        }
         let clip = |page: usize| page.clamp(origin, origin + PAGES_PER_BLOCK) - origin;
         PageMask::range(clip(first)..clip(end))
     }

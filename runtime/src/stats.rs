@@ -123,6 +123,8 @@ counters! {
     zeropage_calls,
     /// UFFDIO_WRITEPROTECT calls.
     write_protect_calls,
+    /// Copies of pages by process_vm_readv.
+    kernel_copy_calls,
     /// PAGEMAP_SCAN calls.
     scan_calls,
     /// Calls the kernel answered with "changing, try again" because an event was pending.
@@ -159,13 +161,17 @@ impl Stats {
     /// System calls of page movement.
     #[must_use]
     pub fn movement_calls(&self) -> u64 {
-        self.move_calls + self.copy_calls + self.zeropage_calls + self.write_protect_calls
+        self.move_calls + self.copy_calls + self.zeropage_calls + self.write_protect_calls + self.kernel_copy_calls
     }
 }
 
 /// Counts `n` more; relaxed, as all counting here.
+#[inline]
 pub(crate) fn count(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Relaxed);
+    // Nothing is often what there is to count, and a branch is cheaper than a locked instruction.
+    if n != 0 {
+        counter.fetch_add(n, Relaxed);
+    }
 }
 
 impl Counters {

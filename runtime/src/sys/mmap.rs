@@ -207,10 +207,12 @@ impl Memory {
         })
     }
 
-    /// Asks for transparent huge pages.
+    /// Asks for transparent huge pages, and populates the memory with them: once it is registered with userfaultfd it
+    /// would be populated page by page.
     pub(crate) fn huge_pages(&self) {
         // Advice: where it is refused the memory works all the same.
         let _ = advise(self.range, Advice::HugePage);
+        let _ = advise(self.range, Advice::PopulateWrite);
     }
 
     /// Its first byte, with provenance over all of it.

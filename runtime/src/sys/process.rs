@@ -92,7 +92,20 @@ fn is_forbidden(error: &io::Error) -> bool {
 ///
 /// `local` must be valid for writes of `len` bytes.
 pub(crate) unsafe fn copy_from_fallible(local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
-    process_vm(libc::SYS_process_vm_readv, local, remote, len)
+    process_vm(libc::SYS_process_vm_readv, std::process::id(), local, remote, len)
+}
+
+/// [`copy_from_fallible`] between two addresses, for who knows the process's id. Fault path, under the same condition.
+///
+/// # Errors
+///
+/// As [`copy_from_fallible`].
+///
+/// # Safety
+///
+/// Writing `dst..dst + len` must be sound for as much of it as is mapped and writable.
+pub(crate) unsafe fn copy_from_self(pid: u32, dst: usize, src: usize, len: usize) -> io::Result<usize> {
+    process_vm(libc::SYS_process_vm_readv, pid, std::ptr::with_exposed_provenance_mut(dst), src, len)
 }
 
 /// The other direction of [`copy_from_fallible`].
@@ -106,11 +119,11 @@ pub(crate) unsafe fn copy_from_fallible(local: *mut u8, remote: usize, len: usiz
 /// `local` must be valid for reads of `len` bytes. Writing `remote..remote + len` must be sound for
 /// as much of it as is mapped and writable.
 unsafe fn copy_to_fallible(remote: usize, local: *const u8, len: usize) -> io::Result<usize> {
-    process_vm(libc::SYS_process_vm_writev, local.cast_mut(), remote, len)
+    process_vm(libc::SYS_process_vm_writev, std::process::id(), local.cast_mut(), remote, len)
 }
 
 /// Both calls have the same arguments. Its callers' contracts make the copy sound.
-fn process_vm(call: libc::c_long, local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
+fn process_vm(call: libc::c_long, own_pid: u32, local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
     if Disabled::current().contains(Disabled::PROCESS_VM) {
         return Err(io::Error::from_raw_os_error(libc::ENOSYS));
     }
@@ -122,7 +135,6 @@ fn process_vm(call: libc::c_long, local: *mut u8, remote: usize, len: usize) -> 
         iov_base: std::ptr::with_exposed_provenance_mut(remote),
         iov_len: len,
     };
-    let own_pid = std::process::id();
     // SAFETY: the iovecs outlive the call. The local buffer is valid by the callers' contracts; the
     // kernel checks every remote page, and for writing the callers' contract covers the effect.
     let copied = check(unsafe {
