@@ -127,6 +127,8 @@ pub(crate) struct BlockState {
     holdings: [Holding; MAX_DEVICES],
     /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
     occupied: u8,
+    /// Whether any of the masks from `gone` to `displaced` has a page: seldom, and then a round looks at each of them.
+    exceptional: bool,
     /// Until when (monotonic ns) pages that a device fetched are not taken from it, and pages the CPU fetched from it.
     lease: Lease,
 }
@@ -158,6 +160,7 @@ impl BlockState {
             displaced: PageMask::EMPTY,
             holdings: [NONE; MAX_DEVICES],
             occupied: 0,
+            exceptional: false,
             lease: Lease::default(),
         }
     }
@@ -208,6 +211,24 @@ impl BlockState {
     #[inline]
     pub(crate) fn resident(&self, device: DeviceId) -> PageMask {
         self.frames(device) | self.junk(device)
+    }
+
+    /// Whether every page of `pages` is the CPU's alone, so that `device` may be given them without a look at anybody else: nobody
+    /// else's window holds anything of the block, and this one's nothing of these pages.
+    #[inline]
+    pub(crate) fn is_plain_for(&self, device: DeviceId, pages: &PageMask) -> bool {
+        let Holding { frames, junk } = &self.holdings[device.index()];
+        !self.exceptional
+            && self.occupied & !(1 << device.0) == 0
+            && !self.away.intersects(pages)
+            && !frames.intersects(pages)
+            && !junk.intersects(pages)
+    }
+
+    /// To be called when one of the masks that make a block exceptional has changed.
+    fn note_exceptions(&mut self) {
+        let masks = [self.gone, self.pinned, self.unmovable, self.pending, self.displaced];
+        self.exceptional = masks.iter().any(|mask| !mask.is_empty());
     }
 
     #[inline]
@@ -348,12 +369,14 @@ impl BlockState {
         self.discarded(pages);
         self.displaced -= pages;
         self.gone |= pages;
+        self.note_exceptions();
     }
 
     /// The pages were moved to another address; what is away comes home there.
     #[inline]
     pub(crate) fn displaced_to_new_address(&mut self, pages: PageMask) {
         self.displaced |= pages - self.gone;
+        self.note_exceptions();
     }
 
     #[inline]
@@ -363,6 +386,7 @@ impl BlockState {
         } else {
             self.pending -= pages;
         }
+        self.note_exceptions();
     }
 
     #[inline]
@@ -372,11 +396,13 @@ impl BlockState {
         } else {
             self.pinned -= pages;
         }
+        self.note_exceptions();
     }
 
     #[inline]
     pub(crate) fn set_unmovable(&mut self, pages: PageMask) {
         self.unmovable |= pages;
+        self.note_exceptions();
     }
 
     /// What has to happen so that `device` may access `want`.

@@ -29,7 +29,7 @@ use core::sync::atomic::Ordering;
 use core::time::Duration;
 
 use crate::addr::{PAGES_PER_BLOCK, PageRange};
-use crate::block::{BlockState, DeviceId, Plan};
+use crate::block::{BlockState, DeviceId, OnRead, Plan};
 use crate::device::{AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
 use crate::evict;
@@ -447,6 +447,9 @@ impl<D: Device> Round<'_, D> {
         if self.region.kind() == RegionKind::Input {
             return self.run_input(&mut state, scratch, commit);
         }
+        if let Some(pages) = self.plain(&state) {
+            return self.take_plain(&mut state, pages, scratch, commit);
+        }
         let (want, plan) = self.plan(&state);
         if plan.is_empty() {
             let valid = self.valid(&state, want);
@@ -492,6 +495,52 @@ impl<D: Device> Round<'_, D> {
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
     fn is_over(&self) -> bool {
         self.region.is_closing() || self.mapped.attached().is_detached()
+    }
+
+    /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
+    /// far. It goes without a plan.
+    fn plain(&self, state: &BlockState) -> Option<PageMask> {
+        let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        let pages = self.want | self.company();
+        (moves && state.is_plain_for(self.id(), &pages)).then_some(pages)
+    }
+
+    /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone.
+    fn take_plain<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+        scratch: &mut Scratch,
+        commit: impl FnOnce(&Valid) -> T,
+    ) -> Outcome<T> {
+        let needed = pages.count();
+        let residency = self.mapped.residency();
+        if !residency.reserve(needed) {
+            return Outcome::Full(needed);
+        }
+        let Ok(_bracket) = self.region.hub().start(self.region.interval(self.block, pages.bounds().unwrap_or(0..1)), self.key) else {
+            residency.release(needed);
+            return Outcome::Again;
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        let mut moved = Ok(());
+        for run in pages.runs() {
+            moved = mover.take(&**self.mapped, run.clone(), self.access, scratch);
+            if moved.is_err() {
+                break;
+            }
+            self.count_arrival(&run);
+        }
+        debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
+        // All of them, unless the movement stopped half-way.
+        let arrived = if moved.is_ok() { pages } else { pages & state.frames(self.id()) };
+        residency.release(needed - arrived.count());
+        if arrived.contains_all(&self.want) {
+            let writable = if self.region.is_writable() { arrived } else { PageMask::EMPTY };
+            let valid = Valid { block: self.block, readable: arrived, writable, in_place: PageMask::EMPTY };
+            return Outcome::Done(self.commit(state, &valid, commit));
+        }
+        stopped(moved)
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -558,11 +607,7 @@ impl<D: Device> Round<'_, D> {
         if let Some((page, kind)) = self.refused_in_place(state, &valid) {
             return Outcome::Fault(page, kind);
         }
-        match moved {
-            Ok(()) | Err(Stall::Changing) => Outcome::Again,
-            Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
-            Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
-        }
+        stopped(moved)
     }
 
     /// The movements of a plan. The other holders have been excluded.
@@ -685,7 +730,9 @@ impl<D: Device> Round<'_, D> {
         if self.attempt > 1 {
             state.lease().device_until_ns = clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
         }
-        count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        if !valid.in_place.is_empty() {
+            count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        }
         commit(valid)
     }
 
@@ -723,6 +770,15 @@ impl<D: Device> Round<'_, D> {
                 Outcome::Fault(page, DeviceFaultKind::Unmapped)
             }
         }
+    }
+}
+
+/// What a movement that left wanted pages behind makes of its round.
+fn stopped<T>(moved: Result<(), Stall>) -> Outcome<T> {
+    match moved {
+        Ok(()) | Err(Stall::Changing) => Outcome::Again,
+        Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
+        Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
     }
 }
 
