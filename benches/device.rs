@@ -75,8 +75,20 @@ impl Rig {
     /// # Errors
     /// As [`svm::attach`] and [`Buffer::with_options`].
     pub fn new(len: usize, options: &Options) -> Result<Self> {
+        Self::sparse(len, 0..len, options)
+    }
+
+    /// `len` bytes, of which those of `populated` are.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn sparse(
+        len: usize,
+        populated: std::ops::Range<usize>,
+        options: &Options,
+    ) -> Result<Self> {
         let mut buffer = Buffer::with_options(len, options)?;
-        buffer.as_mut_slice().fill(1);
+        buffer.as_mut_slice()[populated].fill(1);
         let attachment = svm::attach(Idle::default(), AttachOptions::new())?;
         let mapped = attachment.map(buffer.view().region())?;
         let range = attachment.range()?;

@@ -391,5 +391,5 @@ fn main() -> Result<()> {
     }
     progress.finish();
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };
-    publish("fault_latency", &args, &machine, &outcomes)
+    publish("fault_latency", &args, &machine, &outcomes, &[])
 }

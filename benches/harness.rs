@@ -111,7 +111,11 @@ impl Samples {
         self.histogram.is_empty()
     }
 
-    fn absorb(&mut self, other: &Self) {
+    /// Adds another's samples.
+    ///
+    /// # Panics
+    /// Never: all have the same bounds.
+    pub fn absorb(&mut self, other: &Self) {
         self.histogram
             .add(&other.histogram)
             .expect("all have the same bounds");

@@ -7,10 +7,12 @@
 //! `cargo bench -p benches --bench offload -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
 use std::hint::black_box;
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
 use anyhow::Result;
+use benches::floors::raw::Area;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
 use benches::report::{Target, publish};
@@ -55,11 +57,20 @@ impl Offload {
         let options = Options::new().granule(granule).huge_pages(huge);
         let buffer = || Buffer::with_options(len, &options);
         let accel = Accelerator::with_options(accel_sim::Options::new().workers(workers))?;
-        Ok(Self { accel, a: buffer()?, b: buffer()?, c: buffer()?, round: 0.0 })
+        Ok(Self {
+            accel,
+            a: buffer()?,
+            b: buffer()?,
+            c: buffer()?,
+            round: 0.0,
+        })
     }
 
     fn run(&mut self) -> Result<()> {
-        Ok(self.accel.run((self.a.view_mut(), self.b.view(), self.c.view()), |(a, b, c)| triad(a, b, c))?)
+        Ok(self.accel.run(
+            (self.a.view_mut(), self.b.view(), self.c.view()),
+            |(a, b, c)| triad(a, b, c),
+        )?)
     }
 }
 
@@ -78,7 +89,10 @@ impl Subject for Offload {
             sum(self.a.as_slice());
             Ok(())
         })?;
-        assert!(self.a.as_slice().iter().all(|&x| x == self.round + SCALE), "the accelerator computed something else");
+        assert!(
+            self.a.as_slice().iter().all(|&x| x == self.round + SCALE),
+            "the accelerator computed something else"
+        );
         let read = timed(|| {
             sum(self.a.as_slice());
             Ok(())
@@ -86,7 +100,9 @@ impl Subject for Offload {
         // Brings the result back to the device; then everything is in place.
         self.run()?;
         let kernel = timed(|| self.run())?;
-        samples.record(u64::try_from(whole.saturating_sub(read + kernel).as_nanos())?);
+        samples.record(u64::try_from(
+            whole.saturating_sub(read + kernel).as_nanos(),
+        )?);
         Ok(())
     }
 }
@@ -100,7 +116,10 @@ struct Copies {
 impl Copies {
     fn new(len: usize) -> Self {
         let arrays = || std::array::from_fn(|_| vec![1.0; len]);
-        Self { host: arrays(), device: arrays() }
+        Self {
+            host: arrays(),
+            device: arrays(),
+        }
     }
 }
 
@@ -138,18 +157,45 @@ impl Subject for Resident {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        for _ in 0..4 {
+        for _ in 0..PASSES {
             samples.time(|| self.0.run())?;
         }
         Ok(())
     }
 }
 
-/// F7: as many plain threads on ordinary memory.
+/// F7: as many plain threads on ordinary memory, with huge pages as ours. They stand ready, as an accelerator's workers do.
 struct Plain {
-    arrays: [Vec<f64>; 3],
+    arrays: [Area; 3],
     threads: usize,
 }
+
+impl Plain {
+    fn new(len: usize, threads: usize) -> Self {
+        let array = || {
+            let area = Area::new((len * size_of::<f64>()).next_multiple_of(2 * MIB), true);
+            area.populate();
+            area
+        };
+        Self {
+            arrays: [array(), array(), array()],
+            threads,
+        }
+    }
+
+    /// The floats of an array.
+    fn floats(area: &mut Area) -> &mut [f64] {
+        // SAFETY: the area is populated, aligned, of as many bytes, and borrowed exclusively; any bits are a float.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                std::ptr::with_exposed_provenance_mut(area.addr()),
+                area.len() / size_of::<f64>(),
+            )
+        }
+    }
+}
+
+const PASSES: usize = 4;
 
 impl Subject for Plain {
     fn arm(&mut self) -> Result<()> {
@@ -157,17 +203,26 @@ impl Subject for Plain {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let [a, b, c] = &mut self.arrays;
+        let [a, b, c] = self.arrays.each_mut().map(Self::floats);
         let part = a.len().div_ceil(self.threads);
-        for _ in 0..4 {
-            samples.time(|| {
-                std::thread::scope(|scope| {
-                    for ((a, b), c) in a.chunks_mut(part).zip(b.chunks(part)).zip(c.chunks(part)) {
-                        scope.spawn(|| triad(a, b, c));
+        let barrier = &Barrier::new(self.threads + 1);
+        std::thread::scope(|scope| {
+            for ((a, b), c) in a.chunks_mut(part).zip(b.chunks(part)).zip(c.chunks(part)) {
+                scope.spawn(move || {
+                    for _ in 0..PASSES {
+                        barrier.wait();
+                        triad(a, b, c);
+                        barrier.wait();
                     }
                 });
-            });
-        }
+            }
+            for _ in 0..PASSES {
+                samples.time(|| {
+                    barrier.wait();
+                    barrier.wait();
+                });
+            }
+        });
         Ok(())
     }
 }
@@ -180,10 +235,37 @@ fn main() -> Result<()> {
     for &mib in sizes {
         // The size is of the three arrays together.
         let len = mib * MIB / 3 / size_of::<f64>() / (MIB / 4) * (MIB / 4);
-        let mut add = |what: &str, workers, granule, huge, target| cases.push((format!("offload, {mib} MiB, {what}"), len, workers, granule, huge, target));
-        add("2 MiB granule", machine.nr_cpus, Granule::Huge, false, Some(0.5));
-        add("2 MiB granule, huge pages", machine.nr_cpus, Granule::Huge, true, Some(0.2));
-        add("64 KiB granule, 1 worker", 1, Granule::Big, false, Some(1.0));
+        let mut add = |what: &str, workers, granule, huge, target| {
+            cases.push((
+                format!("offload, {mib} MiB, {what}"),
+                len,
+                workers,
+                granule,
+                huge,
+                target,
+            ))
+        };
+        add(
+            "2 MiB granule",
+            machine.nr_cpus,
+            Granule::Huge,
+            false,
+            Some(0.5),
+        );
+        add(
+            "2 MiB granule, huge pages",
+            machine.nr_cpus,
+            Granule::Huge,
+            true,
+            Some(0.2),
+        );
+        add(
+            "64 KiB granule, 1 worker",
+            1,
+            Granule::Big,
+            false,
+            Some(1.0),
+        );
         add("triad in place", machine.nr_cpus, Granule::Huge, true, None);
     }
     cases.retain(|case| args.wants(&case.0));
@@ -192,18 +274,36 @@ fn main() -> Result<()> {
     let mut outcomes = Vec::new();
     for (name, len, workers, granule, huge, target) in cases {
         let ours = Offload::new(len, workers, granule, huge)?;
-        let case = |floor, target| Case { name: name.clone(), delivery: "inline", setting: Setting::Quiet, floor, target: Some(target) };
+        let case = |floor, target| Case {
+            name: name.clone(),
+            delivery: "inline",
+            setting: Setting::Quiet,
+            floor,
+            target: Some(target),
+        };
         outcomes.push(match target {
             Some(ratio) => {
                 let (mut copies, mut ours) = (Copies::new(len), ours);
-                compare(case("copies", Target::p50_alone(ratio)), rounds, &mut copies, &mut ours, &progress)?
+                compare(
+                    case("copies", Target::p50_alone(ratio)),
+                    rounds,
+                    &mut copies,
+                    &mut ours,
+                    &progress,
+                )?
             }
             None => {
-                let mut plain = Plain { arrays: std::array::from_fn(|_| vec![1.0; len]), threads: workers };
-                compare(case("F7", Target::p50_alone(1.0 / 0.95)), rounds, &mut plain, &mut Resident(ours), &progress)?
+                let mut plain = Plain::new(len, workers);
+                compare(
+                    case("F7", Target::p50_alone(1.0 / 0.95)),
+                    rounds,
+                    &mut plain,
+                    &mut Resident(ours),
+                    &progress,
+                )?
             }
         });
     }
     progress.finish();
-    publish("offload", &args, &machine, &outcomes)
+    publish("offload", &args, &machine, &outcomes, &[])
 }

@@ -136,32 +136,62 @@ impl Outcome {
     }
 }
 
+/// A figure that has no floor: a count, or a time that is its own measure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Note {
+    /// What it is.
+    pub name: String,
+    /// The figure.
+    pub value: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// What it was to be at most.
+    pub target: Option<f64>,
+}
+
 #[derive(Serialize)]
-struct File_<'a> {
+struct Document<'a> {
     bench: &'a str,
     quick: bool,
     machine: &'a Machine,
     cases: &'a [Outcome],
+    notes: &'a [Note],
 }
 
 /// Prints the table, and writes what the command line asked for.
 ///
 /// # Errors
 /// A file could not be written.
-pub fn publish(bench: &str, args: &Args, machine: &Machine, outcomes: &[Outcome]) -> Result<()> {
+pub fn publish(
+    bench: &str,
+    args: &Args,
+    machine: &Machine,
+    outcomes: &[Outcome],
+    notes: &[Note],
+) -> Result<()> {
     println!(
         "{bench}: {} x {}, Linux {}, load {}",
         machine.nr_cpus, machine.cpu, machine.kernel, machine.load
     );
     println!("{}", table(outcomes));
+    for note in notes {
+        let verdict = note.target.map_or_else(String::new, |t| {
+            format!(
+                "  (target {t:.2}, {})",
+                if note.value <= t { "met" } else { "MISSED" }
+            )
+        });
+        println!("{}: {:.2} {}{verdict}", note.name, note.value, note.unit);
+    }
     if let Some(path) = &args.json {
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        let all = File_ {
+        let all = Document {
             bench,
             quick: args.quick,
             machine,
             cases: outcomes,
+            notes,
         };
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
     }

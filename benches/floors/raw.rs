@@ -37,6 +37,7 @@ struct Move {
 
 const UFFDIO_API: u64 = 0xC018_AA3F;
 const UFFDIO_REGISTER: u64 = 0xC020_AA00;
+const UFFDIO_UNREGISTER: u64 = 0x8010_AA01;
 const UFFDIO_MOVE: u64 = 0xC028_AA05;
 const UFFDIO_WRITEPROTECT: u64 = 0xC018_AA06;
 
@@ -123,6 +124,15 @@ impl Uffd {
         must(
             "UFFDIO_REGISTER",
             ioctl(self.fd(), UFFDIO_REGISTER, &mut arg).into(),
+        );
+    }
+
+    /// Gives an area's faults back.
+    pub fn unregister(&self, area: &Area) {
+        let mut arg = [area.addr() as u64, area.len() as u64];
+        must(
+            "UFFDIO_UNREGISTER",
+            ioctl(self.fd(), UFFDIO_UNREGISTER, &mut arg).into(),
         );
     }
 
