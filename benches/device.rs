@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::Result;
 use svm::{
-    Access, AttachOptions, Attachment, Buffer, Device, DeviceLock, Error, Invalidation, Keep, MapInfo, MappedRef, Options, PageBits,
-    Range, Stats, Valid, WouldBlock,
+    Access, AttachOptions, Attachment, Buffer, Device, DeviceLock, Error, Invalidation, Keep,
+    MapInfo, MappedRef, Options, PageBits, Range, Stats, Valid, WouldBlock,
 };
 
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -30,7 +30,10 @@ unsafe impl Device for Idle {
     type Table = Table;
 
     fn map(&self, map: &MapInfo) -> Result<Table, Error> {
-        Ok(Table { readable: PageBits::new(map.nr_pages)?, writable: PageBits::new(map.nr_pages)? })
+        Ok(Table {
+            readable: PageBits::new(map.nr_pages)?,
+            writable: PageBits::new(map.nr_pages)?,
+        })
     }
 
     fn lock(&self) -> &DeviceLock {
@@ -72,12 +75,29 @@ impl Rig {
     /// # Errors
     /// As [`svm::attach`] and [`Buffer::with_options`].
     pub fn new(len: usize, options: &Options) -> Result<Self> {
+        Self::sparse(len, 0..len, options)
+    }
+
+    /// `len` bytes, of which those of `populated` are.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn sparse(
+        len: usize,
+        populated: std::ops::Range<usize>,
+        options: &Options,
+    ) -> Result<Self> {
         let mut buffer = Buffer::with_options(len, options)?;
-        buffer.as_mut_slice().fill(1);
+        buffer.as_mut_slice()[populated].fill(1);
         let attachment = svm::attach(Idle::default(), AttachOptions::new())?;
         let mapped = attachment.map(buffer.view().region())?;
         let range = attachment.range()?;
-        Ok(Self { range, mapped, attachment, buffer })
+        Ok(Self {
+            range,
+            mapped,
+            attachment,
+            buffer,
+        })
     }
 
     /// One device fault on `pages` of one block, as a worker makes it.
@@ -85,7 +105,10 @@ impl Rig {
     /// # Errors
     /// The fault that ended it.
     pub fn fault(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
-        self.range.fault_in(&self.mapped, pages, access, 0, TIMEOUT, |valid, _guard| install(self.mapped.table(), valid))?;
+        self.range
+            .fault_in(&self.mapped, pages, access, 0, TIMEOUT, |valid, _guard| {
+                install(self.mapped.table(), valid)
+            })?;
         Ok(())
     }
 
@@ -95,11 +118,15 @@ impl Rig {
     /// The fault that ended it.
     pub fn prefetch(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
         loop {
-            let mut update = self.range.start_update(&self.mapped, pages.clone(), TIMEOUT)?;
+            let mut update = self
+                .range
+                .start_update(&self.mapped, pages.clone(), TIMEOUT)?;
             update.fault(access)?;
             let guard = self.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {
-                valid.iter().for_each(|valid| install(self.mapped.table(), valid));
+                valid
+                    .iter()
+                    .for_each(|valid| install(self.mapped.table(), valid));
                 return Ok(());
             }
         }

@@ -4,10 +4,10 @@
 
 use anyhow::Result;
 use benches::device::Rig;
+use benches::floors::Job;
 use benches::floors::direct::{Move, ProtectAndCopy};
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
-use benches::floors::Job;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu};
 use benches::report::{Target, publish};
@@ -42,10 +42,24 @@ struct Ours {
 }
 
 impl Ours {
-    fn new(kind: Kind, delivery: Delivery, len: usize, granule: Granule, huge: bool) -> Result<Self> {
+    fn new(
+        kind: Kind,
+        delivery: Delivery,
+        len: usize,
+        granule: Granule,
+        huge: bool,
+    ) -> Result<Self> {
         let duplicates = matches!(kind, Kind::CpuWriteShared | Kind::DeviceDuplicates);
-        let options = Options::new().delivery(delivery).granule(granule).huge_pages(huge).read_mostly(duplicates);
-        Ok(Self { rig: Rig::new(len, &options)?, kind, granule: granule.bytes() })
+        let options = Options::new()
+            .delivery(delivery)
+            .granule(granule)
+            .huge_pages(huge)
+            .read_mostly(duplicates);
+        Ok(Self {
+            rig: Rig::new(len, &options)?,
+            kind,
+            granule: granule.bytes(),
+        })
     }
 
     /// One update over everything.
@@ -56,7 +70,11 @@ impl Ours {
 
     /// Everything home, by touching it.
     fn all_home(&mut self) {
-        self.rig.bytes().iter_mut().step_by(PAGE_SIZE).for_each(|byte| *byte = 2);
+        self.rig
+            .bytes()
+            .iter_mut()
+            .step_by(PAGE_SIZE)
+            .for_each(|byte| *byte = 2);
     }
 }
 
@@ -65,7 +83,14 @@ impl Subject for Ours {
         match self.kind {
             Kind::CpuWriteShared => {
                 self.all_to_device(Access::Read)?;
-                std::hint::black_box(self.rig.bytes().iter().step_by(PAGE_SIZE).map(|&b| u64::from(b)).sum::<u64>());
+                std::hint::black_box(
+                    self.rig
+                        .bytes()
+                        .iter()
+                        .step_by(PAGE_SIZE)
+                        .map(|&b| u64::from(b))
+                        .sum::<u64>(),
+                );
             }
             Kind::CpuTouchAway => self.all_to_device(Access::Write)?,
             Kind::DeviceDuplicates | Kind::DeviceMigrates => self.all_home(),
@@ -87,7 +112,11 @@ impl Subject for Ours {
                 }
             }
             Kind::DeviceDuplicates | Kind::DeviceMigrates => {
-                let access = if self.kind == Kind::DeviceDuplicates { Access::Read } else { Access::Write };
+                let access = if self.kind == Kind::DeviceDuplicates {
+                    Access::Read
+                } else {
+                    Access::Write
+                };
                 let (first, nr_pages) = (self.rig.first_page(), self.rig.bytes().len() / PAGE_SIZE);
                 for page in (first..first + nr_pages).step_by(granule / PAGE_SIZE) {
                     samples.time(|| self.rig.fault(page..page + 1, access))?;
@@ -143,29 +172,182 @@ impl Floor {
 }
 
 fn rows() -> Vec<Row> {
-    let row = |name, kind, delivery, len, granule, huge, floor, target| Row { name, kind, delivery, len, granule, huge, floor, target };
+    let row = |name, kind, delivery, len, granule, huge, floor, target| Row {
+        name,
+        kind,
+        delivery,
+        len,
+        granule,
+        huge,
+        floor,
+        target,
+    };
     let (inline, thread) = (Delivery::Inline, Delivery::Thread);
     let (page, big, block) = (Granule::Page, Granule::Big, Granule::Huge);
     let (unprotect, home) = (Job::Unprotect, Job::MoveHome);
     let (free, pinned) = (Place::Free, Place::Pinned(HERE));
     use Kind::{CpuTouchAway, CpuWriteShared, DeviceDuplicates, DeviceMigrates, Prefetch};
     vec![
-        row("cpu write, shared page, 4 KiB", CpuWriteShared, inline, MIB, page, false, Floor::Inline(unprotect), 1.25),
-        row("cpu write, shared page, 64 KiB", CpuWriteShared, inline, 4 * MIB, big, false, Floor::Inline(unprotect), 1.25),
-        row("cpu touch, device page, 4 KiB", CpuTouchAway, inline, MIB, page, false, Floor::Inline(home), 1.25),
-        row("cpu touch, device page, 64 KiB", CpuTouchAway, inline, 4 * MIB, big, false, Floor::Inline(home), 1.25),
-        row("device duplicates, 4 KiB", DeviceDuplicates, inline, MIB, page, false, Floor::ProtectAndCopy, 1.25),
-        row("device duplicates, 64 KiB", DeviceDuplicates, inline, 4 * MIB, big, false, Floor::ProtectAndCopy, 1.25),
-        row("device migrates, 4 KiB", DeviceMigrates, inline, MIB, page, false, Floor::Move(page.bytes()), 1.25),
-        row("device migrates, 64 KiB", DeviceMigrates, inline, 4 * MIB, big, false, Floor::Move(big.bytes()), 1.25),
-        row("device migrates, 2 MiB", DeviceMigrates, inline, 16 * MIB, block, false, Floor::Move(block.bytes()), 1.25),
-        row("device migrates, 2 MiB huge", DeviceMigrates, inline, 16 * MIB, block, true, Floor::Move(block.bytes()), 1.25),
-        row("prefetch, 64 MiB", Prefetch, inline, 64 * MIB, block, false, Floor::Move(64 * MIB), 1.25),
-        row("prefetch, 64 MiB huge", Prefetch, inline, 64 * MIB, block, true, Floor::Move(64 * MIB), 1.25),
-        row("cpu write, shared page, 4 KiB", CpuWriteShared, thread, MIB, page, false, Floor::Thread(unprotect, free), 1.25),
-        row("cpu touch, device page, 4 KiB", CpuTouchAway, thread, MIB, page, false, Floor::Thread(home, free), 1.25),
-        row("cpu write, shared page, 4 KiB", CpuWriteShared, thread, MIB, page, false, Floor::Thread(unprotect, pinned), 1.5),
-        row("cpu touch, device page, 4 KiB", CpuTouchAway, thread, MIB, page, false, Floor::Thread(home, pinned), 1.5),
+        row(
+            "cpu write, shared page, 4 KiB",
+            CpuWriteShared,
+            inline,
+            MIB,
+            page,
+            false,
+            Floor::Inline(unprotect),
+            1.25,
+        ),
+        row(
+            "cpu write, shared page, 64 KiB",
+            CpuWriteShared,
+            inline,
+            4 * MIB,
+            big,
+            false,
+            Floor::Inline(unprotect),
+            1.25,
+        ),
+        row(
+            "cpu touch, device page, 4 KiB",
+            CpuTouchAway,
+            inline,
+            MIB,
+            page,
+            false,
+            Floor::Inline(home),
+            1.25,
+        ),
+        row(
+            "cpu touch, device page, 64 KiB",
+            CpuTouchAway,
+            inline,
+            4 * MIB,
+            big,
+            false,
+            Floor::Inline(home),
+            1.25,
+        ),
+        row(
+            "device duplicates, 4 KiB",
+            DeviceDuplicates,
+            inline,
+            MIB,
+            page,
+            false,
+            Floor::ProtectAndCopy,
+            1.25,
+        ),
+        row(
+            "device duplicates, 64 KiB",
+            DeviceDuplicates,
+            inline,
+            4 * MIB,
+            big,
+            false,
+            Floor::ProtectAndCopy,
+            1.25,
+        ),
+        row(
+            "device migrates, 4 KiB",
+            DeviceMigrates,
+            inline,
+            MIB,
+            page,
+            false,
+            Floor::Move(page.bytes()),
+            1.25,
+        ),
+        row(
+            "device migrates, 64 KiB",
+            DeviceMigrates,
+            inline,
+            4 * MIB,
+            big,
+            false,
+            Floor::Move(big.bytes()),
+            1.25,
+        ),
+        row(
+            "device migrates, 2 MiB",
+            DeviceMigrates,
+            inline,
+            16 * MIB,
+            block,
+            false,
+            Floor::Move(block.bytes()),
+            1.25,
+        ),
+        row(
+            "device migrates, 2 MiB huge",
+            DeviceMigrates,
+            inline,
+            16 * MIB,
+            block,
+            true,
+            Floor::Move(block.bytes()),
+            1.25,
+        ),
+        row(
+            "prefetch, 64 MiB",
+            Prefetch,
+            inline,
+            64 * MIB,
+            block,
+            false,
+            Floor::Move(64 * MIB),
+            1.25,
+        ),
+        row(
+            "prefetch, 64 MiB huge",
+            Prefetch,
+            inline,
+            64 * MIB,
+            block,
+            true,
+            Floor::Move(64 * MIB),
+            1.25,
+        ),
+        row(
+            "cpu write, shared page, 4 KiB",
+            CpuWriteShared,
+            thread,
+            MIB,
+            page,
+            false,
+            Floor::Thread(unprotect, free),
+            1.25,
+        ),
+        row(
+            "cpu touch, device page, 4 KiB",
+            CpuTouchAway,
+            thread,
+            MIB,
+            page,
+            false,
+            Floor::Thread(home, free),
+            1.25,
+        ),
+        row(
+            "cpu write, shared page, 4 KiB",
+            CpuWriteShared,
+            thread,
+            MIB,
+            page,
+            false,
+            Floor::Thread(unprotect, pinned),
+            1.5,
+        ),
+        row(
+            "cpu touch, device page, 4 KiB",
+            CpuTouchAway,
+            thread,
+            MIB,
+            page,
+            false,
+            Floor::Thread(home, pinned),
+            1.5,
+        ),
     ]
 }
 
@@ -174,11 +356,17 @@ fn main() -> Result<()> {
     let machine = Machine::here();
     // Before anything is pinned: the runtime's threads start with their maker's CPUs.
     for delivery in [Delivery::Inline, Delivery::Thread] {
-        drop(svm::Buffer::<u8>::with_options(PAGE_SIZE, &Options::new().delivery(delivery))?);
+        drop(svm::Buffer::<u8>::with_options(
+            PAGE_SIZE,
+            &Options::new().delivery(delivery),
+        )?);
     }
     pin_to_cpu(HERE);
     let _signals = svm::worker_thread();
-    let rows: Vec<_> = rows().into_iter().filter(|row| args.wants(row.name)).collect();
+    let rows: Vec<_> = rows()
+        .into_iter()
+        .filter(|row| args.wants(row.name))
+        .collect();
     let rounds = args.rounds(41);
     let progress = Progress::new(2 * rows.len(), rounds);
     let mut outcomes = Vec::new();
@@ -189,7 +377,11 @@ fn main() -> Result<()> {
             let mut ours = Ours::new(row.kind, row.delivery, row.len, row.granule, row.huge)?;
             let case = Case {
                 name: row.name.to_owned(),
-                delivery: if row.delivery == Delivery::Inline { "inline" } else { "thread" },
+                delivery: if row.delivery == Delivery::Inline {
+                    "inline"
+                } else {
+                    "thread"
+                },
                 setting,
                 floor: row.floor.name(),
                 target: Some(Target::p50(row.target)),
@@ -199,5 +391,5 @@ fn main() -> Result<()> {
     }
     progress.finish();
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };
-    publish("fault_latency", &args, &machine, &outcomes)
+    publish("fault_latency", &args, &machine, &outcomes, &[])
 }

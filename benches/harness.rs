@@ -49,7 +49,9 @@ impl Args {
     /// Whether a case of this name was asked for.
     #[must_use]
     pub fn wants(&self, name: &str) -> bool {
-        self.filter.as_ref().is_none_or(|filter| name.contains(filter.as_str()))
+        self.filter
+            .as_ref()
+            .is_none_or(|filter| name.contains(filter.as_str()))
     }
 }
 
@@ -72,7 +74,10 @@ impl Samples {
     /// Never: the bounds are in order.
     #[must_use]
     pub fn new() -> Self {
-        Self { histogram: Histogram::new_with_bounds(1, 60_000_000_000, 3).expect("the bounds are in order") }
+        Self {
+            histogram: Histogram::new_with_bounds(1, 60_000_000_000, 3)
+                .expect("the bounds are in order"),
+        }
     }
 
     /// Records one duration.
@@ -106,8 +111,14 @@ impl Samples {
         self.histogram.is_empty()
     }
 
-    fn absorb(&mut self, other: &Self) {
-        self.histogram.add(&other.histogram).expect("all have the same bounds");
+    /// Adds another's samples.
+    ///
+    /// # Panics
+    /// Never: all have the same bounds.
+    pub fn absorb(&mut self, other: &Self) {
+        self.histogram
+            .add(&other.histogram)
+            .expect("all have the same bounds");
     }
 }
 
@@ -148,12 +159,19 @@ const WARM_UP: usize = 2;
 ///
 /// # Errors
 /// What ended one of them.
-pub fn compare(case: Case, rounds: usize, floor: &mut dyn Subject, ours: &mut dyn Subject, progress: &Progress) -> Result<Outcome> {
+pub fn compare(
+    case: Case,
+    rounds: usize,
+    floor: &mut dyn Subject,
+    ours: &mut dyn Subject,
+    progress: &Progress,
+) -> Result<Outcome> {
     let (mut of_floor, mut of_ours) = (Samples::new(), Samples::new());
     let mut ratios = Vec::with_capacity(rounds);
     for round in 0..rounds + WARM_UP {
         let (mut a, mut b) = (Samples::new(), Samples::new());
-        let mut turns: [(&mut dyn Subject, &mut Samples); 2] = [(&mut *floor, &mut a), (&mut *ours, &mut b)];
+        let mut turns: [(&mut dyn Subject, &mut Samples); 2] =
+            [(&mut *floor, &mut a), (&mut *ours, &mut b)];
         if round % 2 == 1 {
             turns.reverse();
         }
@@ -168,7 +186,12 @@ pub fn compare(case: Case, rounds: usize, floor: &mut dyn Subject, ours: &mut dy
             of_ours.absorb(&b);
         }
     }
-    Ok(Outcome::new(case, Figure::of(&of_floor), Figure::of(&of_ours), ratios))
+    Ok(Outcome::new(
+        case,
+        Figure::of(&of_floor),
+        Figure::of(&of_ours),
+        ratios,
+    ))
 }
 
 /// The progress of a whole bench.

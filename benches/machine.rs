@@ -33,15 +33,23 @@ impl Machine {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let field = |name: &str| {
             let line = cpuinfo.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split(':').nth(1)).map_or_else(String::new, |value| value.trim().to_owned())
+            line.and_then(|line| line.split(':').nth(1))
+                .map_or_else(String::new, |value| value.trim().to_owned())
         };
-        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let read = |path: &str| {
+            std::fs::read_to_string(path)
+                .unwrap_or_default()
+                .trim()
+                .to_owned()
+        };
         Self {
             cpu: field("model name"),
             nr_cpus: std::thread::available_parallelism().map_or(1, usize::from),
             kernel: read("/proc/sys/kernel/osrelease"),
             is_virtual: field("flags").split(' ').any(|flag| flag == "hypervisor"),
-            unix_time: std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+            unix_time: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0, |d| d.as_secs()),
             load: read("/proc/loadavg"),
             capabilities: format!("{:?}", svm::Capabilities::probe()),
         }
@@ -59,7 +67,10 @@ pub fn pin_to_cpu(cpu: usize) {
 /// Lets the calling thread run on every CPU.
 pub fn unpin() {
     set_affinity(|set| {
-        for cpu in 0..std::thread::available_parallelism().map_or(1, usize::from).max(64) {
+        for cpu in 0..std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .max(64)
+        {
             // SAFETY: as in `pin_to_cpu`.
             unsafe { libc::CPU_SET(cpu, set) }
         }
@@ -118,7 +129,10 @@ impl Company {
                 }
                 x
             });
-            Self { stop, thread: Some(thread) }
+            Self {
+                stop,
+                thread: Some(thread),
+            }
         })
     }
 }

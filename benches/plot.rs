@@ -18,7 +18,10 @@ const TARGET: RGBColor = RGBColor(0xc0, 0x39, 0x2b);
 /// The file could not be written.
 pub fn ratios(path: &Path, title: &str, outcomes: &[Outcome]) -> Result<()> {
     let n = outcomes.len();
-    let most = outcomes.iter().map(|o| o.spread[1].max(o.target.map_or(0.0, |t| t.p50))).fold(1.5, f64::max);
+    let most = outcomes
+        .iter()
+        .map(|o| o.spread[1].max(o.target.map_or(0.0, |t| t.p50)))
+        .fold(1.5, f64::max);
     let root = SVGBackend::new(path, (900, 90 + 24 * n as u32)).into_drawing_area();
     draw(|| {
         root.fill(&WHITE)?;
@@ -35,19 +38,35 @@ pub fn ratios(path: &Path, title: &str, outcomes: &[Outcome]) -> Result<()> {
             .y_label_formatter(&|y| {
                 let at = *y - 0.5;
                 let whole = at.fract().abs() < 1e-9 && at >= 0.0;
-                let o = whole.then(|| outcomes.iter().rev().nth(at as usize)).flatten();
-                o.map_or_else(String::new, |o| format!("{} {} {}", o.name, o.delivery, o.setting.name()))
+                let o = whole
+                    .then(|| outcomes.iter().rev().nth(at as usize))
+                    .flatten();
+                o.map_or_else(String::new, |o| {
+                    format!("{} {} {}", o.name, o.delivery, o.setting.name())
+                })
             })
             .draw()?;
         for (i, o) in outcomes.iter().rev().enumerate() {
             let y = i as f64;
-            chart.draw_series([Rectangle::new([(0.0, y + 0.2), (o.ratio, y + 0.8)], OURS.filled())])?;
-            chart.draw_series([PathElement::new([(o.spread[0], y + 0.5), (o.spread[1], y + 0.5)], BLACK)])?;
+            chart.draw_series([Rectangle::new(
+                [(0.0, y + 0.2), (o.ratio, y + 0.8)],
+                OURS.filled(),
+            )])?;
+            chart.draw_series([PathElement::new(
+                [(o.spread[0], y + 0.5), (o.spread[1], y + 0.5)],
+                BLACK,
+            )])?;
             if let Some(t) = o.target {
-                chart.draw_series([PathElement::new([(t.p50, y + 0.05), (t.p50, y + 0.95)], TARGET.stroke_width(2))])?;
+                chart.draw_series([PathElement::new(
+                    [(t.p50, y + 0.05), (t.p50, y + 0.95)],
+                    TARGET.stroke_width(2),
+                )])?;
             }
         }
-        chart.draw_series([PathElement::new([(1.0, 0.0), (1.0, n as f64)], FLOOR.stroke_width(1))])?;
+        chart.draw_series([PathElement::new(
+            [(1.0, 0.0), (1.0, n as f64)],
+            FLOOR.stroke_width(1),
+        )])?;
         root.present()
     })
 }
@@ -58,9 +77,17 @@ pub fn ratios(path: &Path, title: &str, outcomes: &[Outcome]) -> Result<()> {
 /// A file could not be written.
 pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()> {
     for o in outcomes {
-        let file = format!("{bench}_{}_{}_{}.svg", o.name.replace([' ', '/', ','], "_"), o.delivery.replace('-', "x"), o.setting.name());
+        let file = format!(
+            "{bench}_{}_{}_{}.svg",
+            o.name.replace([' ', '/', ','], "_"),
+            o.delivery.replace('-', "x"),
+            o.setting.name()
+        );
         let path = dir.join(file);
-        let (low, high) = (o.floor.curve[1].min(o.ours.curve[1]).max(1) as f64, o.floor.p999.max(o.ours.p999) as f64);
+        let (low, high) = (
+            o.floor.curve[1].min(o.ours.curve[1]).max(1) as f64,
+            o.floor.p999.max(o.ours.p999) as f64,
+        );
         let root = SVGBackend::new(&path, (640, 360)).into_drawing_area();
         draw(|| {
             root.fill(&WHITE)?;
@@ -70,15 +97,30 @@ pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()
                 .x_label_area_size(30)
                 .y_label_area_size(40)
                 .build_cartesian_2d((low * 0.9..high * 1.1).log_scale(), 0.0..1.0)?;
-            chart.configure_mesh().x_desc("ns").y_desc("share of accesses").draw()?;
-            for (figure, colour, name) in [(&o.floor, FLOOR, o.floor_name), (&o.ours, OURS, "svm")] {
-                let points = figure.curve.iter().enumerate().map(|(i, &ns)| (ns.max(1) as f64, i as f64 / 200.0));
+            chart
+                .configure_mesh()
+                .x_desc("ns")
+                .y_desc("share of accesses")
+                .draw()?;
+            for (figure, colour, name) in [(&o.floor, FLOOR, o.floor_name), (&o.ours, OURS, "svm")]
+            {
+                let points = figure
+                    .curve
+                    .iter()
+                    .enumerate()
+                    .map(|(i, &ns)| (ns.max(1) as f64, i as f64 / 200.0));
                 chart
                     .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
                     .label(name)
-                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+                    .legend(move |(x, y)| {
+                        PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2))
+                    });
             }
-            chart.configure_series_labels().border_style(BLACK).background_style(WHITE).draw()?;
+            chart
+                .configure_series_labels()
+                .border_style(BLACK)
+                .background_style(WHITE)
+                .draw()?;
             root.present()
         })?;
     }

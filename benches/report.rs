@@ -38,7 +38,9 @@ impl Figure {
             p90: samples.quantile(0.9),
             p99: samples.quantile(0.99),
             p999: samples.quantile(0.999),
-            curve: (0..=200).map(|i| samples.quantile(f64::from(i) / 200.0)).collect(),
+            curve: (0..=200)
+                .map(|i| samples.quantile(f64::from(i) / 200.0))
+                .collect(),
         }
     }
 }
@@ -56,13 +58,19 @@ impl Target {
     /// A target for the median, and twice the floor's 99th percentile.
     #[must_use]
     pub const fn p50(ratio: f64) -> Self {
-        Self { p50: ratio, p99: 2.0 }
+        Self {
+            p50: ratio,
+            p99: 2.0,
+        }
     }
 
     /// A target for the median alone.
     #[must_use]
     pub const fn p50_alone(ratio: f64) -> Self {
-        Self { p50: ratio, p99: 0.0 }
+        Self {
+            p50: ratio,
+            p99: 0.0,
+        }
     }
 }
 
@@ -100,12 +108,20 @@ impl Outcome {
     #[must_use]
     pub fn new(case: Case, floor: Figure, ours: Figure, mut ratios: Vec<f64>) -> Self {
         ratios.sort_by(f64::total_cmp);
-        let at = |q: f64| ratios.get((q * (ratios.len().max(1) - 1) as f64).round() as usize).copied().unwrap_or(f64::NAN);
+        let at = |q: f64| {
+            ratios
+                .get((q * (ratios.len().max(1) - 1) as f64).round() as usize)
+                .copied()
+                .unwrap_or(f64::NAN)
+        };
         let ratio_p99 = ours.p99 as f64 / floor.p99 as f64;
         let ratio = at(0.5);
         Self {
             met: case.target.map(|t| ratio <= t.p50),
-            met_p99: case.target.filter(|t| t.p99 > 0.0).map(|t| ratio_p99 <= t.p99),
+            met_p99: case
+                .target
+                .filter(|t| t.p99 > 0.0)
+                .map(|t| ratio_p99 <= t.p99),
             name: case.name,
             delivery: case.delivery,
             setting: case.setting,
@@ -120,24 +136,63 @@ impl Outcome {
     }
 }
 
+/// A figure that has no floor: a count, or a time that is its own measure.
+#[derive(Clone, Debug, Serialize)]
+pub struct Note {
+    /// What it is.
+    pub name: String,
+    /// The figure.
+    pub value: f64,
+    /// Its unit.
+    pub unit: &'static str,
+    /// What it was to be at most.
+    pub target: Option<f64>,
+}
+
 #[derive(Serialize)]
-struct File_<'a> {
+struct Document<'a> {
     bench: &'a str,
     quick: bool,
     machine: &'a Machine,
     cases: &'a [Outcome],
+    notes: &'a [Note],
 }
 
 /// Prints the table, and writes what the command line asked for.
 ///
 /// # Errors
 /// A file could not be written.
-pub fn publish(bench: &str, args: &Args, machine: &Machine, outcomes: &[Outcome]) -> Result<()> {
-    println!("{bench}: {} x {}, Linux {}, load {}", machine.nr_cpus, machine.cpu, machine.kernel, machine.load);
+pub fn publish(
+    bench: &str,
+    args: &Args,
+    machine: &Machine,
+    outcomes: &[Outcome],
+    notes: &[Note],
+) -> Result<()> {
+    println!(
+        "{bench}: {} x {}, Linux {}, load {}",
+        machine.nr_cpus, machine.cpu, machine.kernel, machine.load
+    );
     println!("{}", table(outcomes));
+    for note in notes {
+        let verdict = note.target.map_or_else(String::new, |t| {
+            format!(
+                "  (target {t:.2}, {})",
+                if note.value <= t { "met" } else { "MISSED" }
+            )
+        });
+        println!("{}: {:.2} {}{verdict}", note.name, note.value, note.unit);
+    }
     if let Some(path) = &args.json {
-        let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-        let all = File_ { bench, quick: args.quick, machine, cases: outcomes };
+        let file =
+            File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+        let all = Document {
+            bench,
+            quick: args.quick,
+            machine,
+            cases: outcomes,
+            notes,
+        };
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
     }
     if let Some(dir) = &args.plot {
@@ -151,7 +206,19 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, outcomes: &[Outcome]
 fn table(outcomes: &[Outcome]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["case", "by", "setting", "n", "floor", "floor p50", "ours p50", "ratio [quartiles]", "p99 ratio", "target", ""]);
+    table.set_header([
+        "case",
+        "by",
+        "setting",
+        "n",
+        "floor",
+        "floor p50",
+        "ours p50",
+        "ratio [quartiles]",
+        "p99 ratio",
+        "target",
+        "",
+    ]);
     for o in outcomes {
         let verdict = match (o.met, o.met_p99) {
             (None, _) => "",
@@ -159,21 +226,24 @@ fn table(outcomes: &[Outcome]) -> Table {
             (Some(true), Some(false)) => "met, p99 missed",
             (Some(false), _) => "MISSED",
         };
-        table.add_row([
-            o.name.clone(),
-            o.delivery.into(),
-            o.setting.name().into(),
-            o.ours.n.to_string(),
-            o.floor_name.into(),
-            time(o.floor.p50),
-            time(o.ours.p50),
-            format!("{:.2} [{:.2} {:.2}]", o.ratio, o.spread[0], o.spread[1]),
-            format!("{:.2}", o.ratio_p99),
-            o.target.map_or_else(String::new, |t| format!("{:.2}", t.p50)),
-            verdict.into(),
-        ]
-        .map(Cell::new)
-        .map(|c| c.set_alignment(CellAlignment::Left)));
+        table.add_row(
+            [
+                o.name.clone(),
+                o.delivery.into(),
+                o.setting.name().into(),
+                o.ours.n.to_string(),
+                o.floor_name.into(),
+                time(o.floor.p50),
+                time(o.ours.p50),
+                format!("{:.2} [{:.2} {:.2}]", o.ratio, o.spread[0], o.spread[1]),
+                format!("{:.2}", o.ratio_p99),
+                o.target
+                    .map_or_else(String::new, |t| format!("{:.2}", t.p50)),
+                verdict.into(),
+            ]
+            .map(Cell::new)
+            .map(|c| c.set_alignment(CellAlignment::Left)),
+        );
     }
     table
 }

@@ -24,7 +24,10 @@ impl ProtectAndCopy {
         host.populate();
         frames.populate();
         uffd.register(&host, true);
-        Self { pair: Pair { uffd, host, frames }, granule }
+        Self {
+            pair: Pair { uffd, host, frames },
+            granule,
+        }
     }
 }
 
@@ -60,7 +63,10 @@ impl Move {
     /// `len` bytes, `granule` at a time; with huge pages on both sides, or with none.
     #[must_use]
     pub fn new(len: usize, granule: usize, huge: bool) -> Self {
-        Self { pair: Pair::new(len, Faults::Signal, huge), granule }
+        Self {
+            pair: Pair::new(len, Faults::Signal, huge),
+            granule,
+        }
     }
 }
 
@@ -85,10 +91,17 @@ impl Subject for Move {
 
 /// Copies `len` bytes by the kernel; both sides are populated.
 pub fn read_by_kernel(pid: i32, dst: usize, src: usize, len: usize) {
-    let local = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(dst), iov_len: len };
-    let remote = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(src), iov_len: len };
+    let local = libc::iovec {
+        iov_base: ptr::with_exposed_provenance_mut(dst),
+        iov_len: len,
+    };
+    let remote = libc::iovec {
+        iov_base: ptr::with_exposed_provenance_mut(src),
+        iov_len: len,
+    };
     // SAFETY: the destination is an area of the floor's own, of which no reference exists.
-    let copied = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+    let copied =
+        unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
     assert_eq!(copied, len as isize, "floor: process_vm_readv");
 }
 

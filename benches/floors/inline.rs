@@ -14,12 +14,26 @@ static JOB: AtomicU8 = AtomicU8::new(0);
 static BYTES: AtomicUsize = AtomicUsize::new(0);
 static OFFSET: AtomicUsize = AtomicUsize::new(0);
 
-extern "C" fn on_bus(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+extern "C" fn on_bus(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
     // SAFETY: with SA_SIGINFO the kernel passes a siginfo_t; for SIGBUS it has an address.
     let addr = unsafe { (*info).si_addr() }.addr();
     let bytes = BYTES.load(Relaxed);
-    let job = if JOB.load(Relaxed) == 0 { Job::Unprotect } else { Job::MoveHome };
-    resolve(FD.load(Relaxed), job, addr & !(bytes - 1), bytes, OFFSET.load(Relaxed));
+    let job = if JOB.load(Relaxed) == 0 {
+        Job::Unprotect
+    } else {
+        Job::MoveHome
+    };
+    resolve(
+        FD.load(Relaxed),
+        job,
+        addr & !(bytes - 1),
+        bytes,
+        OFFSET.load(Relaxed),
+    );
 }
 
 /// The bare handler in the place of whoever had the signal, until it is dropped.
@@ -30,7 +44,8 @@ struct Handler {
 impl Handler {
     fn install() -> Self {
         // SAFETY: a sigaction is integers and an optional function: zero is a value.
-        let (mut before, mut action): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
+        let (mut before, mut action): (libc::sigaction, libc::sigaction) =
+            unsafe { std::mem::zeroed() };
         action.sa_sigaction = on_bus as *const () as libc::sighandler_t;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
         // SAFETY: both are valid; the handler makes one system call and nothing else.
@@ -58,7 +73,11 @@ impl Inline {
     /// `len` bytes, of which a fault resolves `granule`.
     #[must_use]
     pub fn new(job: Job, len: usize, granule: usize) -> Self {
-        Self { pair: Pair::new(len, Faults::Signal, false), job, granule }
+        Self {
+            pair: Pair::new(len, Faults::Signal, false),
+            job,
+            granule,
+        }
     }
 }
 
@@ -66,7 +85,8 @@ impl Inline {
 pub(super) fn arm(pair: &Pair, job: Job) {
     match job {
         Job::Unprotect => {
-            pair.uffd.write_protect(pair.host.addr(), pair.host.len(), true);
+            pair.uffd
+                .write_protect(pair.host.addr(), pair.host.len(), true);
             pair.read_all();
         }
         Job::MoveHome => pair.move_out(),
@@ -79,7 +99,10 @@ impl Subject for Inline {
         FD.store(self.pair.uffd.fd(), Relaxed);
         JOB.store(u8::from(self.job == Job::MoveHome), Relaxed);
         BYTES.store(self.granule, Relaxed);
-        OFFSET.store(self.pair.frames.addr().wrapping_sub(self.pair.host.addr()), Relaxed);
+        OFFSET.store(
+            self.pair.frames.addr().wrapping_sub(self.pair.host.addr()),
+            Relaxed,
+        );
         Ok(())
     }
 

@@ -56,17 +56,25 @@ impl Pair {
     /// Does `job` for the granule of `bytes` around `addr`. Async-signal-safe.
     #[inline]
     pub fn resolve(&self, job: Job, addr: usize, bytes: usize) {
-        resolve(self.uffd.fd(), job, addr & !(bytes - 1), bytes, self.frames.addr().wrapping_sub(self.host.addr()));
+        resolve(
+            self.uffd.fd(),
+            job,
+            addr & !(bytes - 1),
+            bytes,
+            self.frames.addr().wrapping_sub(self.host.addr()),
+        );
     }
 
     /// Moves everything out to the window.
     pub fn move_out(&self) {
-        self.uffd.move_pages(self.frames.addr(), self.host.addr(), self.host.len());
+        self.uffd
+            .move_pages(self.frames.addr(), self.host.addr(), self.host.len());
     }
 
     /// Moves everything home.
     pub fn move_home(&self) {
-        self.uffd.move_pages(self.host.addr(), self.frames.addr(), self.host.len());
+        self.uffd
+            .move_pages(self.host.addr(), self.frames.addr(), self.host.len());
     }
 
     /// Reads each page on this CPU, so that its translation is known.

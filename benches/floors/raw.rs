@@ -37,6 +37,7 @@ struct Move {
 
 const UFFDIO_API: u64 = 0xC018_AA3F;
 const UFFDIO_REGISTER: u64 = 0xC020_AA00;
+const UFFDIO_UNREGISTER: u64 = 0x8010_AA01;
 const UFFDIO_MOVE: u64 = 0xC028_AA05;
 const UFFDIO_WRITEPROTECT: u64 = 0xC018_AA06;
 
@@ -83,12 +84,25 @@ impl Uffd {
         const USER_MODE_ONLY: libc::c_int = 1;
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
         // SAFETY: userfaultfd(2) takes no pointers.
-        let fd = must("userfaultfd", unsafe { libc::syscall(libc::SYS_userfaultfd, flags) });
+        let fd = must("userfaultfd", unsafe {
+            libc::syscall(libc::SYS_userfaultfd, flags)
+        });
         // SAFETY: a descriptor just made, which nobody else knows.
         let fd = unsafe { OwnedFd::from_raw_fd(fd as i32) };
-        let how = if faults == Faults::Signal { FEATURE_SIGBUS } else { FEATURE_EXACT_ADDRESS };
-        let mut api = Api { api: 0xAA, features: FEATURE_WP | FEATURE_MOVE | how, ioctls: 0 };
-        must("UFFDIO_API", ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api).into());
+        let how = if faults == Faults::Signal {
+            FEATURE_SIGBUS
+        } else {
+            FEATURE_EXACT_ADDRESS
+        };
+        let mut api = Api {
+            api: 0xAA,
+            features: FEATURE_WP | FEATURE_MOVE | how,
+            ioctls: 0,
+        };
+        must(
+            "UFFDIO_API",
+            ioctl(fd.as_raw_fd(), UFFDIO_API, &mut api).into(),
+        );
         Self(fd)
     }
 
@@ -101,8 +115,25 @@ impl Uffd {
     /// Registers an area for missing faults, and for write-protect faults too if asked.
     pub fn register(&self, area: &Area, write_protect: bool) {
         let mode = 1 | u64::from(write_protect) << 1;
-        let mut arg = Register { start: area.addr() as u64, len: area.len() as u64, mode, ioctls: 0 };
-        must("UFFDIO_REGISTER", ioctl(self.fd(), UFFDIO_REGISTER, &mut arg).into());
+        let mut arg = Register {
+            start: area.addr() as u64,
+            len: area.len() as u64,
+            mode,
+            ioctls: 0,
+        };
+        must(
+            "UFFDIO_REGISTER",
+            ioctl(self.fd(), UFFDIO_REGISTER, &mut arg).into(),
+        );
+    }
+
+    /// Gives an area's faults back.
+    pub fn unregister(&self, area: &Area) {
+        let mut arg = [area.addr() as u64, area.len() as u64];
+        must(
+            "UFFDIO_UNREGISTER",
+            ioctl(self.fd(), UFFDIO_UNREGISTER, &mut arg).into(),
+        );
     }
 
     /// Moves pages.
@@ -121,15 +152,28 @@ impl Uffd {
 /// UFFDIO_MOVE. Async-signal-safe.
 #[inline]
 pub fn move_pages(fd: i32, dst: usize, src: usize, len: usize) {
-    let mut arg = Move { dst: dst as u64, src: src as u64, len: len as u64, mode: 0, moved: 0 };
+    let mut arg = Move {
+        dst: dst as u64,
+        src: src as u64,
+        len: len as u64,
+        mode: 0,
+        moved: 0,
+    };
     must("UFFDIO_MOVE", ioctl(fd, UFFDIO_MOVE, &mut arg).into());
 }
 
 /// UFFDIO_WRITEPROTECT. Async-signal-safe.
 #[inline]
 pub fn write_protect(fd: i32, start: usize, len: usize, protect: bool) {
-    let mut arg = WriteProtect { start: start as u64, len: len as u64, mode: u64::from(protect) };
-    must("UFFDIO_WRITEPROTECT", ioctl(fd, UFFDIO_WRITEPROTECT, &mut arg).into());
+    let mut arg = WriteProtect {
+        start: start as u64,
+        len: len as u64,
+        mode: u64::from(protect),
+    };
+    must(
+        "UFFDIO_WRITEPROTECT",
+        ioctl(fd, UFFDIO_WRITEPROTECT, &mut arg).into(),
+    );
 }
 
 /// Private anonymous memory, aligned to 2 MiB.
@@ -153,10 +197,19 @@ impl Area {
         must("mmap", if mapping == libc::MAP_FAILED { -1 } else { 0 });
         let mapping = mapping.expose_provenance();
         let start = mapping.next_multiple_of(BLOCK);
-        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
+        let advice = if huge {
+            libc::MADV_HUGEPAGE
+        } else {
+            libc::MADV_NOHUGEPAGE
+        };
         // SAFETY: advice on our own mapping, which changes no contents.
         unsafe { libc::madvise(ptr::with_exposed_provenance_mut(start), len, advice) };
-        Self { mapping, mapped, start, len }
+        Self {
+            mapping,
+            mapped,
+            start,
+            len,
+        }
     }
 
     /// First byte.
@@ -205,7 +258,13 @@ impl Area {
     /// Empties it.
     pub fn discard(&self) {
         // SAFETY: our own mapping, of which no reference exists.
-        unsafe { libc::madvise(ptr::with_exposed_provenance_mut(self.start), self.len, libc::MADV_DONTNEED) };
+        unsafe {
+            libc::madvise(
+                ptr::with_exposed_provenance_mut(self.start),
+                self.len,
+                libc::MADV_DONTNEED,
+            )
+        };
     }
 }
 

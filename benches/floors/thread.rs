@@ -65,12 +65,22 @@ impl Reader {
                 serve(&pair, &stop, job, granule);
             }
         });
-        Self { pair, job, granule, stop, thread: Some(thread) }
+        Self {
+            pair,
+            job,
+            granule,
+            stop,
+            thread: Some(thread),
+        }
     }
 }
 
 fn serve(pair: &Pair, stop: &OwnedFd, job: Job, granule: usize) {
-    let event = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let event = |fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
     loop {
         let mut fds = [event(pair.uffd.fd()), event(stop.as_raw_fd())];
         // SAFETY: an array of two initialised entries.
@@ -78,9 +88,21 @@ fn serve(pair: &Pair, stop: &OwnedFd, job: Job, granule: usize) {
         if fds[1].revents != 0 {
             return;
         }
-        let mut message = Message { event: 0, reserved: [0; 7], flags: 0, address: 0, tail: 0 };
+        let mut message = Message {
+            event: 0,
+            reserved: [0; 7],
+            flags: 0,
+            address: 0,
+            tail: 0,
+        };
         // SAFETY: the kernel writes at most as many bytes as it is told, which is a whole message of plain integers.
-        let read = unsafe { libc::read(pair.uffd.fd(), (&raw mut message).cast(), size_of::<Message>()) };
+        let read = unsafe {
+            libc::read(
+                pair.uffd.fd(),
+                (&raw mut message).cast(),
+                size_of::<Message>(),
+            )
+        };
         if read > 0 {
             pair.resolve(job, message.address as usize, granule);
         }

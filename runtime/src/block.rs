@@ -210,6 +210,19 @@ impl BlockState {
         self.frames(device) | self.junk(device)
     }
 
+    /// Whether every page of `pages` is the CPU's alone, so that `device` may be given them without a look at anybody else: nobody
+    /// else's window holds anything of the block, and this one's nothing of these pages.
+    #[inline]
+    pub(crate) fn is_plain_for(&self, device: DeviceId, pages: &PageMask) -> bool {
+        let Holding { frames, junk } = &self.holdings[device.index()];
+        let exceptional = [&self.gone, &self.pinned, &self.unmovable, &self.pending, &self.displaced];
+        !exceptional.into_iter().any(|mask| mask.intersects(pages))
+            && self.occupied & !(1 << device.0) == 0
+            && !self.away.intersects(pages)
+            && !frames.intersects(pages)
+            && !junk.intersects(pages)
+    }
+
     #[inline]
     pub(crate) fn lease(&mut self) -> &mut Lease {
         &mut self.lease

@@ -221,12 +221,14 @@ macro_rules! word_wise {
     ($op:ident $f:ident $assign:ident $g:ident, $a:ident $b:ident => $e:expr) => {
         impl $op for PageMask {
             type Output = Self;
+            #[inline]
             fn $f(mut self, other: Self) -> Self {
                 self.$g(other);
                 self
             }
         }
         impl $assign for PageMask {
+            #[inline]
             fn $g(&mut self, other: Self) {
                 for (a, b) in self.0.iter_mut().zip(other.0) {
                     let ($a, $b) = (*a, b);

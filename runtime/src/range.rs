@@ -30,7 +30,7 @@ use core::sync::atomic::Ordering;
 use core::time::Duration;
 
 use crate::addr::{PAGES_PER_BLOCK, PageRange};
-use crate::block::{BlockState, DeviceId, Plan};
+use crate::block::{BlockState, DeviceId, OnRead, Plan};
 use crate::device::{AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
 use crate::evict;
@@ -209,11 +209,16 @@ impl<D: Device> Range<D> {
         let mut deadline = Deadline::after(timeout);
         let mut retries = 0;
         let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
+        let mut is_first = true;
+        self.subscriptions[at].1.move_to(covered);
         loop {
-            // Waits here, where nothing is held. The token that counts is taken under the block's lock, under which every change of
-            // ours starts its bracket: so nothing of ours can come between it and the commit.
-            let _ = self.subscriptions[at].1.begin_at(covered, deadline).map_err(|e| fault(kind_of(e)))?;
             let subscription = &self.subscriptions[at].1;
+            // Waits here, where nothing is held, if there was something to wait for. The token that counts is taken under the
+            // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
+            // the commit.
+            if !core::mem::take(&mut is_first) {
+                let _ = subscription.begin(deadline).map_err(|e| fault(kind_of(e)))?;
+            }
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
@@ -483,6 +488,14 @@ impl<D: Device> Round<'_, D> {
         if self.region.kind() == RegionKind::Input {
             return self.run_input(&mut state, scratch, commit);
         }
+        if let Some(pages) = self.plain(&state) {
+            match self.take_plain(&mut state, pages, scratch) {
+                Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+                Err(Some(outcome)) => return outcome,
+                // Not as plain as it looked: the mapping is protected, or of another kind.
+                Err(None) => {}
+            }
+        }
         let rights = self.rights(space);
         if let Some((page, kind)) = rights.refusal(self.want, self.access) {
             return Outcome::Fault(page, kind);
@@ -537,6 +550,53 @@ impl<D: Device> Round<'_, D> {
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
     fn is_over(&self) -> bool {
         self.region.is_closing() || self.mapped.attached().is_detached()
+    }
+
+    /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
+    /// far. It goes without a plan.
+    fn plain(&self, state: &BlockState) -> Option<PageMask> {
+        let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        let pages = self.want | self.company();
+        (moves && state.is_plain_for(self.id(), &pages)).then_some(pages)
+    }
+
+    /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone. `Err(None)` if the kernel would not
+    /// move them: they are not what they seemed, and the round is to be planned.
+    fn take_plain<T>(&self, state: &mut BlockState, pages: PageMask, scratch: &mut Scratch) -> Result<Valid, Option<Outcome<T>>> {
+        let needed = pages.count();
+        let residency = self.mapped.residency();
+        if residency.take_failure() {
+            return Err(Some(Outcome::NoFrames));
+        }
+        if !residency.reserve(needed) {
+            return Err(Some(Outcome::Full(needed)));
+        }
+        let interval = self.region.interval(self.block, pages.bounds().unwrap_or(0..1));
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            residency.release(needed);
+            return Err(Some(Outcome::Again));
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        let mut moved = Ok(());
+        for run in pages.runs() {
+            moved = mover.take(&**self.mapped, run.clone(), self.access, scratch);
+            if moved.is_err() {
+                break;
+            }
+            self.count_arrival(&run);
+        }
+        debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
+        // All of them, unless the movement stopped half-way.
+        let arrived = if moved.is_ok() { pages } else { pages & state.frames(self.id()) };
+        residency.release(needed - arrived.count());
+        if arrived.contains_all(&self.want) {
+            let writable = if self.region.is_writable() { arrived } else { PageMask::EMPTY };
+            return Ok(Valid { block: self.block, readable: arrived, writable, in_place: PageMask::EMPTY });
+        }
+        match moved {
+            Err(Stall::Refused(_)) => Err(None),
+            moved => Err(Some(stopped(moved))),
+        }
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -617,11 +677,7 @@ impl<D: Device> Round<'_, D> {
             // Whatever happened to the company: what was wanted is there.
             return Outcome::Done(self.commit(state, &valid, commit));
         }
-        match moved {
-            Ok(()) | Err(Stall::Changing) => Outcome::Again,
-            Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
-            Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
-        }
+        stopped(moved)
     }
 
     /// The movements of a plan. The other holders have been excluded.
@@ -738,7 +794,9 @@ impl<D: Device> Round<'_, D> {
         if self.attempt > 1 {
             state.lease().device_until_ns = clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
         }
-        count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        if !valid.in_place.is_empty() {
+            count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+        }
         commit(valid)
     }
 
@@ -776,6 +834,15 @@ impl<D: Device> Round<'_, D> {
                 Outcome::Fault(page, DeviceFaultKind::Unmapped)
             }
         }
+    }
+}
+
+/// What a movement that left wanted pages behind makes of its round.
+fn stopped<T>(moved: Result<(), Stall>) -> Outcome<T> {
+    match moved {
+        Ok(()) | Err(Stall::Changing) => Outcome::Again,
+        Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
+        Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
     }
 }
 

@@ -1,0 +1,309 @@
+//! Work that changes sides: data just written by the CPU, a triad on the accelerator, the result read by the CPU.
+//!
+//! Ours is the *overhead*: the time of all that, less the time of the same kernel on data that is in place and of the same
+//! reading of data that is home. Its floor is what a program without shared memory pays around the same workers: two arrays
+//! copied in, one copied out.
+//!
+//! `cargo bench -p benches --bench offload -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
+
+use std::hint::black_box;
+use std::sync::Barrier;
+use std::time::{Duration, Instant};
+
+use accel_sim::Accelerator;
+use anyhow::Result;
+use benches::floors::raw::Area;
+use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
+use benches::machine::{Machine, Setting};
+use benches::report::{Target, publish};
+use clap::Parser;
+use svm::{Buffer, Granule, Options};
+
+const MIB: usize = 1 << 20;
+const SCALE: f64 = 3.0;
+
+fn triad(a: &mut [f64], b: &[f64], c: &[f64]) {
+    for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
+        *a = b + SCALE * c;
+    }
+}
+
+fn timed(f: impl FnOnce() -> Result<()>) -> Result<Duration> {
+    let start = Instant::now();
+    f()?;
+    Ok(start.elapsed())
+}
+
+fn sum(data: &[f64]) {
+    // Eight partial sums, so that it reads as fast as memory gives.
+    let mut sums = [0.0; 8];
+    for chunk in data.chunks_exact(8) {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += x);
+    }
+    black_box(sums);
+}
+
+/// The three arrays of ours, and the accelerator.
+struct Offload {
+    accel: Accelerator,
+    a: Buffer<f64>,
+    b: Buffer<f64>,
+    c: Buffer<f64>,
+    round: f64,
+}
+
+impl Offload {
+    fn new(len: usize, workers: usize, granule: Granule, huge: bool) -> Result<Self> {
+        let options = Options::new().granule(granule).huge_pages(huge);
+        let buffer = || Buffer::with_options(len, &options);
+        let accel = Accelerator::with_options(accel_sim::Options::new().workers(workers))?;
+        Ok(Self {
+            accel,
+            a: buffer()?,
+            b: buffer()?,
+            c: buffer()?,
+            round: 0.0,
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        Ok(self.accel.run(
+            (self.a.view_mut(), self.b.view(), self.c.view()),
+            |(a, b, c)| triad(a, b, c),
+        )?)
+    }
+}
+
+impl Subject for Offload {
+    fn arm(&mut self) -> Result<()> {
+        self.round += 1.0;
+        self.a.as_mut_slice().fill(0.0);
+        self.b.as_mut_slice().fill(self.round);
+        self.c.as_mut_slice().fill(1.0);
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let whole = timed(|| {
+            self.run()?;
+            sum(self.a.as_slice());
+            Ok(())
+        })?;
+        assert!(
+            self.a.as_slice().iter().all(|&x| x == self.round + SCALE),
+            "the accelerator computed something else"
+        );
+        let read = timed(|| {
+            sum(self.a.as_slice());
+            Ok(())
+        })?;
+        // Brings the result back to the device; then everything is in place.
+        self.run()?;
+        let kernel = timed(|| self.run())?;
+        samples.record(u64::try_from(
+            whole.saturating_sub(read + kernel).as_nanos(),
+        )?);
+        Ok(())
+    }
+}
+
+/// What explicit copies cost around the same workers.
+struct Copies {
+    host: [Vec<f64>; 3],
+    device: [Vec<f64>; 3],
+}
+
+impl Copies {
+    fn new(len: usize) -> Self {
+        let arrays = || std::array::from_fn(|_| vec![1.0; len]);
+        Self {
+            host: arrays(),
+            device: arrays(),
+        }
+    }
+}
+
+impl Subject for Copies {
+    fn arm(&mut self) -> Result<()> {
+        self.host.iter_mut().for_each(|array| array.fill(2.0));
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let copy = timed(|| {
+            self.device[1].copy_from_slice(&self.host[1]);
+            self.device[2].copy_from_slice(&self.host[2]);
+            Ok(())
+        })?;
+        // The kernel, between: so that the caches are as after it.
+        let [a, b, c] = &mut self.device;
+        triad(a, b, c);
+        let back = timed(|| {
+            self.host[0].copy_from_slice(&self.device[0]);
+            Ok(())
+        })?;
+        sum(&self.host[0]);
+        samples.record(u64::try_from((copy + back).as_nanos())?);
+        Ok(())
+    }
+}
+
+/// F7 against spans: the triad on data in place.
+struct Resident(Offload);
+
+impl Subject for Resident {
+    fn arm(&mut self) -> Result<()> {
+        self.0.run()
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        for _ in 0..PASSES {
+            samples.time(|| self.0.run())?;
+        }
+        Ok(())
+    }
+}
+
+/// F7: as many plain threads on ordinary memory, with huge pages as ours. They stand ready, as an accelerator's workers do.
+struct Plain {
+    arrays: [Area; 3],
+    threads: usize,
+}
+
+impl Plain {
+    fn new(len: usize, threads: usize) -> Self {
+        let array = || {
+            let area = Area::new((len * size_of::<f64>()).next_multiple_of(2 * MIB), true);
+            area.populate();
+            area
+        };
+        Self {
+            arrays: [array(), array(), array()],
+            threads,
+        }
+    }
+
+    /// The floats of an array.
+    fn floats(area: &mut Area) -> &mut [f64] {
+        // SAFETY: the area is populated, aligned, of as many bytes, and borrowed exclusively; any bits are a float.
+        unsafe {
+            std::slice::from_raw_parts_mut(
+                std::ptr::with_exposed_provenance_mut(area.addr()),
+                area.len() / size_of::<f64>(),
+            )
+        }
+    }
+}
+
+const PASSES: usize = 4;
+
+impl Subject for Plain {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let [a, b, c] = self.arrays.each_mut().map(Self::floats);
+        let part = a.len().div_ceil(self.threads);
+        let barrier = &Barrier::new(self.threads + 1);
+        std::thread::scope(|scope| {
+            for ((a, b), c) in a.chunks_mut(part).zip(b.chunks(part)).zip(c.chunks(part)) {
+                scope.spawn(move || {
+                    for _ in 0..PASSES {
+                        barrier.wait();
+                        triad(a, b, c);
+                        barrier.wait();
+                    }
+                });
+            }
+            for _ in 0..PASSES {
+                samples.time(|| {
+                    barrier.wait();
+                    barrier.wait();
+                });
+            }
+        });
+        Ok(())
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let machine = Machine::here();
+    let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
+    let mut cases: Vec<(String, usize, usize, Granule, bool, Option<f64>)> = Vec::new();
+    for &mib in sizes {
+        // The size is of the three arrays together.
+        let len = mib * MIB / 3 / size_of::<f64>() / (MIB / 4) * (MIB / 4);
+        let mut add = |what: &str, workers, granule, huge, target| {
+            cases.push((
+                format!("offload, {mib} MiB, {what}"),
+                len,
+                workers,
+                granule,
+                huge,
+                target,
+            ))
+        };
+        add(
+            "2 MiB granule",
+            machine.nr_cpus,
+            Granule::Huge,
+            false,
+            Some(0.5),
+        );
+        add(
+            "2 MiB granule, huge pages",
+            machine.nr_cpus,
+            Granule::Huge,
+            true,
+            Some(0.2),
+        );
+        add(
+            "64 KiB granule, 1 worker",
+            1,
+            Granule::Big,
+            false,
+            Some(1.0),
+        );
+        add("triad in place", machine.nr_cpus, Granule::Huge, true, None);
+    }
+    cases.retain(|case| args.wants(&case.0));
+    let rounds = args.rounds(15);
+    let progress = Progress::new(cases.len(), rounds);
+    let mut outcomes = Vec::new();
+    for (name, len, workers, granule, huge, target) in cases {
+        let ours = Offload::new(len, workers, granule, huge)?;
+        let case = |floor, target| Case {
+            name: name.clone(),
+            delivery: "inline",
+            setting: Setting::Quiet,
+            floor,
+            target: Some(target),
+        };
+        outcomes.push(match target {
+            Some(ratio) => {
+                let (mut copies, mut ours) = (Copies::new(len), ours);
+                compare(
+                    case("copies", Target::p50_alone(ratio)),
+                    rounds,
+                    &mut copies,
+                    &mut ours,
+                    &progress,
+                )?
+            }
+            None => {
+                let mut plain = Plain::new(len, workers);
+                compare(
+                    case("F7", Target::p50_alone(1.0 / 0.95)),
+                    rounds,
+                    &mut plain,
+                    &mut Resident(ours),
+                    &progress,
+                )?
+            }
+        });
+    }
+    progress.finish();
+    publish("offload", &args, &machine, &outcomes, &[])
+}
