@@ -14,7 +14,9 @@ const GRANULE: usize = 16 * PAGE;
 static TURN: Mutex<()> = Mutex::new(());
 
 fn alone(name: &'static str, test: impl FnOnce()) {
-    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = TURN
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let _watchdog = Watchdog::new(name);
     if usable() {
         test();
@@ -36,12 +38,24 @@ fn taken(buffer: &mut Buffer<u8>, job: impl FnOnce(&mut Buffer<u8>)) -> Stats {
 
 /// CPU faults of every kind.
 fn cpu_faults(s: &Stats) -> u64 {
-    s.cpu_read_faults + s.cpu_write_faults + s.cpu_protect_faults + s.cpu_zero_fills + s.cpu_spurious_faults
+    s.cpu_read_faults
+        + s.cpu_write_faults
+        + s.cpu_protect_faults
+        + s.cpu_zero_fills
+        + s.cpu_spurious_faults
 }
 
 #[track_caller]
 fn assert_quiet(s: &Stats) {
-    let wasted = (s.retries, s.waits, s.scan_calls, s.changing_outcomes, s.cpu_spurious_faults, s.device_spurious_faults, s.anomalies);
+    let wasted = (
+        s.retries,
+        s.waits,
+        s.scan_calls,
+        s.changing_outcomes,
+        s.cpu_spurious_faults,
+        s.device_spurious_faults,
+        s.anomalies,
+    );
     assert_eq!(wasted, (0, 0, 0, 0, 0, 0, 0), "{s:?}");
 }
 
@@ -54,14 +68,37 @@ fn a_migration_is_one_call_of_a_granule_each_way() {
                 let device = TestDevice::new().unwrap();
                 let out = taken(&mut buffer, |b| {
                     let view = b.view_mut();
-                    device.fault_in(view.region(), view.addr(), 1, Access::Write).unwrap();
+                    device
+                        .fault_in(view.region(), view.addr(), 1, Access::Write)
+                        .unwrap();
                 });
                 assert_quiet(&out);
-                assert_eq!((out.device_write_faults, out.move_calls, out.movement_calls(), cpu_faults(&out)), (1, 1, 1, 0), "{out:?}");
-                assert_eq!((out.to_device_pages(), out.to_device_demand_pages), (nr_pages, 1));
+                assert_eq!(
+                    (
+                        out.device_write_faults,
+                        out.move_calls,
+                        out.movement_calls(),
+                        cpu_faults(&out)
+                    ),
+                    (1, 1, 1, 0),
+                    "{out:?}"
+                );
+                assert_eq!(
+                    (out.to_device_pages(), out.to_device_demand_pages),
+                    (nr_pages, 1)
+                );
                 let home = taken(&mut buffer, |b| b.as_mut_slice()[0] = 2);
                 assert_quiet(&home);
-                assert_eq!((home.cpu_write_faults, home.move_calls, home.movement_calls(), home.invalidations), (1, 1, 1, 1), "{home:?}");
+                assert_eq!(
+                    (
+                        home.cpu_write_faults,
+                        home.move_calls,
+                        home.movement_calls(),
+                        home.invalidations
+                    ),
+                    (1, 1, 1, 1),
+                    "{home:?}"
+                );
                 assert_eq!((home.to_host_pages(), cpu_faults(&home)), (nr_pages, 1));
             }
         }
@@ -75,26 +112,58 @@ fn a_duplicate_is_two_calls_and_its_collapse_one() {
         let device = TestDevice::new().unwrap();
         let read = |b: &mut Buffer<u8>| {
             let view = b.view();
-            device.fault_in(view.region(), view.addr(), 1, Access::Read).unwrap();
+            device
+                .fault_in(view.region(), view.addr(), 1, Access::Read)
+                .unwrap();
         };
         let first = taken(&mut buffer, read);
         assert_quiet(&first);
-        assert_eq!((first.move_calls, first.copy_calls, first.movement_calls(), first.duplicated_pages), (1, 1, 2, 16), "{first:?}");
+        assert_eq!(
+            (
+                first.move_calls,
+                first.copy_calls,
+                first.movement_calls(),
+                first.duplicated_pages
+            ),
+            (1, 1, 2, 16),
+            "{first:?}"
+        );
         let collapse = |b: &mut Buffer<u8>| b.as_mut_slice()[PAGE] = 7;
         for _ in 0..3 {
             let written = taken(&mut buffer, collapse);
             assert_quiet(&written);
-            assert_eq!((written.cpu_protect_faults, written.write_protect_calls, written.movement_calls()), (1, 1, 1), "{written:?}");
-            assert_eq!((cpu_faults(&written), written.collapsed_pages, written.invalidations), (1, 16, 1));
+            assert_eq!(
+                (
+                    written.cpu_protect_faults,
+                    written.write_protect_calls,
+                    written.movement_calls()
+                ),
+                (1, 1, 1),
+                "{written:?}"
+            );
+            assert_eq!(
+                (
+                    cpu_faults(&written),
+                    written.collapsed_pages,
+                    written.invalidations
+                ),
+                (1, 16, 1)
+            );
             // From the second time on the window has pages to copy over: nothing is moved, nothing thrown away.
             let again = taken(&mut buffer, read);
             assert_quiet(&again);
-            let calls = (again.write_protect_calls, again.kernel_copy_calls, again.movement_calls());
+            let calls = (
+                again.write_protect_calls,
+                again.kernel_copy_calls,
+                again.movement_calls(),
+            );
             assert_eq!(calls, (1, 1, 2), "{again:?}");
             assert_eq!((again.duplicated_pages, again.to_device_pages()), (16, 16));
             let mut byte = [0];
             let view = buffer.view();
-            device.read(view.region(), view.addr() + PAGE, &mut byte).unwrap();
+            device
+                .read(view.region(), view.addr() + PAGE, &mut byte)
+                .unwrap();
             assert_eq!(byte, [7]);
         }
     });
@@ -105,16 +174,33 @@ fn an_update_of_many_blocks_is_one_call_a_block() {
     alone("prefetch", || {
         const NR_BLOCKS: u64 = 8;
         for huge in [false, true] {
-            let mut buffer = filled(NR_BLOCKS as usize * (2 << 20), &Options::new().granule(Granule::Huge).huge_pages(huge));
+            let mut buffer = filled(
+                NR_BLOCKS as usize * (2 << 20),
+                &Options::new().granule(Granule::Huge).huge_pages(huge),
+            );
             let device = TestDevice::new().unwrap();
             let out = taken(&mut buffer, |b| {
                 let view = b.view_mut();
-                device.fault_in(view.region(), view.addr(), view.len(), Access::Write).unwrap();
+                device
+                    .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+                    .unwrap();
             });
             assert_quiet(&out);
-            assert_eq!((out.device_write_faults, out.movement_calls(), out.to_device_pages()), (1, NR_BLOCKS, NR_BLOCKS * 512), "{out:?}");
+            assert_eq!(
+                (
+                    out.device_write_faults,
+                    out.movement_calls(),
+                    out.to_device_pages()
+                ),
+                (1, NR_BLOCKS, NR_BLOCKS * 512),
+                "{out:?}"
+            );
             let home = taken(&mut buffer, |_| device.release().unwrap());
-            assert_eq!((home.movement_calls(), home.to_host_explicit_pages), (NR_BLOCKS, NR_BLOCKS * 512), "{home:?}");
+            assert_eq!(
+                (home.movement_calls(), home.to_host_explicit_pages),
+                (NR_BLOCKS, NR_BLOCKS * 512),
+                "{home:?}"
+            );
         }
     });
 }
@@ -125,27 +211,53 @@ fn a_scan_by_one_worker_faults_once_a_granule_and_never_twice() {
         const LEN: usize = 4 << 20;
         const GRANULES: u64 = (LEN / GRANULE) as u64;
         let (mut x, mut y) = (filled(LEN, &Options::new()), filled(LEN, &Options::new()));
-        let accel = accel_sim::Accelerator::with_options(accel_sim::Options::new().workers(1)).unwrap();
+        let accel =
+            accel_sim::Accelerator::with_options(accel_sim::Options::new().workers(1)).unwrap();
         let run = |x: &Buffer<u8>, y: &mut Buffer<u8>| {
-            accel.run((y.view_mut(), x.view()), |(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y = y.wrapping_add(*x))).unwrap();
+            accel
+                .run((y.view_mut(), x.view()), |(y, x)| {
+                    y.iter_mut()
+                        .zip(x)
+                        .for_each(|(y, x)| *y = y.wrapping_add(*x))
+                })
+                .unwrap();
         };
         let before = x.stats();
         let written = taken(&mut y, |y| run(&x, y));
         let read = x.stats() - before;
-        for (stats, faults) in [(&written, written.device_write_faults), (&read, read.device_read_faults)] {
+        for (stats, faults) in [
+            (&written, written.device_write_faults),
+            (&read, read.device_read_faults),
+        ] {
             assert_quiet(stats);
             assert!(faults <= GRANULES, "{stats:?}");
             assert_eq!(stats.movement_calls(), stats.to_device_runs, "{stats:?}");
             assert!(stats.movement_calls() <= GRANULES, "{stats:?}");
-            assert_eq!((stats.to_device_pages() as usize * PAGE, cpu_faults(stats)), (LEN, 0), "{stats:?}");
+            assert_eq!(
+                (stats.to_device_pages() as usize * PAGE, cpu_faults(stats)),
+                (LEN, 0),
+                "{stats:?}"
+            );
         }
         // In place: nothing at all.
         let again = taken(&mut y, |y| run(&x, y));
-        assert_eq!((again.device_write_faults, again.movement_calls(), again.retries), (0, 0, 0), "{again:?}");
+        assert_eq!(
+            (
+                again.device_write_faults,
+                again.movement_calls(),
+                again.retries
+            ),
+            (0, 0, 0),
+            "{again:?}"
+        );
         // The CPU reads the result: one fault and one call a granule.
         let home = taken(&mut y, |y| assert!(y.as_slice().iter().all(|&b| b == 3)));
         assert_quiet(&home);
-        assert_eq!((cpu_faults(&home), home.move_calls, home.movement_calls()), (GRANULES, GRANULES, GRANULES), "{home:?}");
+        assert_eq!(
+            (cpu_faults(&home), home.move_calls, home.movement_calls()),
+            (GRANULES, GRANULES, GRANULES),
+            "{home:?}"
+        );
         assert_eq!(home.to_host_pages() as usize * PAGE, LEN);
         x.as_mut_slice()[0] = 1;
     });

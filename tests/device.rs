@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use svm::{
-    Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, Keep, MapInfo, MappedRef,
-    PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread, WouldBlock,
+    Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, Keep,
+    MapInfo, MappedRef, PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread, WouldBlock,
 };
 
 /// How long an operation may take without progress.
@@ -37,7 +37,11 @@ pub struct Table {
 
 impl Table {
     fn rights(&self, access: Access) -> &PageBits {
-        if access == Access::Write { &self.writable } else { &self.readable }
+        if access == Access::Write {
+            &self.writable
+        } else {
+            &self.readable
+        }
     }
 
     fn install(&self, valid: &Valid) {
@@ -62,7 +66,12 @@ unsafe impl Device for Dummy {
 
     fn map(&self, map: &MapInfo) -> Result<Table, Error> {
         let bits = || PageBits::new(map.nr_pages);
-        Ok(Table { readable: bits()?, writable: bits()?, in_place: bits()?, exclusive: bits()? })
+        Ok(Table {
+            readable: bits()?,
+            writable: bits()?,
+            in_place: bits()?,
+            exclusive: bits()?,
+        })
     }
 
     fn lock(&self) -> &DeviceLock {
@@ -107,7 +116,10 @@ impl TestDevice {
     /// # Errors
     /// As [`svm::attach`].
     pub fn with_options(options: AttachOptions) -> Result<Self, Error> {
-        Ok(Self { attachment: svm::attach(Dummy::default(), options)?, rounds: AtomicU64::new(0) })
+        Ok(Self {
+            attachment: svm::attach(Dummy::default(), options)?,
+            rounds: AtomicU64::new(0),
+        })
     }
 
     /// The attachment.
@@ -123,7 +135,13 @@ impl TestDevice {
     pub fn read(&self, region: RegionRef<'_>, addr: usize, out: &mut [u8]) -> Result<(), Error> {
         self.copy(region, addr, out.len(), Access::Read, |at, done, len| {
             // SAFETY: the table says the page is readable, and the device lock keeps it so; `out` has room.
-            unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance(at), out.as_mut_ptr().add(done), len) }
+            unsafe {
+                ptr::copy_nonoverlapping(
+                    ptr::with_exposed_provenance(at),
+                    out.as_mut_ptr().add(done),
+                    len,
+                )
+            }
         })
     }
 
@@ -134,7 +152,13 @@ impl TestDevice {
     pub fn write(&self, region: RegionRef<'_>, addr: usize, data: &[u8]) -> Result<(), Error> {
         self.copy(region, addr, data.len(), Access::Write, |at, done, len| {
             // SAFETY: the table says the page is writable, and the device lock keeps it so.
-            unsafe { ptr::copy_nonoverlapping(data.as_ptr().add(done), ptr::with_exposed_provenance_mut(at), len) }
+            unsafe {
+                ptr::copy_nonoverlapping(
+                    data.as_ptr().add(done),
+                    ptr::with_exposed_provenance_mut(at),
+                    len,
+                )
+            }
         })
     }
 
@@ -142,7 +166,13 @@ impl TestDevice {
     ///
     /// # Errors
     /// The device fault that ended it.
-    pub fn fault_in(&self, region: RegionRef<'_>, addr: usize, len: usize, access: Access) -> Result<(), Error> {
+    pub fn fault_in(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        len: usize,
+        access: Access,
+    ) -> Result<(), Error> {
         self.copy(region, addr, len, access, |_, _, _| {})
     }
 
@@ -159,7 +189,9 @@ impl TestDevice {
         while done < len {
             let part = addr + done..addr + len;
             let before = done;
-            done += session.copy_translated(part.clone(), |at, offset, len| bytes(at, before + offset, len));
+            done += session.copy_translated(part.clone(), |at, offset, len| {
+                bytes(at, before + offset, len)
+            });
             if done < len {
                 self.rounds.fetch_add(1, Ordering::Relaxed);
                 session.fault(addr + done..addr + len)?;
@@ -180,11 +212,20 @@ impl TestDevice {
             let _guard = self.attachment.device().lock.lock();
             let first = (region.addr() - region.base()) / PAGE;
             let end = (region.addr() + region.len_bytes() - region.base()).div_ceil(PAGE);
-            (first / 512..end.div_ceil(512)).for_each(|block| mapped.table().remove(block, &PageMask::FULL));
+            (first / 512..end.div_ceil(512))
+                .for_each(|block| mapped.table().remove(block, &PageMask::FULL));
         }
         let use_guard = mapped.begin_use(access)?;
         let edges = use_guard.edge_pages().collect();
-        Ok(Session { device: self, mapped, range: self.attachment.range()?, access, edges, use_guard, _worker: worker })
+        Ok(Session {
+            device: self,
+            mapped,
+            range: self.attachment.range()?,
+            access,
+            edges,
+            use_guard,
+            _worker: worker,
+        })
     }
 
     /// Moves the pages to device memory and installs translations. Says whether all of them are there now: those that cannot
@@ -192,7 +233,12 @@ impl TestDevice {
     ///
     /// # Errors
     /// A page that is not mapped or permits no access.
-    pub fn migrate_to_device(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<bool, Error> {
+    pub fn migrate_to_device(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        nr_pages: usize,
+    ) -> Result<bool, Error> {
         let _worker = svm::worker_thread();
         let mapped = self.attachment.map(region)?;
         let mut range = self.attachment.range()?;
@@ -203,7 +249,10 @@ impl TestDevice {
             let guard = self.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {
                 valid.iter().for_each(|valid| mapped.table().install(valid));
-                let migrated: usize = valid.iter().map(|v| (*v.readable() - *v.in_place()).count()).sum();
+                let migrated: usize = valid
+                    .iter()
+                    .map(|v| (*v.readable() - *v.in_place()).count())
+                    .sum();
                 return Ok(migrated == nr_pages);
             }
         }
@@ -213,7 +262,12 @@ impl TestDevice {
     ///
     /// # Errors
     /// As [`Attachment::bring_home`].
-    pub fn migrate_to_system(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<(), Error> {
+    pub fn migrate_to_system(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        nr_pages: usize,
+    ) -> Result<(), Error> {
         let first = (addr - region.base()) / PAGE;
         self.attachment.bring_home(region, first..first + nr_pages)
     }
@@ -223,7 +277,12 @@ impl TestDevice {
     ///
     /// # Errors
     /// The device fault that ended it.
-    pub fn make_exclusive(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<bool, Error> {
+    pub fn make_exclusive(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        nr_pages: usize,
+    ) -> Result<bool, Error> {
         let mut session = self.begin(region, Access::Write)?;
         let exclusive = session.fault_with(addr..addr + nr_pages * PAGE, |table, valid| {
             let alone = *valid.writable() - *valid.in_place();
@@ -238,18 +297,29 @@ impl TestDevice {
     ///
     /// # Errors
     /// As [`Attachment::map`].
-    pub fn nr_exclusive(&self, region: RegionRef<'_>, addr: usize, nr_pages: usize) -> Result<usize, Error> {
+    pub fn nr_exclusive(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        nr_pages: usize,
+    ) -> Result<usize, Error> {
         let mapped = self.attachment.map(region)?;
         let first = (addr - region.base()) / PAGE;
         let _guard = self.attachment.device().lock.lock();
-        Ok((first..first + nr_pages).filter(|&page| mapped.table().exclusive.contains(page, Ordering::Acquire)).count())
+        Ok((first..first + nr_pages)
+            .filter(|&page| mapped.table().exclusive.contains(page, Ordering::Acquire))
+            .count())
     }
 
     /// What the device could do with each page of `pages` now, without faulting: readable, writable, in device memory.
     ///
     /// # Errors
     /// As [`Attachment::map`], or an overlapping invalidation that does not end.
-    pub fn snapshot(&self, region: RegionRef<'_>, pages: Pages<usize>) -> Result<Vec<Valid>, Error> {
+    pub fn snapshot(
+        &self,
+        region: RegionRef<'_>,
+        pages: Pages<usize>,
+    ) -> Result<Vec<Valid>, Error> {
         let _worker = svm::worker_thread();
         let mapped = self.attachment.map(region)?;
         let mut range = self.attachment.range()?;
@@ -287,7 +357,11 @@ pub struct Session<'d> {
 impl Session<'_> {
     /// Calls `bytes(address, offset, length)` for the pages of `part`, in order, while there are translations; says how many
     /// bytes were covered.
-    pub fn copy_translated(&mut self, part: Pages<usize>, mut bytes: impl FnMut(usize, usize, usize)) -> usize {
+    pub fn copy_translated(
+        &mut self,
+        part: Pages<usize>,
+        mut bytes: impl FnMut(usize, usize, usize),
+    ) -> usize {
         let region = self.mapped.region();
         let table = self.mapped.table();
         let right = table.rights(self.access);
@@ -308,7 +382,11 @@ impl Session<'_> {
                 }
                 bytes(at, at - part.start, len);
             } else {
-                bytes(at.wrapping_add_signed(self.mapped.offset()), at - part.start, len);
+                bytes(
+                    at.wrapping_add_signed(self.mapped.offset()),
+                    at - part.start,
+                    len,
+                );
             }
             at += len;
         }
@@ -318,15 +396,25 @@ impl Session<'_> {
     /// Whether an access in place would work now, by the kernel's word: a load or a store could only die of it.
     fn permits(&self, at: usize, len: usize) -> bool {
         let mut byte = 0u8;
-        let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
+        let local = libc::iovec {
+            iov_base: (&raw mut byte).cast(),
+            iov_len: 1,
+        };
         [at, at + len - 1].iter().all(|&at| {
-            let remote = libc::iovec { iov_base: ptr::with_exposed_provenance_mut(at), iov_len: 1 };
+            let remote = libc::iovec {
+                iov_base: ptr::with_exposed_provenance_mut(at),
+                iov_len: 1,
+            };
             // SAFETY: getpid has no preconditions.
             let pid = unsafe { libc::getpid() };
             // SAFETY: reads one byte of our own memory, if it is there, into `byte`.
-            let read = unsafe { libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0) };
+            let read = unsafe {
+                libc::process_vm_readv(pid, &raw const local, 1, &raw const remote, 1, 0)
+            };
             // SAFETY: writes back the byte just read, to memory that the operation is about to write.
-            let write = || unsafe { libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0) };
+            let write = || unsafe {
+                libc::process_vm_writev(pid, &raw const local, 1, &raw const remote, 1, 0)
+            };
             read == 1 && (self.access == Access::Read || write() == 1)
         })
     }
@@ -341,10 +429,16 @@ impl Session<'_> {
 
     /// One fault round over all that is left, as the kernel's test device does it: the loop a driver author writes. `installed`
     /// is called under the device lock; gives the sum of its results.
-    fn fault_with(&mut self, part: Pages<usize>, mut installed: impl FnMut(&Table, &Valid) -> usize) -> Result<usize, DeviceFault> {
+    fn fault_with(
+        &mut self,
+        part: Pages<usize>,
+        mut installed: impl FnMut(&Table, &Valid) -> usize,
+    ) -> Result<usize, DeviceFault> {
         let base = self.mapped.region().base();
         let (first, end) = ((part.start - base) / PAGE, (part.end - base).div_ceil(PAGE));
-        let end = (first..end).find(|page| self.edges.contains(page)).unwrap_or(end);
+        let end = (first..end)
+            .find(|page| self.edges.contains(page))
+            .unwrap_or(end);
         let mapped = &self.mapped;
         loop {
             let mut update = self.range.start_update(mapped, first..end, TIMEOUT)?;

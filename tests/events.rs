@@ -17,10 +17,20 @@ impl Map {
     fn new(pages: usize) -> Self {
         // SAFETY: a fresh mapping.
         let at = unsafe {
-            libc::mmap(ptr::null_mut(), pages * PAGE, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+            libc::mmap(
+                ptr::null_mut(),
+                pages * PAGE,
+                3,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
         };
         assert_ne!(at, libc::MAP_FAILED);
-        let map = Self { addr: at.expose_provenance(), pages };
+        let map = Self {
+            addr: at.expose_provenance(),
+            pages,
+        };
         (0..pages).for_each(|page| map.write(page, page as u64 + 1));
         map
     }
@@ -46,16 +56,26 @@ impl Map {
 
     fn madvise(&self, first: usize, pages: usize, advice: i32) {
         // SAFETY: the mapping is the test's.
-        assert_eq!(unsafe { libc::madvise(self.at(first).cast(), pages * PAGE, advice) }, 0);
+        assert_eq!(
+            unsafe { libc::madvise(self.at(first).cast(), pages * PAGE, advice) },
+            0
+        );
     }
 
     fn unmap(&self, first: usize, pages: usize) {
         // SAFETY: the mapping is the test's.
-        assert_eq!(unsafe { libc::munmap(self.at(first).cast(), pages * PAGE) }, 0);
+        assert_eq!(
+            unsafe { libc::munmap(self.at(first).cast(), pages * PAGE) },
+            0
+        );
     }
 }
 
-fn device_read(device: &TestDevice, mirror: &Mirror<'static, u8>, page: usize) -> Result<u64, svm::Error> {
+fn device_read(
+    device: &TestDevice,
+    mirror: &Mirror<'static, u8>,
+    page: usize,
+) -> Result<u64, svm::Error> {
     let view = mirror.view();
     let mut out = [0; 8];
     device.read(view.region(), view.addr() + page * PAGE, &mut out)?;
@@ -64,7 +84,9 @@ fn device_read(device: &TestDevice, mirror: &Mirror<'static, u8>, page: usize) -
 
 fn take_all(device: &TestDevice, mirror: &Mirror<'static, u8>) {
     let view = mirror.view();
-    device.fault_in(view.region(), view.addr(), view.len(), Access::Write).unwrap();
+    device
+        .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+        .unwrap();
 }
 
 fn each(name: &'static str, test: impl Fn(&Options)) {
@@ -73,7 +95,12 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
         for delivery in [Delivery::Inline, Delivery::Thread] {
             for granule in [Granule::Page, Granule::Big, Granule::Huge] {
                 for read_mostly in [false, true] {
-                    test(&Options::new().delivery(delivery).granule(granule).read_mostly(read_mostly));
+                    test(
+                        &Options::new()
+                            .delivery(delivery)
+                            .granule(granule)
+                            .read_mostly(read_mostly),
+                    );
                 }
             }
         }
@@ -92,7 +119,11 @@ fn dontneed_discards_wherever_the_page_is() {
         for round in 0..20 {
             map.madvise(16, 32, libc::MADV_DONTNEED);
             for page in [16, 20, 40, 47] {
-                assert_eq!(device_read(&device, &mirror, page).unwrap(), 0, "round {round} page {page} {options:?}");
+                assert_eq!(
+                    device_read(&device, &mirror, page).unwrap(),
+                    0,
+                    "round {round} page {page} {options:?}"
+                );
                 assert_eq!(map.read(page), 0);
                 map.write(page, 7);
                 assert_eq!(device_read(&device, &mirror, page).unwrap(), 7);
@@ -114,15 +145,24 @@ fn an_unmapped_part_is_a_typed_fault_and_the_rest_lives() {
             take_all(&device, &mirror);
             map.unmap(first, pages);
             for page in first..first + pages {
-                let fault = device_read(&device, &mirror, page).unwrap_err().device_fault().unwrap();
+                let fault = device_read(&device, &mirror, page)
+                    .unwrap_err()
+                    .device_fault()
+                    .unwrap();
                 assert_eq!(fault.kind, svm::DeviceFaultKind::Unmapped);
             }
             for page in (0..64).filter(|p| !(first..first + pages).contains(p)) {
                 assert_eq!(map.read(page), page as u64 + 1);
-                assert_eq!(device_read(&device, &mirror, page).unwrap(), page as u64 + 1);
+                assert_eq!(
+                    device_read(&device, &mirror, page).unwrap(),
+                    page as u64 + 1
+                );
             }
             mirror.close().unwrap();
-            assert_eq!(map.read((first + pages) % 64), ((first + pages) % 64) as u64 + 1);
+            assert_eq!(
+                map.read((first + pages) % 64),
+                ((first + pages) % 64) as u64 + 1
+            );
         }
     });
 }
@@ -163,9 +203,19 @@ fn moved_pages_come_home_at_their_new_address() {
         let mirror = map.mirror(options);
         take_all(&device, &mirror);
         // SAFETY: the test's own mapping; nobody else refers to it.
-        let to = unsafe { libc::mremap(map.at(16).cast(), 32 * PAGE, 48 * PAGE, libc::MREMAP_MAYMOVE) };
+        let to = unsafe {
+            libc::mremap(
+                map.at(16).cast(),
+                32 * PAGE,
+                48 * PAGE,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
         assert_ne!(to, libc::MAP_FAILED);
-        let moved = Map { addr: to.expose_provenance(), pages: 48 };
+        let moved = Map {
+            addr: to.expose_provenance(),
+            pages: 48,
+        };
         for page in 0..32 {
             assert_eq!(moved.read(page), page as u64 + 17, "{options:?}");
         }
@@ -203,7 +253,11 @@ fn several_threads_change_mappings_while_the_device_reads() {
             for page in (0..256).cycle().take(2000) {
                 let value = device_read(&device, &mirror, page).unwrap();
                 let quiet = page % 128 >= 64;
-                assert!(if quiet { value == page as u64 + 1 } else { value <= 20 || value == page as u64 + 1 });
+                assert!(if quiet {
+                    value == page as u64 + 1
+                } else {
+                    value <= 20 || value == page as u64 + 1
+                });
             }
         });
         mirror.close().unwrap();
@@ -248,7 +302,10 @@ fn no_kernel_sees_discarded_contents_after_the_call_returned() {
                         let value = u64::from_le_bytes(value);
                         // Bytes of two rounds can mix, for the CPU writes meanwhile; below 256 they cannot.
                         if gone < 255 && value < 256 {
-                            assert!(value == 0 || value > gone, "round {value} after {gone} was discarded");
+                            assert!(
+                                value == 0 || value > gone,
+                                "round {value} after {gone} was discarded"
+                            );
                         }
                         seen.fetch_max(value, Ordering::Relaxed);
                     }
@@ -256,6 +313,9 @@ fn no_kernel_sees_discarded_contents_after_the_call_returned() {
                 })
                 .unwrap();
         }
-        assert!(seen.load(Ordering::Relaxed) > 0, "the kernel never saw a value: the test tested nothing");
+        assert!(
+            seen.load(Ordering::Relaxed) > 0,
+            "the kernel never saw a value: the test tested nothing"
+        );
     });
 }

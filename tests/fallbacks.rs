@@ -8,7 +8,11 @@ use tests::{Watchdog, usable};
 /// Runs the stress, and fails with what it printed if something was lost.
 fn stress(disabled: &str, args: &[&str]) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_stress"));
-    let output = command.args(args).env("SVM_DISABLE", disabled).output().unwrap();
+    let output = command
+        .args(args)
+        .env("SVM_DISABLE", disabled)
+        .output()
+        .unwrap();
     assert!(
         output.status.success(),
         "SVM_DISABLE={disabled} stress {}: {}\n{}{}",
@@ -27,7 +31,17 @@ fn each_door_and_granule() {
     }
     for delivery in ["inline", "thread"] {
         for granule in ["4k", "64k", "2m"] {
-            stress("", &["--seconds", "1", "--delivery", delivery, "--granule", granule]);
+            stress(
+                "",
+                &[
+                    "--seconds",
+                    "1",
+                    "--delivery",
+                    delivery,
+                    "--granule",
+                    granule,
+                ],
+            );
         }
     }
 }
@@ -40,7 +54,17 @@ fn each_door_and_granule_without_move() {
     }
     for delivery in ["inline", "thread"] {
         for granule in ["4k", "64k", "2m"] {
-            stress("move", &["--seconds", "1", "--delivery", delivery, "--granule", granule]);
+            stress(
+                "move",
+                &[
+                    "--seconds",
+                    "1",
+                    "--delivery",
+                    delivery,
+                    "--granule",
+                    granule,
+                ],
+            );
         }
     }
 }
@@ -53,7 +77,19 @@ fn little_device_memory() {
     }
     for disabled in ["", "move"] {
         for delivery in ["inline", "thread"] {
-            stress(disabled, &["--seconds", "1", "--delivery", delivery, "--device-memory", "786432", "--seed", "2"]);
+            stress(
+                disabled,
+                &[
+                    "--seconds",
+                    "1",
+                    "--delivery",
+                    delivery,
+                    "--device-memory",
+                    "786432",
+                    "--seed",
+                    "2",
+                ],
+            );
         }
     }
 }
@@ -76,7 +112,10 @@ fn each_fallback() {
         "move,wp_async,poison,events,pagemap_scan,procmap_query,membarrier,process_vm",
     ] {
         for delivery in ["inline", "thread"] {
-            stress(disabled, &["--seconds", "0.5", "--delivery", delivery, "--seed", "3"]);
+            stress(
+                disabled,
+                &["--seconds", "0.5", "--delivery", delivery, "--seed", "3"],
+            );
         }
     }
     // Without SIGBUS delivery there is one door left.

@@ -28,13 +28,19 @@ fn in_child(child: impl FnOnce() -> bool) -> bool {
 
 fn filled(options: &Options) -> svm::Buffer<u64> {
     let mut buffer = svm::Buffer::with_options(N, options).unwrap();
-    buffer.as_mut_slice().iter_mut().zip(0..).for_each(|(x, i)| *x = i);
+    buffer
+        .as_mut_slice()
+        .iter_mut()
+        .zip(0..)
+        .for_each(|(x, i)| *x = i);
     buffer
 }
 
 fn take(device: &TestDevice, buffer: &mut svm::Buffer<u64>) {
     let view = buffer.view_mut();
-    device.fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write).unwrap();
+    device
+        .fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write)
+        .unwrap();
 }
 
 fn each(name: &'static str, test: impl Fn(&Options)) {
@@ -43,7 +49,12 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
         for delivery in [Delivery::Inline, Delivery::Thread] {
             for granule in [Granule::Page, Granule::Big] {
                 for read_mostly in [false, true] {
-                    test(&Options::new().delivery(delivery).granule(granule).read_mostly(read_mostly));
+                    test(
+                        &Options::new()
+                            .delivery(delivery)
+                            .granule(granule)
+                            .read_mostly(read_mostly),
+                    );
                 }
             }
         }
@@ -83,9 +94,13 @@ fn the_parent_goes_on_with_pages_shared_copy_on_write() {
         }
         // While the child lives, the device gets the pages and writes them.
         let view = buffer.view_mut();
-        device.write(view.region(), view.addr() + 8 * 4096, &[255; 4096]).unwrap();
+        device
+            .write(view.region(), view.addr() + 8 * 4096, &[255; 4096])
+            .unwrap();
         let mut out = [0; 8];
-        device.read(view.region(), view.addr() + 8 * 4096, &mut out).unwrap();
+        device
+            .read(view.region(), view.addr() + 8 * 4096, &mut out)
+            .unwrap();
         assert_eq!(out, [255; 8]);
         assert_eq!(buffer.as_slice()[4096], u64::MAX);
         std::io::Write::write_all(&mut writer, &[1]).unwrap();
@@ -105,14 +120,18 @@ fn handles_answer_forked_in_the_child_which_can_start_its_own() {
         take(&device, &mut buffer);
         assert!(in_child(|| {
             let view = buffer.view_mut();
-            let forked = device.read(view.region(), view.addr(), &mut [0; 8]).unwrap_err();
+            let forked = device
+                .read(view.region(), view.addr(), &mut [0; 8])
+                .unwrap_err();
             if *forked.kind() != svm::ErrorKind::Forked || !device.attachment().is_forked() {
                 return false;
             }
             let mut own = filled(options);
             let own_device = TestDevice::new().unwrap();
             let view = own.view_mut();
-            own_device.write(view.region(), view.addr(), &[9; 8]).unwrap();
+            own_device
+                .write(view.region(), view.addr(), &[9; 8])
+                .unwrap();
             let ok = own.as_slice()[0] == u64::from_ne_bytes([9; 8]) && own.as_slice()[1] == 1;
             drop((own, own_device, buffer, device));
             ok
@@ -130,16 +149,28 @@ fn forks_from_several_threads_while_devices_work() {
             for _ in 0..2 {
                 scope.spawn(|| {
                     for _ in 0..5 {
-                        assert!(in_child(|| other.as_slice().iter().zip(0..).all(|(&x, i)| x == i)));
+                        assert!(in_child(|| other
+                            .as_slice()
+                            .iter()
+                            .zip(0..)
+                            .all(|(&x, i)| x == i)));
                     }
                 });
             }
             for i in 0..200u64 {
                 let view = buffer.view_mut();
-                device.write(view.region(), view.addr() + (i as usize * 8), &i.to_ne_bytes()).unwrap();
+                device
+                    .write(
+                        view.region(),
+                        view.addr() + (i as usize * 8),
+                        &i.to_ne_bytes(),
+                    )
+                    .unwrap();
                 let view = other.view();
                 let mut out = [0; 8];
-                device.read(view.region(), view.addr() + i as usize * 64, &mut out).unwrap();
+                device
+                    .read(view.region(), view.addr() + i as usize * 64, &mut out)
+                    .unwrap();
                 assert_eq!(u64::from_ne_bytes(out), i * 8);
             }
         });
@@ -177,7 +208,11 @@ fn a_raw_clone_faults_where_it_would_read_zeros() {
         let (mut status, pid) = (0, libc::pid_t::try_from(pid).unwrap());
         // SAFETY: waits for the child.
         assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
-        assert!(libc::WIFSIGNALED(status), "status {status:#x}: the child went on, with {}", libc::WEXITSTATUS(status));
+        assert!(
+            libc::WIFSIGNALED(status),
+            "status {status:#x}: the child went on, with {}",
+            libc::WEXITSTATUS(status)
+        );
         assert_eq!(buffer.as_slice()[9], 9);
         std::thread::sleep(Duration::from_millis(1));
     });

@@ -4,7 +4,10 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
-use svm::{Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, MapInfo, MappedRef, WouldBlock};
+use svm::{
+    Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation,
+    MapInfo, MappedRef, WouldBlock,
+};
 
 /// How long a fault may take without progress, unless the test says otherwise.
 pub const TIMEOUT: Duration = Duration::from_secs(3);

@@ -39,16 +39,39 @@ fn a_device_write_moves_a_granule_by_one_call_and_it_comes_home_by_one() {
         let before = buffer.stats();
         {
             let view = buffer.view_mut();
-            device.write(view.region(), view.addr() + 8, &77u64.to_ne_bytes()).unwrap();
+            device
+                .write(view.region(), view.addr() + 8, &77u64.to_ne_bytes())
+                .unwrap();
         }
         let out = buffer.stats() - before;
-        assert_eq!((out.device_write_faults, out.move_calls, out.copy_calls), (1, 1, 0), "{out:?}");
-        assert_eq!((out.to_device_demand_pages, out.to_device_prefetch_pages, out.to_device_runs), (1, 15, 1));
+        assert_eq!(
+            (out.device_write_faults, out.move_calls, out.copy_calls),
+            (1, 1, 0),
+            "{out:?}"
+        );
+        assert_eq!(
+            (
+                out.to_device_demand_pages,
+                out.to_device_prefetch_pages,
+                out.to_device_runs
+            ),
+            (1, 15, 1)
+        );
         assert_eq!(buffer.as_slice()[1], 77);
         let home = buffer.stats() - before - out;
-        assert_eq!((home.cpu_read_faults, home.move_calls, home.copy_calls), (1, 1, 0), "{home:?}");
+        assert_eq!(
+            (home.cpu_read_faults, home.move_calls, home.copy_calls),
+            (1, 1, 0),
+            "{home:?}"
+        );
         assert_eq!(home.to_host_pages(), 16);
-        assert!(buffer.as_slice().iter().enumerate().all(|(i, &x)| x == if i == 1 { 77 } else { i as u64 }));
+        assert!(
+            buffer
+                .as_slice()
+                .iter()
+                .enumerate()
+                .all(|(i, &x)| x == if i == 1 { 77 } else { i as u64 })
+        );
         assert_eq!((buffer.stats() - before).cpu_read_faults, 1);
         assert_eq!(buffer.stats().anomalies, 0);
     });
@@ -63,7 +86,11 @@ fn a_whole_transfer_is_one_round() {
         let view = buffer.view_mut();
         let mut out = vec![0; n];
         device.read(view.region(), view.addr(), &mut out).unwrap();
-        assert!(out.chunks(8).enumerate().all(|(i, c)| c == (i as u64).to_ne_bytes()));
+        assert!(
+            out.chunks(8)
+                .enumerate()
+                .all(|(i, c)| c == (i as u64).to_ne_bytes())
+        );
         assert_eq!(device.rounds.load(std::sync::atomic::Ordering::Relaxed), 1);
         let stats = device.attachment().stats();
         assert_eq!(stats.to_device_pages(), 1024);
@@ -72,7 +99,13 @@ fn a_whole_transfer_is_one_round() {
         assert_eq!(device.attachment().resident_bytes(), 0);
         assert_eq!(device.attachment().stats().to_host_explicit_pages, 1024);
         drop(device);
-        assert!(buffer.as_slice().iter().enumerate().all(|(i, &x)| x == i as u64));
+        assert!(
+            buffer
+                .as_slice()
+                .iter()
+                .enumerate()
+                .all(|(i, &x)| x == i as u64)
+        );
     });
 }
 
@@ -85,11 +118,17 @@ fn duplicates_are_shared_and_collapse_on_a_cpu_write() {
         let mut out = [0; 8];
         let before = buffer.stats();
         let view = buffer.view();
-        device.read(view.region(), view.addr() + 16, &mut out).unwrap();
+        device
+            .read(view.region(), view.addr() + 16, &mut out)
+            .unwrap();
         assert_eq!(out, 2u64.to_ne_bytes());
         let after = buffer.stats();
         let dup = after - before;
-        assert_eq!((dup.duplicated_pages, dup.move_calls, dup.copy_calls), (16, 1, 1), "{dup:?}");
+        assert_eq!(
+            (dup.duplicated_pages, dup.move_calls, dup.copy_calls),
+            (16, 1, 1),
+            "{dup:?}"
+        );
         // CPU reads of shared pages are free.
         assert_eq!(buffer.as_slice().iter().sum::<u64>(), (0..n as u64).sum());
         assert_eq!(buffer.stats(), after);
@@ -97,10 +136,16 @@ fn duplicates_are_shared_and_collapse_on_a_cpu_write() {
         buffer.as_mut_slice()[2] = 99;
         buffer.as_mut_slice()[3] = 98;
         let collapsed = buffer.stats() - after;
-        assert_eq!((collapsed.cpu_protect_faults, collapsed.write_protect_calls), (1, 1), "{collapsed:?}");
+        assert_eq!(
+            (collapsed.cpu_protect_faults, collapsed.write_protect_calls),
+            (1, 1),
+            "{collapsed:?}"
+        );
         assert_eq!(collapsed.collapsed_pages, 16);
         let view = buffer.view();
-        device.read(view.region(), view.addr() + 16, &mut out).unwrap();
+        device
+            .read(view.region(), view.addr() + 16, &mut out)
+            .unwrap();
         assert_eq!(out, 99u64.to_ne_bytes());
         assert_eq!(buffer.stats().anomalies, 0);
     });
@@ -116,11 +161,17 @@ fn a_device_write_to_what_it_shares_drops_the_host_copy() {
         let before = buffer.stats();
         let view = buffer.view_mut();
         device.read(view.region(), view.addr(), &mut out).unwrap();
-        device.write(view.region(), view.addr(), &5u64.to_ne_bytes()).unwrap();
+        device
+            .write(view.region(), view.addr(), &5u64.to_ne_bytes())
+            .unwrap();
         assert_eq!(buffer.as_slice()[0], 5);
         assert!(buffer.as_slice()[1..].iter().zip(1..).all(|(&x, i)| x == i));
         let stats = buffer.stats() - before;
-        assert_eq!((stats.copy_calls, stats.move_calls), (1, 3), "dup out and back, host to scratch, home: {stats:?}");
+        assert_eq!(
+            (stats.copy_calls, stats.move_calls),
+            (1, 3),
+            "dup out and back, host to scratch, home: {stats:?}"
+        );
         assert_eq!(stats.anomalies, 0);
     });
 }
@@ -130,7 +181,8 @@ fn pages_nobody_touched_read_as_zero_on_both_sides() {
     both_doors("holes", |delivery| {
         for granule in [Granule::Page, Granule::Big, Granule::Huge] {
             let n = (2 << 20) / 8;
-            let mut buffer = svm::Buffer::<u64>::with_options(n, &options(delivery, granule)).unwrap();
+            let mut buffer =
+                svm::Buffer::<u64>::with_options(n, &options(delivery, granule)).unwrap();
             let device = TestDevice::new().unwrap();
             buffer.as_mut_slice()[n / 2] = 1;
             let before = buffer.stats();
@@ -138,9 +190,14 @@ fn pages_nobody_touched_read_as_zero_on_both_sides() {
             let view = buffer.view_mut();
             device.read(view.region(), view.addr(), &mut out).unwrap();
             assert_eq!(out.chunks(8).filter(|c| *c != [0; 8]).count(), 1);
-            device.write(view.region(), view.addr() + 8, &3u64.to_ne_bytes()).unwrap();
+            device
+                .write(view.region(), view.addr() + 8, &3u64.to_ne_bytes())
+                .unwrap();
             let stats = buffer.stats() - before;
-            assert!(stats.movement_calls() <= 2 * 512 / granule.pages() as u64 + 8, "{granule:?} {stats:?}");
+            assert!(
+                stats.movement_calls() <= 2 * 512 / granule.pages() as u64 + 8,
+                "{granule:?} {stats:?}"
+            );
             assert_eq!(buffer.as_slice()[1], 3);
             assert_eq!(buffer.as_slice()[n / 2], 1);
             assert_eq!(buffer.as_slice().iter().filter(|&&x| x != 0).count(), 2);
@@ -158,15 +215,18 @@ fn two_devices_share_a_page_and_one_writes() {
         let mut out = [0; 8];
         {
             let view = buffer.view_mut();
-            a.write(view.region(), view.addr(), &10u64.to_ne_bytes()).unwrap();
+            a.write(view.region(), view.addr(), &10u64.to_ne_bytes())
+                .unwrap();
             b.read(view.region(), view.addr(), &mut out).unwrap();
             assert_eq!(out, 10u64.to_ne_bytes());
             a.read(view.region(), view.addr() + 8, &mut out).unwrap();
             assert_eq!(out, 1u64.to_ne_bytes());
-            b.write(view.region(), view.addr(), &11u64.to_ne_bytes()).unwrap();
+            b.write(view.region(), view.addr(), &11u64.to_ne_bytes())
+                .unwrap();
             a.read(view.region(), view.addr(), &mut out).unwrap();
             assert_eq!(out, 11u64.to_ne_bytes());
-            a.write(view.region(), view.addr() + 8, &12u64.to_ne_bytes()).unwrap();
+            a.write(view.region(), view.addr() + 8, &12u64.to_ne_bytes())
+                .unwrap();
         }
         assert_eq!(buffer.as_slice()[..3], [11, 12, 2]);
         assert_eq!(buffer.stats().anomalies, 0);
@@ -179,20 +239,37 @@ fn edges_never_move_and_are_written_back() {
         let device = TestDevice::new().unwrap();
         let mut words = vec![0u64; 3 * PAGE / 8];
         for (start, len) in [(1, 3), (100, 1000), (0, words.len()), (511, 2), (5, 0)] {
-            words.iter_mut().enumerate().for_each(|(i, w)| *w = i as u64);
+            words
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, w)| *w = i as u64);
             let neighbours: Vec<u64> = words.clone();
-            let mut mirror = svm::mirror_with(&mut words[start..start + len], &options(delivery, Granule::Big)).unwrap();
+            let mut mirror = svm::mirror_with(
+                &mut words[start..start + len],
+                &options(delivery, Granule::Big),
+            )
+            .unwrap();
             let mut out = vec![0; bytes_of(len)];
             let view = mirror.view_mut();
             device.read(view.region(), view.addr(), &mut out).unwrap();
-            let expected: Vec<u8> = neighbours[start..start + len].iter().flat_map(|w| w.to_ne_bytes()).collect();
+            let expected: Vec<u8> = neighbours[start..start + len]
+                .iter()
+                .flat_map(|w| w.to_ne_bytes())
+                .collect();
             assert_eq!(out, expected);
-            let changed: Vec<u8> = neighbours[start..start + len].iter().flat_map(|w| (w + 1000).to_ne_bytes()).collect();
+            let changed: Vec<u8> = neighbours[start..start + len]
+                .iter()
+                .flat_map(|w| (w + 1000).to_ne_bytes())
+                .collect();
             device.write(view.region(), view.addr(), &changed).unwrap();
             mirror.close().unwrap();
             for (i, (&now, &was)) in words.iter().zip(&neighbours).enumerate() {
                 let inside = (start..start + len).contains(&i);
-                assert_eq!(now, if inside { was + 1000 } else { was }, "element {i} of {start}+{len}");
+                assert_eq!(
+                    now,
+                    if inside { was + 1000 } else { was },
+                    "element {i} of {start}+{len}"
+                );
             }
         }
     });
@@ -211,9 +288,20 @@ fn an_input_is_copied_and_never_moved() {
             let view = mirror.view();
             let mut out = vec![0; bytes_of(view.len())];
             device.read(view.region(), view.addr(), &mut out).unwrap();
-            assert!(out.chunks(8).zip(mirror.as_slice()).all(|(c, w)| c == w.to_ne_bytes()));
-            assert_eq!((mirror.stats().move_calls, mirror.stats().cpu_read_faults), (0, 0));
-            let fault = device.write(view.region(), view.addr(), &[0; 8]).unwrap_err().device_fault().unwrap();
+            assert!(
+                out.chunks(8)
+                    .zip(mirror.as_slice())
+                    .all(|(c, w)| c == w.to_ne_bytes())
+            );
+            assert_eq!(
+                (mirror.stats().move_calls, mirror.stats().cpu_read_faults),
+                (0, 0)
+            );
+            let fault = device
+                .write(view.region(), view.addr(), &[0; 8])
+                .unwrap_err()
+                .device_fault()
+                .unwrap();
             assert_eq!(fault.kind, svm::DeviceFaultKind::Protection);
         }
         assert!(words.iter().copied().eq(0..100_000));
@@ -233,7 +321,13 @@ fn a_pinned_page_is_accessed_in_place() {
         // A system call may read and write all of it now.
         let file = std::fs::File::open("/dev/zero").unwrap();
         // SAFETY: the range is inside the buffer and pinned.
-        let n = unsafe { libc::read(std::os::fd::AsRawFd::as_raw_fd(&file), std::ptr::with_exposed_provenance_mut(addr), 8) };
+        let n = unsafe {
+            libc::read(
+                std::os::fd::AsRawFd::as_raw_fd(&file),
+                std::ptr::with_exposed_provenance_mut(addr),
+                8,
+            )
+        };
         assert_eq!(n, 8);
         let view = buffer.view();
         let mut out = [1; 8];
@@ -242,7 +336,9 @@ fn a_pinned_page_is_accessed_in_place() {
         assert!(buffer.stats().in_place_pages > 0);
         drop(pin);
         let view = buffer.view_mut();
-        device.write(view.region(), view.addr(), &2u64.to_ne_bytes()).unwrap();
+        device
+            .write(view.region(), view.addr(), &2u64.to_ne_bytes())
+            .unwrap();
         assert_eq!(buffer.as_slice()[0], 2);
         assert_eq!(buffer.stats().anomalies, 0);
     });
@@ -254,17 +350,31 @@ fn device_memory_smaller_than_the_set_evicts() {
         for granule in [Granule::Page, Granule::Big, Granule::Huge] {
             let n = (4 << 20) / 8;
             let mut buffer = filled(n, &options(delivery, granule));
-            let memory = if granule == Granule::Page { 128 << 10 } else { 1 << 20 };
-            let device = TestDevice::with_options(svm::AttachOptions::new().memory_bytes(memory)).unwrap();
+            let memory = if granule == Granule::Page {
+                128 << 10
+            } else {
+                1 << 20
+            };
+            let device =
+                TestDevice::with_options(svm::AttachOptions::new().memory_bytes(memory)).unwrap();
             for start in (0..bytes_of(n)).step_by(64 << 10) {
                 let view = buffer.view_mut();
-                device.write(view.region(), view.addr() + start, &1u64.to_ne_bytes()).unwrap();
+                device
+                    .write(view.region(), view.addr() + start, &1u64.to_ne_bytes())
+                    .unwrap();
                 assert!(device.attachment().resident_bytes() <= memory);
             }
             assert!(device.attachment().stats().evicted_pages > 0);
             drop(device);
             for (i, &x) in buffer.as_slice().iter().enumerate() {
-                assert_eq!(x, if i % ((64 << 10) / 8) == 0 { 1 } else { i as u64 });
+                assert_eq!(
+                    x,
+                    if i % ((64 << 10) / 8) == 0 {
+                        1
+                    } else {
+                        i as u64
+                    }
+                );
             }
             assert_eq!(buffer.stats().anomalies, 0);
         }
@@ -278,10 +388,22 @@ fn a_forgotten_mirror_leaves_working_memory() {
         let mut words: Vec<u64> = (0..100_000).collect();
         let mut mirror = svm::mirror_with(&mut words, &options(delivery, Granule::Big)).unwrap();
         let view = mirror.view_mut();
-        device.fault_in(view.region(), view.addr(), bytes_of(view.len()), Access::Write).unwrap();
+        device
+            .fault_in(
+                view.region(),
+                view.addr(),
+                bytes_of(view.len()),
+                Access::Write,
+            )
+            .unwrap();
         std::mem::forget(mirror);
         words[7] = 1;
-        assert!(words.iter().enumerate().all(|(i, &w)| w == if i == 7 { 1 } else { i as u64 }));
+        assert!(
+            words
+                .iter()
+                .enumerate()
+                .all(|(i, &w)| w == if i == 7 { 1 } else { i as u64 })
+        );
         let again = svm::mirror(&mut words);
         assert!(again.unwrap_err().is_overlap());
         std::mem::forget(words);
@@ -297,7 +419,10 @@ fn mirror_and_drop_ten_thousand_times() {
     let device = TestDevice::new().unwrap();
     let mut words = vec![7u64; 64 * PAGE / 8];
     let count = || {
-        let maps = std::fs::read_to_string("/proc/self/maps").unwrap().lines().count();
+        let maps = std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .lines()
+            .count();
         let fds = std::fs::read_dir("/proc/self/fd").unwrap().count();
         let threads = std::fs::read_dir("/proc/self/task").unwrap().count();
         (maps, fds, threads)
@@ -305,7 +430,9 @@ fn mirror_and_drop_ten_thousand_times() {
     let mut cycle = |i: u64| {
         let mut mirror = svm::mirror(&mut words).unwrap();
         let view = mirror.view_mut();
-        device.write(view.region(), view.addr() + 3 * PAGE, &i.to_ne_bytes()).unwrap();
+        device
+            .write(view.region(), view.addr() + 3 * PAGE, &i.to_ne_bytes())
+            .unwrap();
         mirror.close().unwrap();
         assert!(words.contains(&i));
     };
@@ -316,5 +443,8 @@ fn mirror_and_drop_ten_thousand_times() {
     // Other tests of this binary run meanwhile and map memory of their own; growth per cycle would show a hundredfold.
     assert!(maps_after < maps + 200, "{maps} -> {maps_after} mappings");
     assert!(fds_after <= fds + 8, "{fds} -> {fds_after} descriptors");
-    assert!(threads_after <= threads + 16, "{threads} -> {threads_after} threads");
+    assert!(
+        threads_after <= threads + 16,
+        "{threads} -> {threads_after} threads"
+    );
 }

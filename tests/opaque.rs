@@ -5,8 +5,8 @@ use std::ops::Range as Pages;
 use std::time::Duration;
 
 use svm::{
-    Access, AttachOptions, Delivery, Device, DeviceLock, DeviceMemory, Error, Granule, Invalidation, Keep, MapInfo, Options,
-    PageBits, WouldBlock,
+    Access, AttachOptions, Delivery, Device, DeviceLock, DeviceMemory, Error, Granule,
+    Invalidation, Keep, MapInfo, Options, PageBits, WouldBlock,
 };
 use tests::{TestDevice, Watchdog, usable};
 
@@ -41,7 +41,11 @@ unsafe impl Device for Opaque {
 
     fn map(&self, map: &MapInfo) -> Result<Table, Error> {
         let memory = UnsafeCell::new(vec![0xee; map.nr_pages * PAGE]);
-        Ok(Table { readable: PageBits::new(map.nr_pages)?, writable: PageBits::new(map.nr_pages)?, memory })
+        Ok(Table {
+            readable: PageBits::new(map.nr_pages)?,
+            writable: PageBits::new(map.nr_pages)?,
+            memory,
+        })
     }
 
     fn lock(&self) -> &DeviceLock {
@@ -80,7 +84,9 @@ struct Rig(svm::Attachment<Opaque>);
 
 impl Rig {
     fn new(memory: Option<usize>) -> Self {
-        let options = memory.map_or_else(AttachOptions::new, |bytes| AttachOptions::new().memory_bytes(bytes));
+        let options = memory.map_or_else(AttachOptions::new, |bytes| {
+            AttachOptions::new().memory_bytes(bytes)
+        });
         Self(svm::attach(Opaque::default(), options).unwrap())
     }
 
@@ -97,7 +103,11 @@ impl Rig {
                 {
                     let _guard = self.0.device().lock.lock();
                     let table = mapped.table();
-                    let right = if by == 0 { &table.readable } else { &table.writable };
+                    let right = if by == 0 {
+                        &table.readable
+                    } else {
+                        &table.writable
+                    };
                     if right.contains(page, std::sync::atomic::Ordering::Acquire) {
                         let word = table.page(page).cast::<u64>();
                         // SAFETY: a translation to the page, under the device lock; pages are aligned enough in practice, so unaligned.
@@ -111,10 +121,23 @@ impl Rig {
                     }
                 }
                 range
-                    .fault_in(&mapped, page..page + 1, access, 0, Duration::from_secs(10), |valid, _| {
-                        mapped.table().readable.insert(valid.block(), valid.readable());
-                        mapped.table().writable.insert(valid.block(), valid.writable());
-                    })
+                    .fault_in(
+                        &mapped,
+                        page..page + 1,
+                        access,
+                        0,
+                        Duration::from_secs(10),
+                        |valid, _| {
+                            mapped
+                                .table()
+                                .readable
+                                .insert(valid.block(), valid.readable());
+                            mapped
+                                .table()
+                                .writable
+                                .insert(valid.block(), valid.writable());
+                        },
+                    )
                     .unwrap();
             }
         }
@@ -128,7 +151,12 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
         for delivery in [Delivery::Inline, Delivery::Thread] {
             for granule in [Granule::Page, Granule::Big, Granule::Huge] {
                 for read_mostly in [false, true] {
-                    test(&Options::new().delivery(delivery).granule(granule).read_mostly(read_mostly));
+                    test(
+                        &Options::new()
+                            .delivery(delivery)
+                            .granule(granule)
+                            .read_mostly(read_mostly),
+                    );
                 }
             }
         }
@@ -136,22 +164,42 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
 }
 
 fn words(buffer: &svm::Buffer<u64>) -> Vec<u64> {
-    buffer.as_slice().iter().step_by(PAGE / 8).copied().collect()
+    buffer
+        .as_slice()
+        .iter()
+        .step_by(PAGE / 8)
+        .copied()
+        .collect()
 }
 
 #[test]
 fn pages_are_copied_both_ways_and_nothing_is_lost() {
     each("opaque", |options| {
         let mut buffer = svm::Buffer::<u64>::with_options(64 * PAGE / 8, options).unwrap();
-        buffer.as_mut_slice().iter_mut().step_by(PAGE / 8).zip(0..).for_each(|(x, i)| *x = i);
+        buffer
+            .as_mut_slice()
+            .iter_mut()
+            .step_by(PAGE / 8)
+            .zip(0..)
+            .for_each(|(x, i)| *x = i);
         let rig = Rig::new(None);
         for round in 0..4 {
             let expected: Vec<u64> = (0..64).map(|i| i + 11 * round).collect();
-            assert_eq!(rig.add(buffer.view().region(), 0..64, 0), expected, "{options:?}");
+            assert_eq!(
+                rig.add(buffer.view().region(), 0..64, 0),
+                expected,
+                "{options:?}"
+            );
             assert_eq!(rig.add(buffer.view().region(), 0..64, 10), expected);
             // Half of it is fetched by reads, half by writes; then all by one more.
-            buffer.as_mut_slice()[PAGE / 8 * 40..].iter_mut().step_by(PAGE / 8).for_each(|x| *x += 1);
-            buffer.as_mut_slice()[..PAGE / 8 * 40].iter_mut().step_by(PAGE / 8).for_each(|x| *x += 1);
+            buffer.as_mut_slice()[PAGE / 8 * 40..]
+                .iter_mut()
+                .step_by(PAGE / 8)
+                .for_each(|x| *x += 1);
+            buffer.as_mut_slice()[..PAGE / 8 * 40]
+                .iter_mut()
+                .step_by(PAGE / 8)
+                .for_each(|x| *x += 1);
         }
         assert_eq!(words(&buffer), (0..64).map(|i| i + 44).collect::<Vec<_>>());
         drop(rig);
@@ -164,15 +212,28 @@ fn an_opaque_and_a_mapped_device_share_memory_and_small_memories_evict() {
     each("two kinds", |options| {
         let mut buffer = svm::Buffer::<u64>::with_options(64 * PAGE / 8, options).unwrap();
         let rig = Rig::new(Some(32 * PAGE));
-        let mapped = TestDevice::with_options(AttachOptions::new().memory_bytes(32 * PAGE)).unwrap();
+        let mapped =
+            TestDevice::with_options(AttachOptions::new().memory_bytes(32 * PAGE)).unwrap();
         for round in 0..4u64 {
-            assert_eq!(rig.add(buffer.view_mut().region(), 0..64, 1), vec![round * 2; 64], "{options:?}");
+            assert_eq!(
+                rig.add(buffer.view_mut().region(), 0..64, 1),
+                vec![round * 2; 64],
+                "{options:?}"
+            );
             for page in 0..64 {
                 let view = buffer.view_mut();
                 let mut word = [0; 8];
-                mapped.read(view.region(), view.addr() + page * PAGE, &mut word).unwrap();
+                mapped
+                    .read(view.region(), view.addr() + page * PAGE, &mut word)
+                    .unwrap();
                 assert_eq!(u64::from_ne_bytes(word), round * 2 + 1);
-                mapped.write(view.region(), view.addr() + page * PAGE, &(round * 2 + 2).to_ne_bytes()).unwrap();
+                mapped
+                    .write(
+                        view.region(),
+                        view.addr() + page * PAGE,
+                        &(round * 2 + 2).to_ne_bytes(),
+                    )
+                    .unwrap();
             }
             assert_eq!(rig.add(buffer.view().region(), 0..1, 0), [round * 2 + 2]);
         }

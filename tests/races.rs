@@ -33,10 +33,19 @@ fn two_readers_miss_the_same_page_at_once() {
         let device = TestDevice::new().unwrap();
         for round in 1..1500u64 {
             let view = buffer.view_mut();
-            device.fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write).unwrap();
-            device.write(view.region(), view.addr(), &round.to_ne_bytes()).unwrap();
+            device
+                .fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write)
+                .unwrap();
+            device
+                .write(view.region(), view.addr(), &round.to_ne_bytes())
+                .unwrap();
             // A launch is in progress: CPU readers duplicate.
-            let in_use = device.attachment().map(buffer.view().region()).unwrap().begin_use(Access::Read).unwrap();
+            let in_use = device
+                .attachment()
+                .map(buffer.view().region())
+                .unwrap()
+                .begin_use(Access::Read)
+                .unwrap();
             let (barrier, slice) = (Barrier::new(2), buffer.as_slice());
             std::thread::scope(|scope| {
                 for page in [0, round as usize % 16] {
@@ -59,17 +68,26 @@ fn two_readers_miss_the_same_page_at_once() {
 #[test]
 fn a_pin_clears_a_protection_that_outlived_its_sharing() {
     both_doors("stale protection", |options| {
-        let mut buffer = Buffer::<u64>::with_options(16 * WORDS, &options.clone().read_mostly(true)).unwrap();
+        let mut buffer =
+            Buffer::<u64>::with_options(16 * WORDS, &options.clone().read_mostly(true)).unwrap();
         buffer.as_mut_slice().fill(7);
         let device = TestDevice::new().unwrap();
         let view = buffer.view();
-        device.fault_in(view.region(), view.addr(), view.len_bytes(), Access::Read).unwrap();
+        device
+            .fault_in(view.region(), view.addr(), view.len_bytes(), Access::Read)
+            .unwrap();
         device.release().unwrap();
         let target = buffer.as_mut_slice().as_mut_ptr();
         let pin = buffer.pin(..).unwrap();
         let zero = std::fs::File::open("/dev/zero").unwrap();
         // SAFETY: the buffer is ours alone, and pinned.
-        let n = unsafe { libc::read(std::os::fd::AsRawFd::as_raw_fd(&zero), target.cast(), 16 * PAGE) };
+        let n = unsafe {
+            libc::read(
+                std::os::fd::AsRawFd::as_raw_fd(&zero),
+                target.cast(),
+                16 * PAGE,
+            )
+        };
         assert_eq!(n, 16 * PAGE as isize, "{}", std::io::Error::last_os_error());
         drop(pin);
         assert!(buffer.as_slice().iter().all(|&x| x == 0));
@@ -86,7 +104,11 @@ fn translations_in_place_end_with_the_pin() {
         buffer.as_mut_slice().fill(1);
         let accel = accel(1);
         let pin = buffer.pin(..WORDS).unwrap();
-        accel.run_items(1, buffer.view(), |_lane, _i, x| x.load(0).map(|x| assert_eq!(x, 1))).unwrap();
+        accel
+            .run_items(1, buffer.view(), |_lane, _i, x| {
+                x.load(0).map(|x| assert_eq!(x, 1))
+            })
+            .unwrap();
         assert!(buffer.stats().in_place_pages > 0);
         drop(pin);
         // What lay beside it went to the device, and comes home.
@@ -99,7 +121,11 @@ fn translations_in_place_end_with_the_pin() {
                 x.store(0, 3)
             })
             .unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(1), "a worker waited for itself: {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < Duration::from_secs(1),
+            "a worker waited for itself: {:?}",
+            begun.elapsed()
+        );
         assert_eq!((buffer.as_slice()[0], buffer.as_slice()[5 * WORDS]), (3, 2));
         assert_eq!(buffer.stats().anomalies, 0);
     });
@@ -115,13 +141,19 @@ fn an_input_inside_a_mirror_that_is_away() {
         for (skip, cut) in [(0, 0), (1, 0), (0, 1), (3, 5), (WORDS, WORDS)] {
             let mut mirror = svm::mirror_with(&mut memory[5..], options).unwrap();
             let view = mirror.view_mut();
-            device.fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write).unwrap();
+            device
+                .fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write)
+                .unwrap();
             let slice = &mirror.as_slice()[skip..mirror.len() - cut];
             let input = svm::mirror_ref_with(slice, options).unwrap();
             let mut out = vec![0; slice.len() * 8];
             let view = input.view();
             device.read(view.region(), view.addr(), &mut out).unwrap();
-            assert!(out.chunks(8).zip(5 + skip as u64..).all(|(bytes, i)| bytes == i.to_ne_bytes()));
+            assert!(
+                out.chunks(8)
+                    .zip(5 + skip as u64..)
+                    .all(|(bytes, i)| bytes == i.to_ne_bytes())
+            );
             input.close().unwrap();
             mirror.close().unwrap();
         }
@@ -136,10 +168,20 @@ fn readers_beside_mirrors_that_come_and_go() {
     both_doors("readers beside drops", |options| {
         const PAGES: usize = 64;
         // SAFETY: a fresh mapping.
-        let map = unsafe { libc::mmap(std::ptr::null_mut(), PAGES * PAGE, 3, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0) };
+        let map = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE,
+                3,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
         assert_ne!(map, libc::MAP_FAILED);
         let start = map.expose_provenance();
-        let at = move |page: usize| std::ptr::with_exposed_provenance_mut::<u64>(start + page * PAGE);
+        let at =
+            move |page: usize| std::ptr::with_exposed_provenance_mut::<u64>(start + page * PAGE);
         // Every other page stays unpopulated.
         for page in (0..PAGES).step_by(2) {
             // SAFETY: inside the mapping.
@@ -165,10 +207,13 @@ fn readers_beside_mirrors_that_come_and_go() {
             let mut anomalies = 0;
             while begun.elapsed() < Duration::from_secs(3) {
                 // SAFETY: the mapping stays until the end of the test; devices only read it.
-                let mirror = unsafe { svm::mirror_raw(at(0).cast(), PAGES * PAGE, options) }.unwrap();
+                let mirror =
+                    unsafe { svm::mirror_raw(at(0).cast(), PAGES * PAGE, options) }.unwrap();
                 let view = mirror.view();
                 for page in (0..PAGES).step_by(16) {
-                    device.fault_in(view.region(), view.addr() + page * PAGE, PAGE, Access::Read).unwrap();
+                    device
+                        .fault_in(view.region(), view.addr() + page * PAGE, PAGE, Access::Read)
+                        .unwrap();
                 }
                 anomalies += mirror.stats().anomalies;
                 mirror.close().unwrap();
@@ -187,7 +232,9 @@ fn readers_beside_mirrors_that_come_and_go() {
 #[test]
 fn two_accelerators_take_pages_from_each_other() {
     both_doors("two accelerators", |options| {
-        let mut buffer = Buffer::<u64>::with_options(64 * WORDS, &options.clone().granule(Granule::Page)).unwrap();
+        let mut buffer =
+            Buffer::<u64>::with_options(64 * WORDS, &options.clone().granule(Granule::Page))
+                .unwrap();
         let accels = [accel(2), accel(2)];
         let shared = buffer.share();
         let begun = Instant::now();
@@ -198,7 +245,9 @@ fn two_accelerators_take_pages_from_each_other() {
                 for accel in &accels {
                     scope.spawn(|| {
                         accel
-                            .run_items(1000, shared.view(), |_lane, i, x| x.fetch_add(i * 37 % 64 * WORDS, 1).map(drop))
+                            .run_items(1000, shared.view(), |_lane, i, x| {
+                                x.fetch_add(i * 37 % 64 * WORDS, 1).map(drop)
+                            })
                             .unwrap();
                     });
                 }

@@ -45,7 +45,16 @@ fn page_of(mapped: &MappedRef<Idle>, addr: usize) -> usize {
 fn map_pages(pages: usize) -> *mut u8 {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a fresh mapping.
-    let at = unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let at = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            pages * PAGE,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
     assert_ne!(at, libc::MAP_FAILED);
     at.cast()
 }
@@ -63,50 +72,63 @@ fn without(test: &str, lacking: &str, body: fn()) {
     }
     let itself = std::env::current_exe().unwrap();
     let mut command = Command::new(itself);
-    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(MARK, "1").env("SVM_DISABLE", lacking);
+    command
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(MARK, "1")
+        .env("SVM_DISABLE", lacking);
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
-    assert!(output.status.success() && said.contains("1 passed"), "{test} without {lacking}: {}\n{said}", output.status);
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{test} without {lacking}: {}\n{said}",
+        output.status
+    );
 }
 
 /// Where there is no MOVE a page is copied and the CPU's is discarded, which the kernel refuses for locked memory. The page is
 /// then served in place: CPU and device see one memory.
 #[test]
 fn locked_memory_without_move_is_served_in_place() {
-    without("locked_memory_without_move_is_served_in_place", "move", || {
-        both_doors("mlock", |options| {
-            let at = map_pages(PAGES);
-            // SAFETY: the test's own mapping.
-            unsafe { at.write_bytes(7, PAGES * PAGE) };
-            // SAFETY: the same.
-            if unsafe { libc::mlock(at.cast(), PAGES * PAGE) } != 0 {
-                println!("SKIPPED: mlock: {}", std::io::Error::last_os_error());
-                return;
-            }
-            let mirror = mirror(at, PAGES, options);
-            let device = Idle::attach().unwrap();
-            let mapped = device.map(mirror.view().region()).unwrap();
-            let page = page_of(&mapped, at.addr());
-            let mut range = device.range().unwrap();
-            let mut valid = None;
-            let install = |v: &svm::Valid, _: &svm::DeviceGuard<'_>| {
-                let page = page % BLOCK;
-                valid = Some((v.writable().contains(page), v.in_place().contains(page)));
-            };
-            range.fault_in(&mapped, page..page + 1, Access::Write, 0, TIMEOUT, install).unwrap();
-            assert_eq!(valid, Some((true, true)), "writable, in place");
-            // SAFETY: the page is there for both, and nobody else uses it.
-            unsafe { at.write_volatile(42) };
-            // SAFETY: as above.
-            assert_eq!(unsafe { at.read_volatile() }, 42);
-            mirror.close().unwrap();
-            // SAFETY: as above.
-            assert_eq!(unsafe { at.add(PAGE).read_volatile() }, 7);
-            // SAFETY: the mapping is the test's, and nobody uses it any more.
-            assert_eq!(unsafe { libc::munmap(at.cast(), PAGES * PAGE) }, 0);
-        });
-    });
+    without(
+        "locked_memory_without_move_is_served_in_place",
+        "move",
+        || {
+            both_doors("mlock", |options| {
+                let at = map_pages(PAGES);
+                // SAFETY: the test's own mapping.
+                unsafe { at.write_bytes(7, PAGES * PAGE) };
+                // SAFETY: the same.
+                if unsafe { libc::mlock(at.cast(), PAGES * PAGE) } != 0 {
+                    println!("SKIPPED: mlock: {}", std::io::Error::last_os_error());
+                    return;
+                }
+                let mirror = mirror(at, PAGES, options);
+                let device = Idle::attach().unwrap();
+                let mapped = device.map(mirror.view().region()).unwrap();
+                let page = page_of(&mapped, at.addr());
+                let mut range = device.range().unwrap();
+                let mut valid = None;
+                let install = |v: &svm::Valid, _: &svm::DeviceGuard<'_>| {
+                    let page = page % BLOCK;
+                    valid = Some((v.writable().contains(page), v.in_place().contains(page)));
+                };
+                range
+                    .fault_in(&mapped, page..page + 1, Access::Write, 0, TIMEOUT, install)
+                    .unwrap();
+                assert_eq!(valid, Some((true, true)), "writable, in place");
+                // SAFETY: the page is there for both, and nobody else uses it.
+                unsafe { at.write_volatile(42) };
+                // SAFETY: as above.
+                assert_eq!(unsafe { at.read_volatile() }, 42);
+                mirror.close().unwrap();
+                // SAFETY: as above.
+                assert_eq!(unsafe { at.add(PAGE).read_volatile() }, 7);
+                // SAFETY: the mapping is the test's, and nobody uses it any more.
+                assert_eq!(unsafe { libc::munmap(at.cast(), PAGES * PAGE) }, 0);
+            });
+        },
+    );
 }
 
 /// Advice alone makes a border between two mappings, which one MOVE must not cross: pages on both sides go to the device, by
@@ -118,7 +140,13 @@ fn pages_beside_a_border_of_advice_migrate() {
         // SAFETY: the test's own mapping.
         unsafe { at.write_bytes(7, PAGES * PAGE) };
         // SAFETY: part of the test's own mapping.
-        let advised = unsafe { libc::madvise(at.add(24 * PAGE).cast(), (PAGES - 24) * PAGE, libc::MADV_DONTDUMP) };
+        let advised = unsafe {
+            libc::madvise(
+                at.add(24 * PAGE).cast(),
+                (PAGES - 24) * PAGE,
+                libc::MADV_DONTDUMP,
+            )
+        };
         assert_eq!(advised, 0);
         let mirror = mirror(at, PAGES, &options.clone().granule(Granule::Huge));
         let device = Idle::attach().unwrap();
@@ -132,7 +160,11 @@ fn pages_beside_a_border_of_advice_migrate() {
             at_page = end;
         }
         let out = mirror.stats();
-        assert_eq!((out.in_place_pages, out.to_device_pages()), (0, PAGES as u64), "{out:?}");
+        assert_eq!(
+            (out.in_place_pages, out.to_device_pages()),
+            (0, PAGES as u64),
+            "{out:?}"
+        );
         // A call for each side, one that found the border, and the same where a block ends.
         assert!(out.move_calls <= 6, "{out:?}");
         assert_eq!(device.resident_bytes(), PAGES * PAGE);
@@ -154,7 +186,9 @@ fn an_input_made_of_a_mirrors_own_slice_is_that_mirror() {
             let device = TestDevice::new().unwrap();
             let view = mirror.view();
             if end - start > PAGE {
-                device.fault_in(view.region(), view.addr(), view.len(), Access::Write).unwrap();
+                device
+                    .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+                    .unwrap();
             }
             for part in [&mirror.as_slice()[..], &mirror.as_slice()[10..40]] {
                 let input = svm::mirror_ref_with(part, options).unwrap();
@@ -162,7 +196,9 @@ fn an_input_made_of_a_mirrors_own_slice_is_that_mirror() {
                     assert_eq!(input.view().region().id(), view.region().id());
                 }
                 let mut out = vec![0; part.len()];
-                device.read(input.view().region(), input.view().addr(), &mut out).unwrap();
+                device
+                    .read(input.view().region(), input.view().addr(), &mut out)
+                    .unwrap();
                 assert!(out.iter().all(|&b| b == 7), "{start}..{end}");
                 input.close().unwrap();
             }
@@ -190,22 +226,35 @@ fn a_pin_outwaits_a_stuck_span_by_its_deadline_only() {
                 let pin = buffer.pin(0..10).unwrap();
                 let waited = start.elapsed();
                 // A system call may use the page now.
-                let n = std::io::Write::write(&mut std::io::sink(), &buffer.as_slice()[..10]).unwrap();
+                let n =
+                    std::io::Write::write(&mut std::io::sink(), &buffer.as_slice()[..10]).unwrap();
                 device.device().stuck.store(0, Ordering::SeqCst);
                 drop(pin);
                 (waited, n)
             });
             std::thread::sleep(Duration::from_millis(200));
             let mut readable = None;
-            let install = |v: &svm::Valid, _: &svm::DeviceGuard<'_>| readable = Some(v.readable().contains(page % BLOCK));
+            let install = |v: &svm::Valid, _: &svm::DeviceGuard<'_>| {
+                readable = Some(v.readable().contains(page % BLOCK))
+            };
             let mut range = device.range().unwrap();
-            let faulted = range.fault_in(&mapped, page..page + 1, Access::Read, 0, Duration::from_millis(300), install);
+            let faulted = range.fault_in(
+                &mapped,
+                page..page + 1,
+                Access::Read,
+                0,
+                Duration::from_millis(300),
+                install,
+            );
             match faulted {
                 Ok(()) => assert_eq!(readable, Some(true), "told Ok, and given nothing"),
                 Err(fault) => assert_eq!(fault.kind, DeviceFaultKind::Timeout),
             }
             let (waited, n) = pinner.join().unwrap();
-            assert!(waited < Duration::from_millis(3500), "the span's deadline is 2 s, and the pin took {waited:?}");
+            assert!(
+                waited < Duration::from_millis(3500),
+                "the span's deadline is 2 s, and the pin took {waited:?}"
+            );
             assert_eq!(n, 10);
         });
         assert!(buffer.as_slice().iter().all(|&b| b == 7));
@@ -225,7 +274,11 @@ fn a_storm_of_cpu_faults_interrupts_no_round() {
         let mut range = device.range().unwrap();
         let stop = AtomicBool::new(false);
         let (rounds, worst) = std::thread::scope(|scope| {
-            scope.spawn(|| (0..).take_while(|_| !stop.load(Ordering::Relaxed)).for_each(|i| shared.store(3, i)));
+            scope.spawn(|| {
+                (0..)
+                    .take_while(|_| !stop.load(Ordering::Relaxed))
+                    .for_each(|i| shared.store(3, i))
+            });
             let end = Instant::now() + Duration::from_millis(1500);
             let (mut rounds, mut worst) = (0, Duration::ZERO);
             while Instant::now() < end {
@@ -238,8 +291,14 @@ fn a_storm_of_cpu_faults_interrupts_no_round() {
             (rounds, worst)
         });
         let stats = buffer.stats();
-        assert!(rounds > 100 && stats.cpu_write_faults > 100, "no storm: {rounds} rounds, {stats:?}");
-        assert_eq!(stats.retries, 0, "{rounds} rounds, the longest {worst:?}: {stats:?}");
+        assert!(
+            rounds > 100 && stats.cpu_write_faults > 100,
+            "no storm: {rounds} rounds, {stats:?}"
+        );
+        assert_eq!(
+            stats.retries, 0,
+            "{rounds} rounds, the longest {worst:?}: {stats:?}"
+        );
         assert_eq!(stats.anomalies, 0, "{stats:?}");
     });
 }
@@ -255,7 +314,8 @@ fn two_launches_share_the_edges() {
             let device = Idle::attach().unwrap();
             let mapped = device.map(mirror.view().region()).unwrap();
             let addr = mirror.view().addr();
-            let edge: *mut u8 = ptr::with_exposed_provenance_mut(addr.wrapping_add_signed(mapped.offset()));
+            let edge: *mut u8 =
+                ptr::with_exposed_provenance_mut(addr.wrapping_add_signed(mapped.offset()));
             let write = |at: usize, value: u8| {
                 // SAFETY: an edge page of the window, while a writing use is open.
                 unsafe { edge.add(at).write_volatile(value) }
@@ -272,7 +332,11 @@ fn two_launches_share_the_edges() {
             write(3, 4);
             third.finish().unwrap();
             mirror.close().unwrap();
-            assert_eq!(bytes[start - 1..start + 5], [7, 1, 2, 3, 4, 7], "length {len}");
+            assert_eq!(
+                bytes[start - 1..start + 5],
+                [7, 1, 2, 3, 4, 7],
+                "length {len}"
+            );
             assert!(bytes[start + 5..].iter().all(|&b| b == 7));
         }
     });
@@ -285,12 +349,18 @@ fn a_second_device_may_not_write_a_mirror_that_one_is_writing() {
         let mut bytes = vec![7u8; PAGES * PAGE];
         let mirror = svm::mirror_with(&mut bytes[50..], options).unwrap();
         let (a, b) = (Idle::attach().unwrap(), Idle::attach().unwrap());
-        let (on_a, on_b) = (a.map(mirror.view().region()).unwrap(), b.map(mirror.view().region()).unwrap());
+        let (on_a, on_b) = (
+            a.map(mirror.view().region()).unwrap(),
+            b.map(mirror.view().region()).unwrap(),
+        );
         let writes = on_a.begin_use(Access::Write).unwrap();
         let also = on_a.begin_use(Access::Write).unwrap();
         assert!(on_b.begin_use(Access::Write).is_err());
         writes.finish().unwrap();
-        assert!(on_b.begin_use(Access::Write).is_err(), "one of two is still writing");
+        assert!(
+            on_b.begin_use(Access::Write).is_err(),
+            "one of two is still writing"
+        );
         also.finish().unwrap();
         // A refused use has left nothing behind.
         on_b.begin_use(Access::Write).unwrap().finish().unwrap();
@@ -308,19 +378,31 @@ fn eviction_spares_what_a_worker_was_promised() {
         // A lease of tries beyond the twelfth: 10 µs doubled that often.
         const LEASE: Duration = Duration::from_millis(40);
         let spared = (0..50).any(|_| {
-            let buffer = Buffer::<u8>::with_options(2 * BLOCK * PAGE, &options.clone().granule(Granule::Page)).unwrap();
-            let device = svm::attach(Idle::default(), AttachOptions::new().memory_bytes(MEMORY * PAGE)).unwrap();
+            let buffer = Buffer::<u8>::with_options(
+                2 * BLOCK * PAGE,
+                &options.clone().granule(Granule::Page),
+            )
+            .unwrap();
+            let device = svm::attach(
+                Idle::default(),
+                AttachOptions::new().memory_bytes(MEMORY * PAGE),
+            )
+            .unwrap();
             let mapped = device.map(buffer.view().region()).unwrap();
             let mut range = device.range().unwrap();
             let start = Instant::now();
-            range.fault_in(&mapped, 0..1, Access::Write, 12, TIMEOUT, |_, _| {}).unwrap();
+            range
+                .fault_in(&mapped, 0..1, Access::Write, 12, TIMEOUT, |_, _| {})
+                .unwrap();
             for page in BLOCK..BLOCK + 3 * MEMORY {
                 fault_in(&mut range, &mapped, page..page + 1, Access::Write).unwrap();
             }
             let mut update = range.start_update(&mapped, 0..1, TIMEOUT).unwrap();
             update.snapshot();
             let guard = device.device().device_lock().lock();
-            let there = update.end_update(&guard).is_ok_and(|valid| valid[0].writable().contains(0));
+            let there = update
+                .end_update(&guard)
+                .is_ok_and(|valid| valid[0].writable().contains(0));
             if start.elapsed() > LEASE / 2 {
                 return false; // Too slow for an answer.
             }
@@ -341,7 +423,9 @@ fn a_fault_aside_does_not_wait_for_the_others() {
         return;
     }
     const FAULTS: usize = 5;
-    let options = Options::new().delivery(Delivery::Thread).granule(Granule::Page);
+    let options = Options::new()
+        .delivery(Delivery::Thread)
+        .granule(Granule::Page);
     let mut buffer = Buffer::<u64>::with_options(FAULTS * BLOCK * PAGE / 8, &options).unwrap();
     let device = Idle::attach().unwrap();
     let shared = buffer.share();
@@ -350,7 +434,13 @@ fn a_fault_aside_does_not_wait_for_the_others() {
     let first = page_of(&mapped, shared.view().addr()) / BLOCK;
     for freed in 0..FAULTS {
         for block in first..first + FAULTS {
-            fault_in(&mut range, &mapped, block * BLOCK..block * BLOCK + 1, Access::Write).unwrap();
+            fault_in(
+                &mut range,
+                &mapped,
+                block * BLOCK..block * BLOCK + 1,
+                Access::Write,
+            )
+            .unwrap();
         }
         device.device().stuck.store(!0, Ordering::SeqCst);
         let done: [AtomicBool; FAULTS] = [const { AtomicBool::new(false) }; FAULTS];
@@ -364,15 +454,26 @@ fn a_fault_aside_does_not_wait_for_the_others() {
                 // One after the other, so that each round tries another place in the line.
                 std::thread::sleep(Duration::from_millis(10));
             }
-            assert!(done.iter().all(|d| !d.load(Ordering::SeqCst)), "nothing was stuck");
-            device.device().stuck.store(!(1 << (first + freed)), Ordering::SeqCst);
+            assert!(
+                done.iter().all(|d| !d.load(Ordering::SeqCst)),
+                "nothing was stuck"
+            );
+            device
+                .device()
+                .stuck
+                .store(!(1 << (first + freed)), Ordering::SeqCst);
             let start = Instant::now();
-            while !done[freed].load(Ordering::SeqCst) && start.elapsed() < Duration::from_millis(700) {
+            while !done[freed].load(Ordering::SeqCst)
+                && start.elapsed() < Duration::from_millis(700)
+            {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let waited = start.elapsed();
             device.device().stuck.store(0, Ordering::SeqCst);
-            assert!(waited < Duration::from_millis(700), "fault {freed} could go on, and was not looked at for {waited:?}");
+            assert!(
+                waited < Duration::from_millis(700),
+                "fault {freed} could go on, and was not looked at for {waited:?}"
+            );
         });
     }
     assert_eq!(buffer.stats().anomalies, 0);

@@ -23,10 +23,18 @@ fn every_way(name: &'static str, test: impl Fn(&Devices, &Options)) {
         for granule in [Granule::Page, Granule::Big, Granule::Huge] {
             for read_mostly in [false, true] {
                 // What is disabled makes a difference to how pages move, not to how many at once.
-                if granule != Granule::Big && (read_mostly || std::env::var_os("SVM_DISABLE").is_some()) {
+                if granule != Granule::Big
+                    && (read_mostly || std::env::var_os("SVM_DISABLE").is_some())
+                {
                     continue;
                 }
-                test(&devices, &Options::new().delivery(delivery).granule(granule).read_mostly(read_mostly));
+                test(
+                    &devices,
+                    &Options::new()
+                        .delivery(delivery)
+                        .granule(granule)
+                        .read_mostly(read_mostly),
+                );
             }
         }
     }
@@ -79,8 +87,17 @@ fn fill<T: Element>(slice: &mut [T], from: usize) {
 
 #[track_caller]
 fn check<T: Element>(slice: &[T], from: usize) {
-    if let Some(i) = slice.iter().enumerate().position(|(i, x)| *x != T::new(from + i)) {
-        panic!("element {i} of {}: {:?}, not {:?}", slice.len(), slice[i], T::new(from + i));
+    if let Some(i) = slice
+        .iter()
+        .enumerate()
+        .position(|(i, x)| *x != T::new(from + i))
+    {
+        panic!(
+            "element {i} of {}: {:?}, not {:?}",
+            slice.len(),
+            slice[i],
+            T::new(from + i)
+        );
     }
 }
 
@@ -96,14 +113,38 @@ macro_rules! exercise {
         fill(mirror.as_mut_slice(), 0);
         let mut out = made::<$type>(len, 77);
         let view = mirror.view();
-        devices.copying.read(view.region(), view.addr(), bytemuck::cast_slice_mut(&mut out)).unwrap();
+        devices
+            .copying
+            .read(
+                view.region(),
+                view.addr(),
+                bytemuck::cast_slice_mut(&mut out),
+            )
+            .unwrap();
         check(&out, 0);
         check(mirror.as_slice(), 0);
         let view = mirror.view_mut();
-        devices.copying.write(view.region(), view.addr(), bytemuck::cast_slice(&made::<$type>(len, 1))).unwrap();
+        devices
+            .copying
+            .write(
+                view.region(),
+                view.addr(),
+                bytemuck::cast_slice(&made::<$type>(len, 1)),
+            )
+            .unwrap();
         // From one device's memory to the other's.
-        devices.computing.run((indices(), mirror.view()), |(range, chunk)| check(chunk, range.start + 1)).unwrap();
-        devices.computing.run((indices(), mirror.view_mut()), |(range, chunk)| fill(chunk, range.start + 2)).unwrap();
+        devices
+            .computing
+            .run((indices(), mirror.view()), |(range, chunk)| {
+                check(chunk, range.start + 1)
+            })
+            .unwrap();
+        devices
+            .computing
+            .run((indices(), mirror.view_mut()), |(range, chunk)| {
+                fill(chunk, range.start + 2)
+            })
+            .unwrap();
         check(mirror.as_slice(), 2);
         devices
             .computing
@@ -126,7 +167,12 @@ macro_rules! exercise {
 }
 
 /// Mirrors a slice, and looks that nothing but the slice has changed.
-fn exercise_slice<T: Element>(devices: &Devices, options: &Options, memory: &mut [T], range: std::ops::Range<usize>) {
+fn exercise_slice<T: Element>(
+    devices: &Devices,
+    options: &Options,
+    memory: &mut [T],
+    range: std::ops::Range<usize>,
+) {
     fill(memory, 1000);
     {
         let mut mirror = svm::mirror_with(&mut memory[range.clone()], options).unwrap();
@@ -141,10 +187,27 @@ fn exercise_slice<T: Element>(devices: &Devices, options: &Options, memory: &mut
     let input = svm::mirror_ref_with(slice, options).unwrap();
     let mut out = made::<T>(slice.len(), 77);
     let view = input.view();
-    devices.copying.read(view.region(), view.addr(), bytemuck::cast_slice_mut(&mut out)).unwrap();
+    devices
+        .copying
+        .read(
+            view.region(),
+            view.addr(),
+            bytemuck::cast_slice_mut(&mut out),
+        )
+        .unwrap();
     check(&out, 5);
-    devices.computing.run((indices(), input.view()), |(range, chunk)| check(chunk, range.start + 5)).unwrap();
-    devices.computing.run_items(slice.len(), input.view(), |_lane, i, x| x.load(i).map(|x| check(&[x], i + 5))).unwrap();
+    devices
+        .computing
+        .run((indices(), input.view()), |(range, chunk)| {
+            check(chunk, range.start + 5)
+        })
+        .unwrap();
+    devices
+        .computing
+        .run_items(slice.len(), input.view(), |_lane, i, x| {
+            x.load(i).map(|x| check(&[x], i + 5))
+        })
+        .unwrap();
     assert_eq!(input.stats().anomalies, 0);
     input.close().unwrap();
 }
@@ -164,7 +227,15 @@ fn vectors_and_boxes() {
 fn sub_slices_at_odd_offsets() {
     every_way("sub-slices", |devices, options| {
         let mut bytes: Vec<Byte> = made(12 * PAGE, 0);
-        for range in [3..4, 5..5, 1..PAGE, 77..9 * PAGE + 5, 4095..8193, 4096..12288, 100..12 * PAGE - 1] {
+        for range in [
+            3..4,
+            5..5,
+            1..PAGE,
+            77..9 * PAGE + 5,
+            4095..8193,
+            4096..12288,
+            100..12 * PAGE - 1,
+        ] {
             exercise_slice(devices, options, &mut bytes, range);
         }
     });
@@ -177,7 +248,13 @@ fn page_aligned_and_below_a_page() {
         // The first page border inside, wherever the allocator has put it.
         let start = (&raw const words[0]).addr();
         let shift = (start.next_multiple_of(PAGE) - start) / 8;
-        for range in [shift..shift + 512, shift..shift + 5 * 512, shift..shift + 511, shift + 1..shift + 512, shift + 500..shift + 530] {
+        for range in [
+            shift..shift + 512,
+            shift..shift + 5 * 512,
+            shift..shift + 511,
+            shift + 1..shift + 512,
+            shift + 500..shift + 530,
+        ] {
             exercise_slice(devices, options, &mut words, range);
         }
         exercise_slice::<Page>(devices, options, &mut made(20, 0), 1..19);
@@ -255,7 +332,16 @@ fn statics() {
 fn map(bytes: usize) -> *mut u8 {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a fresh mapping.
-    let at = unsafe { libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    let at = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
     assert_ne!(at, libc::MAP_FAILED);
     at.cast()
 }
@@ -267,23 +353,39 @@ fn gigabytes_that_are_hardly_used() {
         let start = map(BYTES);
         // SAFETY: the mapping stays until the mirror is closed.
         let mut mirror = unsafe { svm::mirror_raw(start, BYTES, options) }.unwrap();
-        let places: Vec<usize> = (0..40).map(|i| (i + 1_usize).wrapping_mul(0x9E37_79B9_7F4A_7C15) % (BYTES - 8)).collect();
+        let places: Vec<usize> = (0..40)
+            .map(|i| (i + 1_usize).wrapping_mul(0x9E37_79B9_7F4A_7C15) % (BYTES - 8))
+            .collect();
         for (i, &place) in places.iter().enumerate() {
             let view = mirror.view_mut();
             let byte = i as u8 + 1;
             match i % 3 {
-                0 => devices.copying.write(view.region(), view.addr() + place, &[byte]).unwrap(),
+                0 => devices
+                    .copying
+                    .write(view.region(), view.addr() + place, &[byte])
+                    .unwrap(),
                 1 => mirror.as_mut_slice()[place] = byte,
-                _ => devices.computing.run_items(1, view, |_lane, _i, bytes| bytes.store(place, byte)).unwrap(),
+                _ => devices
+                    .computing
+                    .run_items(1, view, |_lane, _i, bytes| bytes.store(place, byte))
+                    .unwrap(),
             }
         }
         for (i, &place) in places.iter().enumerate() {
             assert_eq!(mirror.as_slice()[place], i as u8 + 1);
             let view = mirror.view();
             let mut out = [0; 2];
-            devices.copying.read(view.region(), view.addr() + place, &mut out[..1]).unwrap();
+            devices
+                .copying
+                .read(view.region(), view.addr() + place, &mut out[..1])
+                .unwrap();
             assert_eq!(out[0], i as u8 + 1);
-            devices.computing.run_items(1, mirror.view(), |_lane, _i, x| x.load(place).map(|x| assert_eq!(x, i as u8 + 1))).unwrap();
+            devices
+                .computing
+                .run_items(1, mirror.view(), |_lane, _i, x| {
+                    x.load(place).map(|x| assert_eq!(x, i as u8 + 1))
+                })
+                .unwrap();
         }
         assert_eq!(mirror.stats().anomalies, 0);
         mirror.close().unwrap();
@@ -302,7 +404,16 @@ fn memory_that_cannot_move_is_used_where_it_is() {
         assert_eq!(unsafe { libc::ftruncate(fd, len as i64) }, 0);
         for sharing in [libc::MAP_SHARED, libc::MAP_PRIVATE] {
             // SAFETY: a fresh mapping of our own file.
-            let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, sharing, fd, 0) };
+            let at = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    len,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    sharing,
+                    fd,
+                    0,
+                )
+            };
             assert_ne!(at, libc::MAP_FAILED);
             // SAFETY: the mapping is ours alone, of plain words, and stays until the end of the loop.
             let words = unsafe { std::slice::from_raw_parts_mut(at.cast::<u64>(), len / 8) };
@@ -320,14 +431,27 @@ fn memory_that_cannot_move_is_used_where_it_is() {
 /// All of the above without MOVE, and without what else a kernel or a container may lack.
 #[test]
 fn all_of_it_without() {
-    let _watchdog = Watchdog::with_timeout("all of it without", std::time::Duration::from_secs(280));
+    let _watchdog =
+        Watchdog::with_timeout("all of it without", std::time::Duration::from_secs(280));
     if !usable() || std::env::var_os("SVM_DISABLE").is_some() {
         return;
     }
-    for disabled in ["move", "pagemap_scan,procmap_query,membarrier,process_vm,events"] {
+    for disabled in [
+        "move",
+        "pagemap_scan,procmap_query,membarrier,process_vm,events",
+    ] {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        let output = command.args(["--skip", "all_of_it_without"]).env("SVM_DISABLE", disabled).output().unwrap();
+        let output = command
+            .args(["--skip", "all_of_it_without"])
+            .env("SVM_DISABLE", disabled)
+            .output()
+            .unwrap();
         let text = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success(), "without {disabled}: {}\n{text}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "without {disabled}: {}\n{text}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 }

@@ -93,13 +93,31 @@ impl fmt::Display for Report {
             writeln!(f, "  {n:>12}  {kind}")?;
         }
         let s = &self.mirrors;
-        let cpu = s.cpu_read_faults + s.cpu_write_faults + s.cpu_protect_faults + s.cpu_zero_fills + s.cpu_spurious_faults;
+        let cpu = s.cpu_read_faults
+            + s.cpu_write_faults
+            + s.cpu_protect_faults
+            + s.cpu_zero_fills
+            + s.cpu_spurious_faults;
         let device = s.device_read_faults + s.device_write_faults;
         writeln!(f, "  {cpu:>12}  CPU faults")?;
-        writeln!(f, "  {device:>12}  device fault rounds, {} retries, {} waits", s.retries, s.waits)?;
-        writeln!(f, "  {:>12}  pages to devices, {} home ({} evicted)", s.to_device_pages(), s.to_host_pages(), s.evicted_pages)?;
+        writeln!(
+            f,
+            "  {device:>12}  device fault rounds, {} retries, {} waits",
+            s.retries, s.waits
+        )?;
+        writeln!(
+            f,
+            "  {:>12}  pages to devices, {} home ({} evicted)",
+            s.to_device_pages(),
+            s.to_host_pages(),
+            s.evicted_pages
+        )?;
         writeln!(f, "  {:>12}  anomalies", s.anomalies)?;
-        write!(f, "nothing lost: {} additions, {} page generations", self.additions, self.generations)
+        write!(
+            f,
+            "nothing lost: {} additions, {} page generations",
+            self.additions, self.generations
+        )
     }
 }
 
@@ -169,13 +187,19 @@ impl Run {
     }
 
     fn count(&self, kind: &'static str, n: u64) {
-        let at = KINDS.iter().position(|k| *k == kind).expect("a kind of the table");
+        let at = KINDS
+            .iter()
+            .position(|k| *k == kind)
+            .expect("a kind of the table");
         self.ops[at].fetch_add(n, Ordering::Relaxed);
     }
 
     fn fail(&self, what: String) {
         self.failed.store(true, Ordering::Relaxed);
-        self.failure.lock().expect("no panic while it is held").get_or_insert(what);
+        self.failure
+            .lock()
+            .expect("no panic while it is held")
+            .get_or_insert(what);
     }
 
     fn check(&self, actor: &str, result: Checked) {
@@ -204,7 +228,9 @@ fn error(what: &'static str) -> impl Fn(accel_sim::Error) -> String {
 pub fn run(config: &Config) -> Result<Report, String> {
     let accels = (0..config.accelerators)
         .map(|_| {
-            let mut options = accel_sim::Options::new().workers(config.workers).fault_timeout(Duration::from_secs(20));
+            let mut options = accel_sim::Options::new()
+                .workers(config.workers)
+                .fault_timeout(Duration::from_secs(20));
             if let Some(bytes) = config.device_memory {
                 options = options.memory_bytes(bytes);
             }
@@ -212,7 +238,9 @@ pub fn run(config: &Config) -> Result<Report, String> {
         })
         .collect::<Result<Vec<_>, _>>()?;
     let run = Run {
-        options: Options::new().delivery(config.delivery).granule(config.granule),
+        options: Options::new()
+            .delivery(config.delivery)
+            .granule(config.granule),
         config: config.clone(),
         accels,
         ends: Instant::now() + config.time,
@@ -224,17 +252,26 @@ pub fn run(config: &Config) -> Result<Report, String> {
     let mut report = Report::default();
     std::thread::scope(|scope| {
         let run = &run;
-        let counters = run.has("counters").then(|| scope.spawn(move || counters(run)));
+        let counters = run
+            .has("counters")
+            .then(|| scope.spawn(move || counters(run)));
         let pages = run.has("pages").then(|| scope.spawn(move || pages(run)));
         if run.has("list") {
             scope.spawn(move || run.check("list", list(run)));
         }
         // Without MOVE no word of a discard is asked for, and without events of nothing at all.
         let capabilities = svm::Capabilities::probe();
-        if run.has("events") && capabilities.has(Capability::Events) && capabilities.has(Capability::Move) {
+        if run.has("events")
+            && capabilities.has(Capability::Events)
+            && capabilities.has(Capability::Move)
+        {
             scope.spawn(move || run.check("events", events(run)));
         }
-        for i in 0..if run.has("sessions") { config.sessions } else { 0 } {
+        for i in 0..if run.has("sessions") {
+            config.sessions
+        } else {
+            0
+        } {
             let rng = Rng(mix(config.seed ^ mix(100 + i as u64)));
             scope.spawn(move || match i % 3 {
                 0 => run.check("sessions of 8 bytes", sessions::<Word>(run, rng)),
@@ -242,7 +279,8 @@ pub fn run(config: &Config) -> Result<Report, String> {
                 _ => run.check("sessions of 40 bytes", sessions::<Forty>(run, rng)),
             });
         }
-        let joined = |thread: Option<std::thread::ScopedJoinHandle<'_, Result<u64, String>>>, actor: &str| {
+        let joined = |thread: Option<std::thread::ScopedJoinHandle<'_, Result<u64, String>>>,
+                      actor: &str| {
             match thread.map(|t| t.join().unwrap_or_else(|_| Err("panicked".into()))) {
                 None => 0,
                 Some(Ok(n)) => n,
@@ -255,12 +293,20 @@ pub fn run(config: &Config) -> Result<Report, String> {
         report.additions = joined(counters, "counters");
         report.generations = joined(pages, "pages");
     });
-    report.ops = KINDS.iter().zip(&run.ops).map(|(kind, n)| (*kind, n.load(Ordering::Relaxed))).collect();
+    report.ops = KINDS
+        .iter()
+        .zip(&run.ops)
+        .map(|(kind, n)| (*kind, n.load(Ordering::Relaxed)))
+        .collect();
     for accel in &run.accels {
         report.devices += accel.stats().runtime;
     }
     report.mirrors = *run.mirrors.lock().expect("no panic while it is held");
-    let failure = run.failure.lock().expect("no panic while it is held").take();
+    let failure = run
+        .failure
+        .lock()
+        .expect("no panic while it is held")
+        .take();
     if let Some(failure) = failure {
         return Err(format!("{failure}\n{report:?}"));
     }
@@ -269,7 +315,9 @@ pub fn run(config: &Config) -> Result<Report, String> {
     }
     let resident: usize = run.accels.iter().map(Accelerator::resident_bytes).sum();
     if resident != 0 {
-        return Err(format!("{resident} bytes are resident on devices after every mirror was dropped"));
+        return Err(format!(
+            "{resident} bytes are resident on devices after every mirror was dropped"
+        ));
     }
     Ok(report)
 }
@@ -283,7 +331,11 @@ fn counters(run: &Run) -> Result<u64, String> {
     // Half of the additions go to a few hot words, one page apart; the others anywhere.
     let place = |r: u64| {
         let r2 = mix(r) as usize;
-        if r & 1 == 0 { r2 % 8 * WORDS + 3 } else { r2 % n }
+        if r & 1 == 0 {
+            r2 % 8 * WORDS + 3
+        } else {
+            r2 % n
+        }
     };
     std::thread::scope(|scope| {
         for t in 0..2u64 {
@@ -328,7 +380,11 @@ fn counters(run: &Run) -> Result<u64, String> {
 
 /// What word `i` of page `page` is in generation `generation`.
 fn word(page: usize, generation: u64, i: usize) -> u64 {
-    if generation == 0 { 0 } else { mix(generation << 32 | (page as u64) << 12 | i as u64) }
+    if generation == 0 {
+        0
+    } else {
+        mix(generation << 32 | (page as u64) << 12 | i as u64)
+    }
 }
 
 /// The owner tokens of the checked pages: in each, whether it is taken (bit 0), and the generation its words are of.
@@ -340,7 +396,9 @@ impl Tokens {
         let token = self.0[page].load(Ordering::Relaxed);
         // Acquire pairs with the Release of `give`: the words that the last owner left are there.
         let free = token & 1 == 0
-            && self.0[page].compare_exchange(token, token | 1, Ordering::Acquire, Ordering::Relaxed).is_ok();
+            && self.0[page]
+                .compare_exchange(token, token | 1, Ordering::Acquire, Ordering::Relaxed)
+                .is_ok();
         free.then_some(token >> 1)
     }
 
@@ -418,9 +476,14 @@ fn pages(run: &Run) -> Result<u64, String> {
     for (page, words) in memory.chunks(WORDS).enumerate() {
         let token = tokens.0[page].load(Ordering::Acquire);
         let (generation, taken) = (token >> 1, token & 1 == 1);
-        let wrong = words.iter().enumerate().find(|&(i, &w)| w != word(page, generation, i));
+        let wrong = words
+            .iter()
+            .enumerate()
+            .find(|&(i, &w)| w != word(page, generation, i));
         if let Some((i, w)) = wrong.filter(|_| !taken) {
-            return Err(format!("at home: page {page} word {i} of generation {generation} is {w:#x}"));
+            return Err(format!(
+                "at home: page {page} word {i} of generation {generation} is {w:#x}"
+            ));
         }
         total += generation;
     }
@@ -511,13 +574,20 @@ fn sessions<T: Element>(run: &Run, mut rng: Rng) -> Checked {
         let start = rng.below(memory.len() - len);
         if rng.below(2) == 0 {
             let mut shadow = memory[start..start + len].to_vec();
-            let around = (memory[..start].last().copied(), memory.get(start + len).copied());
-            let mut mirror = svm::mirror_with(&mut memory[start..start + len], &run.options).map_err(|e| e.to_string())?;
+            let around = (
+                memory[..start].last().copied(),
+                memory.get(start + len).copied(),
+            );
+            let mut mirror = svm::mirror_with(&mut memory[start..start + len], &run.options)
+                .map_err(|e| e.to_string())?;
             session(run, &mut rng, &mut mirror, &mut shadow)?;
             run.absorb(mirror.stats());
             mirror.close().map_err(|e| e.to_string())?;
             same("at home", &memory[start..start + len], &shadow, 0)?;
-            let now = (memory[..start].last().copied(), memory.get(start + len).copied());
+            let now = (
+                memory[..start].last().copied(),
+                memory.get(start + len).copied(),
+            );
             if now != around {
                 return Err("a neighbour of the slice has changed".into());
             }
@@ -538,12 +608,23 @@ fn same<T: Element>(what: &str, found: &[T], wanted: &[T], first: usize) -> Chec
         Some(i) => {
             let wrong = found.iter().zip(wanted).filter(|(f, w)| f != w).count();
             let at = (&raw const found[i]).addr();
-            Err(format!("{what}: element {} ({at:#x}) is {:x?}, not {:x?}; {wrong} of {} differ", first + i, found[i], wanted[i], found.len()))
+            Err(format!(
+                "{what}: element {} ({at:#x}) is {:x?}, not {:x?}; {wrong} of {} differ",
+                first + i,
+                found[i],
+                wanted[i],
+                found.len()
+            ))
         }
     }
 }
 
-fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, shadow: &mut [T]) -> Checked {
+fn session<T: Element>(
+    run: &Run,
+    rng: &mut Rng,
+    memory: &mut impl Mirrored<T>,
+    shadow: &mut [T],
+) -> Checked {
     let len = shadow.len();
     for _ in 0..2 + rng.below(30) {
         if !run.goes_on() {
@@ -556,7 +637,9 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
         match rng.below(14) {
             0 | 1 => {
                 accel
-                    .run(memory.view_mut(), |chunk| chunk.iter_mut().for_each(|x| *x = x.step(by)))
+                    .run(memory.view_mut(), |chunk| {
+                        chunk.iter_mut().for_each(|x| *x = x.step(by))
+                    })
                     .map_err(error("chunk kernel, writing"))?;
                 shadow.iter_mut().for_each(|x| *x = x.step(by));
                 run.count(KINDS[4], 1);
@@ -577,12 +660,19 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
             3 | 4 => {
                 let stride = 1 + rng.below(200);
                 accel
-                    .run_items(len.div_ceil(stride), memory.view_mut(), |_lane, i, elements| {
-                        let x = elements.load(i * stride)?;
-                        elements.store(i * stride, x.step(by))
-                    })
+                    .run_items(
+                        len.div_ceil(stride),
+                        memory.view_mut(),
+                        |_lane, i, elements| {
+                            let x = elements.load(i * stride)?;
+                            elements.store(i * stride, x.step(by))
+                        },
+                    )
                     .map_err(error("element kernel"))?;
-                shadow.iter_mut().step_by(stride).for_each(|x| *x = x.step(by));
+                shadow
+                    .iter_mut()
+                    .step_by(stride)
+                    .for_each(|x| *x = x.step(by));
                 run.count(KINDS[6], 1);
             }
             5 => {
@@ -595,12 +685,24 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
                             // The kernel reads the same memory as a CPU too (hazards W1).
                             let mirrored = &on_cpu[i.clone()];
                             let checked = same("in a chunk", chunk, &wanted[i.clone()], i.start)
-                                .and_then(|()| same("on the worker's CPU", mirrored, &wanted[i.clone()], i.start));
+                                .and_then(|()| {
+                                    same(
+                                        "on the worker's CPU",
+                                        mirrored,
+                                        &wanted[i.clone()],
+                                        i.start,
+                                    )
+                                });
                             if let Err(what) = checked {
                                 *wrong.lock().expect("no panic while it is held") = Err(what);
                             }
                         })?;
-                        let here = same("beside a launch", &on_cpu[range.clone()], &wanted[range.clone()], range.start);
+                        let here = same(
+                            "beside a launch",
+                            &on_cpu[range.clone()],
+                            &wanted[range.clone()],
+                            range.start,
+                        );
                         if let Err(what) = here {
                             *wrong.lock().expect("no panic while it is held") = Err(what);
                         }
@@ -611,14 +713,22 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
                 run.count(KINDS[7], 1);
             }
             6 | 7 => {
-                same("on the CPU", &memory.as_slice()[range.clone()], &shadow[range.clone()], range.start)?;
+                same(
+                    "on the CPU",
+                    &memory.as_slice()[range.clone()],
+                    &shadow[range.clone()],
+                    range.start,
+                )?;
                 run.count(KINDS[8], 1);
             }
             8 | 9 => {
                 for (i, x) in memory.as_mut_slice()[range.clone()].iter_mut().enumerate() {
                     *x = T::new(by ^ i as u64);
                 }
-                shadow[range].iter_mut().enumerate().for_each(|(i, x)| *x = T::new(by ^ i as u64));
+                shadow[range]
+                    .iter_mut()
+                    .enumerate()
+                    .for_each(|(i, x)| *x = T::new(by ^ i as u64));
                 run.count(KINDS[9], 1);
             }
             10 => {
@@ -629,7 +739,10 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
                 // SAFETY: the range is inside the mirror, which is exclusively ours, and pinned.
                 let n = unsafe { libc::read(zero.as_raw_fd(), target.cast(), bytes) };
                 if usize::try_from(n) != Ok(bytes) {
-                    return Err(format!("read(2) of {bytes} pinned bytes: {n}, {}", std::io::Error::last_os_error()));
+                    return Err(format!(
+                        "read(2) of {bytes} pinned bytes: {n}, {}",
+                        std::io::Error::last_os_error()
+                    ));
                 }
                 drop(pin);
                 shadow[range].fill(T::zeroed());
@@ -663,7 +776,10 @@ fn session<T: Element>(run: &Run, rng: &mut Rng, memory: &mut impl Mirrored<T>, 
 }
 
 /// The bytes of `range`, as a system call sees them while they are pinned.
-fn written<T: Pod>(memory: &impl Mirrored<T>, range: std::ops::Range<usize>) -> Result<Vec<u8>, String> {
+fn written<T: Pod>(
+    memory: &impl Mirrored<T>,
+    range: std::ops::Range<usize>,
+) -> Result<Vec<u8>, String> {
     // SAFETY: the name is a C string; a new descriptor, or -1.
     let fd = unsafe { libc::memfd_create(c"stress".as_ptr(), libc::MFD_CLOEXEC) };
     if fd < 0 {
@@ -677,7 +793,11 @@ fn written<T: Pod>(memory: &impl Mirrored<T>, range: std::ops::Range<usize>) -> 
     // SAFETY: the source is a slice, and pinned.
     let n = unsafe { libc::write(file.as_raw_fd(), source.as_ptr().cast(), source.len()) };
     if usize::try_from(n) != Ok(source.len()) {
-        return Err(format!("write(2) of {} pinned bytes: {n}, {}", source.len(), std::io::Error::last_os_error()));
+        return Err(format!(
+            "write(2) of {} pinned bytes: {n}, {}",
+            source.len(),
+            std::io::Error::last_os_error()
+        ));
     }
     drop(pin);
     std::os::unix::fs::FileExt::read_exact_at(&file, &mut out, 0).map_err(|e| e.to_string())?;
@@ -708,7 +828,11 @@ fn list(run: &Run) -> Checked {
         for (k, &i) in order.iter().enumerate() {
             let next = order.get(k + 1).filter(|_| k + 1 < length);
             let next = next.map_or(Ptr::null(), |&j| Ptr::from_addr(at + j * size_of::<Node>()));
-            slice[i] = Node { value: rng.next() >> 24, next, _pad: [0; 6] };
+            slice[i] = Node {
+                value: rng.next() >> 24,
+                next,
+                _pad: [0; 6],
+            };
         }
         let wanted: u64 = order[..length].iter().map(|&i| slice[i].value).sum();
         let head: Ptr<Node> = Ptr::from_addr(at + order[0] * size_of::<Node>());
@@ -718,7 +842,13 @@ fn list(run: &Run) -> Checked {
                 let (mut ptr, mut sum, mut steps) = (head, 0u64, 0);
                 while !ptr.is_null() {
                     let node = lane.load(ptr)?;
-                    lane.store(ptr, Node { value: node.value + 1, ..node })?;
+                    lane.store(
+                        ptr,
+                        Node {
+                            value: node.value + 1,
+                            ..node
+                        },
+                    )?;
                     sum += node.value;
                     steps += 1;
                     ptr = node.next;
@@ -729,11 +859,20 @@ fn list(run: &Run) -> Checked {
             .map_err(error("list"))?;
         let found = found.into_inner().expect("no panic while it is held");
         if found != (wanted, length) {
-            return Err(format!("sum and length {found:?}, not {:?}", (wanted, length)));
+            return Err(format!(
+                "sum and length {found:?}, not {:?}",
+                (wanted, length)
+            ));
         }
-        let after: u64 = order[..length].iter().map(|&i| nodes.as_slice()[i].value).sum();
+        let after: u64 = order[..length]
+            .iter()
+            .map(|&i| nodes.as_slice()[i].value)
+            .sum();
         if after != wanted + length as u64 {
-            return Err(format!("the kernel's stores: sum {after}, not {}", wanted + length as u64));
+            return Err(format!(
+                "the kernel's stores: sum {after}, not {}",
+                wanted + length as u64
+            ));
         }
         run.count(KINDS[14], 1);
     }
@@ -749,7 +888,16 @@ fn events(run: &Run) -> Checked {
     let mut rng = Rng(mix(run.config.seed ^ mix(50)));
     while run.goes_on() {
         // SAFETY: a fresh mapping.
-        let map = unsafe { libc::mmap(std::ptr::null_mut(), PAGES * PAGE, protection, anonymous, -1, 0) };
+        let map = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                PAGES * PAGE,
+                protection,
+                anonymous,
+                -1,
+                0,
+            )
+        };
         if map == libc::MAP_FAILED {
             return Err(std::io::Error::last_os_error().to_string());
         }
@@ -758,7 +906,8 @@ fn events(run: &Run) -> Checked {
         let mut wanted = [0u64; PAGES];
         let mut mapped_anew = [false; PAGES];
         // SAFETY: the mapping stays until the end of the loop, but for what is done to it by system calls.
-        let mut mirror = unsafe { svm::mirror_raw(map.cast(), PAGES * PAGE, &run.options) }.map_err(|e| e.to_string())?;
+        let mut mirror = unsafe { svm::mirror_raw(map.cast(), PAGES * PAGE, &run.options) }
+            .map_err(|e| e.to_string())?;
         for _ in 0..40 {
             if !run.goes_on() {
                 break;
@@ -786,24 +935,39 @@ fn events(run: &Run) -> Checked {
                         if lane.load(ptr)? != expected[first + i] {
                             wrong.store((first + i) as u64, Ordering::Relaxed);
                         }
-                        if write { lane.store(ptr, number) } else { Ok(()) }
+                        if write {
+                            lane.store(ptr, number)
+                        } else {
+                            Ok(())
+                        }
                     });
                     let wrong = wrong.into_inner();
                     if wrong != u64::MAX {
                         return Err(format!("the device found something else in page {wrong}"));
                     }
                     match done {
-                        Ok(()) if !inside => return Err(format!("the device used pages {pages:?}, some of which were unmapped")),
-                        Ok(()) => wanted[pages].iter_mut().filter(|_| write).for_each(|w| *w = number),
+                        Ok(()) if !inside => {
+                            return Err(format!(
+                                "the device used pages {pages:?}, some of which were unmapped"
+                            ));
+                        }
+                        Ok(()) => wanted[pages]
+                            .iter_mut()
+                            .filter(|_| write)
+                            .for_each(|w| *w = number),
                         Err(e) if inside => return Err(format!("events, launch: {e}")),
                         // It wrote some of them, or none.
                         Err(_) => {
                             for page in pages {
                                 // SAFETY: inside the mapping.
                                 let found = unsafe { at(page).read_volatile() };
-                                let known = found == wanted[page] || (write && !mapped_anew[page] && found == number);
+                                let known = found == wanted[page]
+                                    || (write && !mapped_anew[page] && found == number);
                                 if !known {
-                                    return Err(format!("after a failed launch page {page} is {found:#x}, not {:#x}", wanted[page]));
+                                    return Err(format!(
+                                        "after a failed launch page {page} is {found:#x}, not {:#x}",
+                                        wanted[page]
+                                    ));
                                 }
                                 wanted[page] = found;
                             }
@@ -812,7 +976,13 @@ fn events(run: &Run) -> Checked {
                 }
                 5 | 6 => {
                     // SAFETY: the mapping is this thread's.
-                    let done = unsafe { libc::madvise(at(pages.start).cast(), pages.len() * PAGE, libc::MADV_DONTNEED) };
+                    let done = unsafe {
+                        libc::madvise(
+                            at(pages.start).cast(),
+                            pages.len() * PAGE,
+                            libc::MADV_DONTNEED,
+                        )
+                    };
                     if done != 0 {
                         return Err(format!("madvise: {}", std::io::Error::last_os_error()));
                     }
@@ -822,7 +992,16 @@ fn events(run: &Run) -> Checked {
                 7 => {
                     let flags = anonymous | libc::MAP_FIXED;
                     // SAFETY: over this thread's own mapping.
-                    let anew = unsafe { libc::mmap(at(pages.start).cast(), pages.len() * PAGE, protection, flags, -1, 0) };
+                    let anew = unsafe {
+                        libc::mmap(
+                            at(pages.start).cast(),
+                            pages.len() * PAGE,
+                            protection,
+                            flags,
+                            -1,
+                            0,
+                        )
+                    };
                     if anew == libc::MAP_FAILED {
                         return Err(format!("mmap: {}", std::io::Error::last_os_error()));
                     }
@@ -835,14 +1014,20 @@ fn events(run: &Run) -> Checked {
                     let child = unsafe { libc::fork() };
                     if child == 0 {
                         // SAFETY: inside the mapping, which the child has a copy of.
-                        let same = (0..PAGES).all(|page| unsafe { at(page).read_volatile() } == wanted[page]);
+                        let same = (0..PAGES)
+                            .all(|page| unsafe { at(page).read_volatile() } == wanted[page]);
                         // SAFETY: ends the child without running what is the parent's to run.
                         unsafe { libc::_exit(i32::from(!same)) };
                     }
                     let mut status = 0;
                     // SAFETY: waits for the child just made.
-                    if child < 0 || unsafe { libc::waitpid(child, &raw mut status, 0) } != child || status != 0 {
-                        return Err(format!("a forked child found something else: status {status:#x}"));
+                    if child < 0
+                        || unsafe { libc::waitpid(child, &raw mut status, 0) } != child
+                        || status != 0
+                    {
+                        return Err(format!(
+                            "a forked child found something else: status {status:#x}"
+                        ));
                     }
                     run.count(KINDS[17], 1);
                 }
@@ -852,7 +1037,10 @@ fn events(run: &Run) -> Checked {
             // SAFETY: inside the mapping.
             let found = unsafe { at(page).read_volatile() };
             if found != wanted[page] {
-                return Err(format!("page {page} is {found:#x}, not {:#x}", wanted[page]));
+                return Err(format!(
+                    "page {page} is {found:#x}, not {:#x}",
+                    wanted[page]
+                ));
             }
         }
         run.absorb(mirror.stats());
@@ -861,7 +1049,9 @@ fn events(run: &Run) -> Checked {
             // SAFETY: inside the mapping.
             let found = unsafe { at(page).read_volatile() };
             if found != wanted {
-                return Err(format!("at home: page {page} is {found:#x}, not {wanted:#x}"));
+                return Err(format!(
+                    "at home: page {page} is {found:#x}, not {wanted:#x}"
+                ));
             }
         }
         // SAFETY: nobody uses it any more.

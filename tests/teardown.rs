@@ -58,9 +58,16 @@ fn a_mirror_closed_under_a_worker_loses_nothing() {
                 (0..delay).for_each(|_| std::hint::spin_loop());
                 delay = (delay + 37) % 3000;
                 mirror.close().unwrap();
-                assert_eq!(worker.join().unwrap().unwrap().kind, DeviceFaultKind::Closed);
+                assert_eq!(
+                    worker.join().unwrap().unwrap().kind,
+                    DeviceFaultKind::Closed
+                );
             });
-            assert_eq!(bytes.iter().filter(|&&b| b != 7).count(), 0, "bytes lost by a close that said Ok");
+            assert_eq!(
+                bytes.iter().filter(|&&b| b != 7).count(),
+                0,
+                "bytes lost by a close that said Ok"
+            );
         }
         assert_eq!(device.resident_bytes(), 0);
     });
@@ -82,13 +89,22 @@ fn a_range_that_outlives_its_attachment_is_told() {
         for access in [Access::Read, Access::Write] {
             let fault = fault_in(&mut range, &mapped, page..page + 1, access).unwrap_err();
             assert_eq!(fault.kind, DeviceFaultKind::Closed);
-            let mut update = range.start_update(&mapped, page..page + 1, Duration::from_secs(1)).unwrap();
-            assert_eq!(update.fault(access).unwrap_err().kind, DeviceFaultKind::Closed);
+            let mut update = range
+                .start_update(&mapped, page..page + 1, Duration::from_secs(1))
+                .unwrap();
+            assert_eq!(
+                update.fault(access).unwrap_err().kind,
+                DeviceFaultKind::Closed
+            );
         }
         assert!(mirror.as_slice().iter().all(|&b| b == 7));
         mirror.as_mut_slice()[5 * PAGE] = 8;
         mirror.close().unwrap();
-        assert_eq!(bytes.iter().filter(|&&b| b != 7).count(), 1, "bytes lost by a close that said Ok");
+        assert_eq!(
+            bytes.iter().filter(|&&b| b != 7).count(),
+            1,
+            "bytes lost by a close that said Ok"
+        );
     });
 }
 
@@ -120,7 +136,10 @@ fn a_device_detached_under_a_worker_loses_nothing() {
                 (0..delay).for_each(|_| std::hint::spin_loop());
                 delay = (delay + 37) % 3000;
                 drop(device);
-                assert_eq!(worker.join().unwrap().unwrap().kind, DeviceFaultKind::Closed);
+                assert_eq!(
+                    worker.join().unwrap().unwrap().kind,
+                    DeviceFaultKind::Closed
+                );
             });
             assert!(buffer.as_slice().iter().all(|&b| b == 7));
         }
@@ -139,9 +158,21 @@ impl Map {
     fn new(pages: usize) -> Self {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: a fresh mapping.
-        let at = unsafe { libc::mmap(ptr::null_mut(), pages * PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                pages * PAGE,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
         assert_ne!(at, libc::MAP_FAILED);
-        Self { addr: at.expose_provenance(), pages }
+        Self {
+            addr: at.expose_provenance(),
+            pages,
+        }
     }
 
     fn word(&self, page: usize) -> &AtomicU64 {
@@ -152,18 +183,36 @@ impl Map {
 
     fn mirror(&self, options: &Options) -> svm::Mirror<'static, u8> {
         // SAFETY: anonymous read-write memory, accessed by atomics only.
-        unsafe { svm::mirror_raw(ptr::with_exposed_provenance_mut(self.addr), self.pages * PAGE, options) }.unwrap()
+        unsafe {
+            svm::mirror_raw(
+                ptr::with_exposed_provenance_mut(self.addr),
+                self.pages * PAGE,
+                options,
+            )
+        }
+        .unwrap()
     }
 
     fn discard(&self) {
         let at = ptr::with_exposed_provenance_mut(self.addr);
         // SAFETY: the test's own mapping.
-        assert_eq!(unsafe { libc::madvise(at, self.pages * PAGE, libc::MADV_DONTNEED) }, 0);
+        assert_eq!(
+            unsafe { libc::madvise(at, self.pages * PAGE, libc::MADV_DONTNEED) },
+            0
+        );
     }
 
     fn unmap(self) {
         // SAFETY: the test's own mapping, which nobody uses any more.
-        assert_eq!(unsafe { libc::munmap(ptr::with_exposed_provenance_mut(self.addr), self.pages * PAGE) }, 0);
+        assert_eq!(
+            unsafe {
+                libc::munmap(
+                    ptr::with_exposed_provenance_mut(self.addr),
+                    self.pages * PAGE,
+                )
+            },
+            0
+        );
     }
 }
 
@@ -217,7 +266,14 @@ fn a_mirror_closed_under_cpu_faults_on_device_pages_loses_no_write() {
                 for page in (first..first + PAGES).step_by(16) {
                     // The writer may hold it for a while.
                     let (last, _) = (page + 1, mirror.stats());
-                    let _ = range.fault_in(&mapped, page..last, Access::Write, 0, Duration::from_millis(20), |_, _| {});
+                    let _ = range.fault_in(
+                        &mapped,
+                        page..last,
+                        Access::Write,
+                        0,
+                        Duration::from_millis(20),
+                        |_, _| {},
+                    );
                 }
                 range.park();
                 drop(mapped);
@@ -227,7 +283,11 @@ fn a_mirror_closed_under_cpu_faults_on_device_pages_loses_no_write() {
             writer.join().unwrap()
         });
         for page in 0..PAGES {
-            assert_eq!(map.word(page).load(Ordering::Relaxed), rounds, "page {page}");
+            assert_eq!(
+                map.word(page).load(Ordering::Relaxed),
+                rounds,
+                "page {page}"
+            );
         }
         map.unmap();
     });
@@ -253,7 +313,9 @@ fn mapping_a_mirror_that_is_being_closed_is_refused_or_in_time() {
                     let mapped = second.map(known.region())?;
                     let mut range = second.range()?;
                     let page = first_page(&mapped);
-                    let fault = (0..).find_map(|_| fault_in(&mut range, &mapped, page..page + 1, Access::Write).err());
+                    let fault = (0..).find_map(|_| {
+                        fault_in(&mut range, &mapped, page..page + 1, Access::Write).err()
+                    });
                     assert_eq!(fault.unwrap().kind, DeviceFaultKind::Closed);
                     Ok::<_, svm::Error>(())
                 });
@@ -266,7 +328,10 @@ fn mapping_a_mirror_that_is_being_closed_is_refused_or_in_time() {
                     Err(_) => refused += 1,
                 }
             });
-            assert!(second.map(known.region()).is_err(), "a closed mirror was mapped");
+            assert!(
+                second.map(known.region()).is_err(),
+                "a closed mirror was mapped"
+            );
             assert_eq!((first.resident_bytes(), second.resident_bytes()), (0, 0));
             assert!(bytes.iter().all(|&b| b == 7));
         }
@@ -331,7 +396,12 @@ fn a_device_whose_mirror_goes_during_an_event_is_not_left_paused() {
     let mirror = noisy.mirror(&Options::new());
     let device = Idle::attach().unwrap();
     let noise = std::thread::scope(|scope| {
-        let noise = scope.spawn(|| (0..).take_while(|_| !stop.load(Ordering::Relaxed)).inspect(|_| noisy.discard()).count());
+        let noise = scope.spawn(|| {
+            (0..)
+                .take_while(|_| !stop.load(Ordering::Relaxed))
+                .inspect(|_| noisy.discard())
+                .count()
+        });
         let mut bytes = vec![0u8; PAGES * PAGE];
         let end = Instant::now() + Duration::from_millis(1500);
         while Instant::now() < end {
@@ -344,6 +414,10 @@ fn a_device_whose_mirror_goes_during_an_event_is_not_left_paused() {
     });
     assert!(noise > 100, "no events: {noise}");
     mirror.close().unwrap();
-    assert_eq!(device.device().pauses.load(Ordering::SeqCst), 0, "pauses without a resumption, or the reverse");
+    assert_eq!(
+        device.device().pauses.load(Ordering::SeqCst),
+        0,
+        "pauses without a resumption, or the reverse"
+    );
     noisy.unmap();
 }

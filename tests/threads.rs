@@ -24,7 +24,12 @@ fn every_way(name: &'static str, test: impl Fn(&Options)) {
 }
 
 fn accel(workers: usize) -> Accelerator {
-    Accelerator::with_options(accel_sim::Options::new().workers(workers).fault_timeout(Duration::from_secs(10))).unwrap()
+    Accelerator::with_options(
+        accel_sim::Options::new()
+            .workers(workers)
+            .fault_timeout(Duration::from_secs(10)),
+    )
+    .unwrap()
 }
 
 #[test]
@@ -44,7 +49,11 @@ fn three_mirrors_and_four_workers_with_cpu_writers() {
             // Two are the device's, one is the CPU's, and the roles go round.
             accel
                 .scope(|scope| {
-                    scope.launch((a.view_mut(), b.view()), |(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a = a.wrapping_add(*b)))?;
+                    scope.launch((a.view_mut(), b.view()), |(a, b)| {
+                        a.iter_mut()
+                            .zip(b)
+                            .for_each(|(a, b)| *a = a.wrapping_add(*b))
+                    })?;
                     let chunk = c.len().div_ceil(3);
                     std::thread::scope(|threads| {
                         for part in c.as_mut_slice().chunks_mut(chunk) {
@@ -60,7 +69,10 @@ fn three_mirrors_and_four_workers_with_cpu_writers() {
             std::mem::swap(&mut b, &mut c);
         }
         for mirror in [a, b, c] {
-            assert!(mirror.as_slice().iter().all(|&x| x == mirror.as_slice()[0]), "after {rounds} rounds");
+            assert!(
+                mirror.as_slice().iter().all(|&x| x == mirror.as_slice()[0]),
+                "after {rounds} rounds"
+            );
             assert_eq!(mirror.stats().anomalies, 0);
             mirror.close().unwrap();
         }
@@ -85,9 +97,17 @@ fn rayon_over_pages_that_are_away() {
         let accel = accel(2);
         let mut buffer = Buffer::<u64>::with_options(400_000, options).unwrap();
         for round in 0..4u64 {
-            accel.run((indices(), buffer.view_mut()), |(i, x)| x.iter_mut().zip(i).for_each(|(x, i)| *x += i as u64)).unwrap();
+            accel
+                .run((indices(), buffer.view_mut()), |(i, x)| {
+                    x.iter_mut().zip(i).for_each(|(x, i)| *x += i as u64)
+                })
+                .unwrap();
             buffer.as_mut_slice().par_iter_mut().for_each(|x| *x += 1);
-            let wrong = buffer.as_slice().par_iter().enumerate().find_any(|&(i, &x)| x != (round + 1) * (i as u64 + 1));
+            let wrong = buffer
+                .as_slice()
+                .par_iter()
+                .enumerate()
+                .find_any(|&(i, &x)| x != (round + 1) * (i as u64 + 1));
             assert_eq!(wrong, None, "round {round}");
         }
         assert_eq!(buffer.stats().anomalies, 0);
@@ -107,9 +127,16 @@ extern "C" fn foreign(job: *mut libc::c_void) -> *mut libc::c_void {
     let job = unsafe { &*job.cast::<Job>() };
     let mut stack = vec![0u8; 64 << 10];
     if job.alternate_stack {
-        let alternate = libc::stack_t { ss_sp: stack.as_mut_ptr().cast(), ss_flags: 0, ss_size: stack.len() };
+        let alternate = libc::stack_t {
+            ss_sp: stack.as_mut_ptr().cast(),
+            ss_flags: 0,
+            ss_size: stack.len(),
+        };
         // SAFETY: the memory stays until the stack is given up below.
-        assert_eq!(unsafe { libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) }, 0);
+        assert_eq!(
+            unsafe { libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) },
+            0
+        );
     }
     if let Some(options) = &job.own_stack {
         // Its own stack stays where it is: without an alternate one its handler has nowhere else to run.
@@ -117,14 +144,20 @@ extern "C" fn foreign(job: *mut libc::c_void) -> *mut libc::c_void {
         let mut array = [7u64; 6 * WORDS];
         let mut mirror = svm::mirror_with(&mut array, options).unwrap();
         let view = mirror.view_mut();
-        device.write(view.region(), view.addr() + 8, &9u64.to_ne_bytes()).unwrap();
+        device
+            .write(view.region(), view.addr() + 8, &9u64.to_ne_bytes())
+            .unwrap();
         drop(mirror);
         assert_eq!((array[0], array[1], array[6 * WORDS - 1]), (7, 9, 7));
     }
     // SAFETY: the words are this thread's alone until it is joined.
     let words = unsafe { std::slice::from_raw_parts_mut(job.words, job.len) };
     words.iter_mut().for_each(|word| *word += 1);
-    let none = libc::stack_t { ss_sp: std::ptr::null_mut(), ss_flags: libc::SS_DISABLE, ss_size: 0 };
+    let none = libc::stack_t {
+        ss_sp: std::ptr::null_mut(),
+        ss_flags: libc::SS_DISABLE,
+        ss_size: 0,
+    };
     // SAFETY: no handler runs on it.
     unsafe { libc::sigaltstack(&raw const none, std::ptr::null_mut()) };
     std::ptr::null_mut()
@@ -138,18 +171,33 @@ fn threads_that_rust_has_not_made() {
         for (alternate_stack, own_stack) in [(false, false), (true, false), (false, true)] {
             let mut mirror = svm::mirror_with(&mut memory, options).unwrap();
             let view = mirror.view_mut();
-            device.fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write).unwrap();
+            device
+                .fault_in(view.region(), view.addr(), view.len_bytes(), Access::Write)
+                .unwrap();
             let own_stack = own_stack.then(|| options.clone());
             let slice = mirror.as_mut_slice();
-            let job = Job { words: slice.as_mut_ptr(), len: slice.len(), alternate_stack, own_stack };
+            let job = Job {
+                words: slice.as_mut_ptr(),
+                len: slice.len(),
+                alternate_stack,
+                own_stack,
+            };
             let mut thread = 0;
             // SAFETY: the job outlives the thread, which is joined below; the default attributes.
             let made = unsafe {
-                libc::pthread_create(&raw mut thread, std::ptr::null(), foreign, (&raw const job).cast_mut().cast())
+                libc::pthread_create(
+                    &raw mut thread,
+                    std::ptr::null(),
+                    foreign,
+                    (&raw const job).cast_mut().cast(),
+                )
             };
             assert_eq!(made, 0);
             // SAFETY: a thread just made, joined once.
-            assert_eq!(unsafe { libc::pthread_join(thread, std::ptr::null_mut()) }, 0);
+            assert_eq!(
+                unsafe { libc::pthread_join(thread, std::ptr::null_mut()) },
+                0
+            );
             assert_eq!(mirror.stats().anomalies, 0);
             mirror.close().unwrap();
         }
@@ -162,7 +210,10 @@ fn a_working_set_of_twice_the_device_memory() {
     every_way("twice the memory", |options| {
         let options = options.clone();
         for memory in [1 << 20, 4 << 20] {
-            let shape = accel_sim::Options::new().workers(2).memory_bytes(memory).fault_timeout(Duration::from_secs(10));
+            let shape = accel_sim::Options::new()
+                .workers(2)
+                .memory_bytes(memory)
+                .fault_timeout(Duration::from_secs(10));
             let accel = Accelerator::with_options(shape).unwrap();
             let n = 2 * memory / 8 / 2;
             let mut x = Buffer::<u64>::with_options(n, &options).unwrap();
@@ -176,9 +227,21 @@ fn a_working_set_of_twice_the_device_memory() {
                         });
                     })
                     .unwrap();
-                assert!(accel.resident_bytes() <= memory, "{} of {memory}", accel.resident_bytes());
-                accel.run_items(n / 7, x.view_mut(), |_lane, i, x| x.fetch_add(i * 7, round).map(drop)).unwrap();
-                accel.run_items(n / 7, x.view_mut(), |_lane, i, x| x.fetch_add(i * 7, 0u64.wrapping_sub(round)).map(drop)).unwrap();
+                assert!(
+                    accel.resident_bytes() <= memory,
+                    "{} of {memory}",
+                    accel.resident_bytes()
+                );
+                accel
+                    .run_items(n / 7, x.view_mut(), |_lane, i, x| {
+                        x.fetch_add(i * 7, round).map(drop)
+                    })
+                    .unwrap();
+                accel
+                    .run_items(n / 7, x.view_mut(), |_lane, i, x| {
+                        x.fetch_add(i * 7, 0u64.wrapping_sub(round)).map(drop)
+                    })
+                    .unwrap();
                 assert!(x.as_slice().iter().all(|&x| x == round));
                 assert!(y.as_slice().iter().all(|&y| y == round * (round + 1) / 2));
             }
@@ -229,16 +292,32 @@ fn an_accelerator_that_goes_first_brings_its_pages_home() {
         let keeps = accel(1);
         for round in 1..4u64 {
             let goes = accel(2);
-            goes.run(mirror.view_mut(), |x| x.iter_mut().for_each(|x| *x += 1)).unwrap();
-            keeps.run((indices(), mirror.view()), |(i, x)| assert!(x.iter().zip(i).all(|(&x, i)| x == i as u64 + 3 + round))).unwrap();
+            goes.run(mirror.view_mut(), |x| x.iter_mut().for_each(|x| *x += 1))
+                .unwrap();
+            keeps
+                .run((indices(), mirror.view()), |(i, x)| {
+                    assert!(x.iter().zip(i).all(|(&x, i)| x == i as u64 + 3 + round))
+                })
+                .unwrap();
             goes.run(mirror.view(), |x| assert!(x[0] > 0)).unwrap();
             drop(goes);
-            assert!(mirror.as_slice().iter().enumerate().all(|(i, &x)| x == i as u64 + 3 + round));
+            assert!(
+                mirror
+                    .as_slice()
+                    .iter()
+                    .enumerate()
+                    .all(|(i, &x)| x == i as u64 + 3 + round)
+            );
         }
         assert_eq!(mirror.stats().anomalies, 0);
         drop(keeps);
         drop(mirror);
-        assert!(memory.iter().enumerate().all(|(i, &x)| x == i as u64 + if i < 3 { 0 } else { 3 }));
+        assert!(
+            memory
+                .iter()
+                .enumerate()
+                .all(|(i, &x)| x == i as u64 + if i < 3 { 0 } else { 3 })
+        );
     });
 }
 
@@ -249,7 +328,9 @@ fn accelerators_and_mirrors_that_go_at_once() {
         let begun = Instant::now();
         while begun.elapsed() < Duration::from_millis(400) {
             let accel = accel(2);
-            let mut buffers: Vec<_> = (0..3).map(|_| Buffer::<u64>::with_options(20_000, options).unwrap()).collect();
+            let mut buffers: Vec<_> = (0..3)
+                .map(|_| Buffer::<u64>::with_options(20_000, options).unwrap())
+                .collect();
             for buffer in &mut buffers {
                 accel.run(buffer.view_mut(), |x| x.fill(5)).unwrap();
             }
@@ -278,7 +359,11 @@ fn two_accelerators_on_the_same_memory() {
             let shared = mirror.share();
             std::thread::scope(|scope| {
                 for accel in &accels {
-                    scope.spawn(|| accel.run_items(n, shared.view(), |_lane, i, x| x.fetch_add(i, 1).map(drop)).unwrap());
+                    scope.spawn(|| {
+                        accel
+                            .run_items(n, shared.view(), |_lane, i, x| x.fetch_add(i, 1).map(drop))
+                            .unwrap()
+                    });
                 }
                 for i in (0..n).rev() {
                     shared.fetch_add(i, 1, Ordering::Relaxed);
@@ -289,13 +374,23 @@ fn two_accelerators_on_the_same_memory() {
         // Both read at once; then each writes in turn.
         std::thread::scope(|scope| {
             for accel in &accels {
-                scope.spawn(|| accel.run(mirror.view(), |x| assert!(x.iter().all(|&x| x == 3))).unwrap());
+                scope.spawn(|| {
+                    accel
+                        .run(mirror.view(), |x| assert!(x.iter().all(|&x| x == 3)))
+                        .unwrap()
+                });
             }
             assert!(mirror.as_slice().iter().all(|&x| x == 3));
         });
         for (i, accel) in accels.iter().enumerate() {
-            accel.run(mirror.view_mut(), |x| x.iter_mut().for_each(|x| *x += 1)).unwrap();
-            accels[1 - i].run(mirror.view(), |x| assert!(x.iter().all(|&x| x == 4 + i as u64))).unwrap();
+            accel
+                .run(mirror.view_mut(), |x| x.iter_mut().for_each(|x| *x += 1))
+                .unwrap();
+            accels[1 - i]
+                .run(mirror.view(), |x| {
+                    assert!(x.iter().all(|&x| x == 4 + i as u64))
+                })
+                .unwrap();
         }
         assert!(mirror.as_slice().iter().all(|&x| x == 5));
         assert_eq!(mirror.stats().anomalies, 0);

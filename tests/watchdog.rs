@@ -42,12 +42,25 @@ fn print_threads() {
     let pid = std::process::id();
     if let Ok(tasks) = std::fs::read_dir("/proc/self/task") {
         for task in tasks.flatten() {
-            let read = |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            let read =
+                |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
             let (comm, wchan) = (read("comm"), read("wchan"));
-            eprintln!("  {} {} in {wchan}", task.file_name().display(), comm.trim());
+            eprintln!(
+                "  {} {} in {wchan}",
+                task.file_name().display(),
+                comm.trim()
+            );
         }
     }
-    let script = ["-p", &pid.to_string(), "-batch", "-ex", "handle SIGBUS nostop noprint pass", "-ex", "thread apply all bt 12"];
+    let script = [
+        "-p",
+        &pid.to_string(),
+        "-batch",
+        "-ex",
+        "handle SIGBUS nostop noprint pass",
+        "-ex",
+        "thread apply all bt 12",
+    ];
     if let Ok(out) = std::process::Command::new("gdb").args(script).output() {
         eprintln!("{}", String::from_utf8_lossy(&out.stdout));
     }

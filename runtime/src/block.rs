@@ -148,7 +148,10 @@ impl BlockState {
     /// A block whose pages are all with the CPU.
     #[cfg(test)]
     pub(crate) fn new() -> Self {
-        const NONE: Holding = Holding { frames: PageMask::EMPTY, junk: PageMask::EMPTY };
+        const NONE: Holding = Holding {
+            frames: PageMask::EMPTY,
+            junk: PageMask::EMPTY,
+        };
         Self {
             away: PageMask::EMPTY,
             gone: PageMask::EMPTY,
@@ -215,7 +218,13 @@ impl BlockState {
     #[inline]
     pub(crate) fn is_plain_for(&self, device: DeviceId, pages: &PageMask) -> bool {
         let Holding { frames, junk } = &self.holdings[device.index()];
-        let exceptional = [&self.gone, &self.pinned, &self.unmovable, &self.pending, &self.displaced];
+        let exceptional = [
+            &self.gone,
+            &self.pinned,
+            &self.unmovable,
+            &self.pending,
+            &self.displaced,
+        ];
         !exceptional.into_iter().any(|mask| mask.intersects(pages))
             && self.occupied & !(1 << device.0) == 0
             && !self.away.intersects(pages)
@@ -393,7 +402,13 @@ impl BlockState {
     }
 
     /// What has to happen so that `device` may access `want`.
-    pub(crate) fn plan(&self, device: DeviceId, want: PageMask, access: Access, read: OnRead) -> Plan {
+    pub(crate) fn plan(
+        &self,
+        device: DeviceId,
+        want: PageMask,
+        access: Access,
+        read: OnRead,
+    ) -> Plan {
         let in_place = want & (self.pinned | (self.unmovable - self.away));
         let want = want - in_place - self.gone();
         let mine = self.frames(device);
@@ -477,11 +492,19 @@ impl Plan {
     /// Pages whose holders change.
     #[inline]
     pub(crate) fn changes(&self) -> PageMask {
-        self.drop_host | self.take | self.duplicate | self.from_device | self.revoke | self.downgrade
+        self.drop_host
+            | self.take
+            | self.duplicate
+            | self.from_device
+            | self.revoke
+            | self.downgrade
     }
 }
 
-const _: () = assert!(size_of::<Block>() <= 4 * PAGES_PER_BLOCK, "a block's directory must stay below 4 bytes a page");
+const _: () = assert!(
+    size_of::<Block>() <= 4 * PAGES_PER_BLOCK,
+    "a block's directory must stay below 4 bytes a page"
+);
 
 #[cfg(test)]
 mod tests {
@@ -509,7 +532,11 @@ mod tests {
         assert_eq!(plan.changes(), pages(0, 16));
         block.moved_out(A, plan.take);
         assert_eq!(block.exclusive_to(A), pages(0, 16));
-        assert!(block.plan(A, pages(0, 16), Access::Write, OnRead::Migrate).is_empty());
+        assert!(
+            block
+                .plan(A, pages(0, 16), Access::Write, OnRead::Migrate)
+                .is_empty()
+        );
         block.moved_home(A, pages(4, 8));
         assert_eq!(block.exclusive_to(A), pages(0, 4) | pages(8, 16));
         assert!(block.is_consistent());
@@ -530,7 +557,10 @@ mod tests {
         assert_eq!(block.exclusive_to(A), pages(0, 4));
         // A CPU write leaves junk behind.
         block.revoked_all(pages(4, 8), None);
-        assert_eq!((block.junk(A), block.shared()), (pages(4, 8), PageMask::EMPTY));
+        assert_eq!(
+            (block.junk(A), block.shared()),
+            (pages(4, 8), PageMask::EMPTY)
+        );
         assert!(block.is_consistent());
     }
 
@@ -539,7 +569,10 @@ mod tests {
         let mut block = BlockState::new();
         block.moved_out(A, pages(0, 4));
         let plan = block.plan(B, pages(0, 4), Access::Read, OnRead::Migrate);
-        assert_eq!((plan.downgrade, plan.from_device), (pages(0, 4), pages(0, 4)));
+        assert_eq!(
+            (plan.downgrade, plan.from_device),
+            (pages(0, 4), pages(0, 4))
+        );
         block.filled(B, pages(0, 4));
         assert!(block.exclusive_to(A).is_empty() && block.exclusive_to(B).is_empty());
         let plan = block.plan(B, pages(0, 2), Access::Write, OnRead::Migrate);

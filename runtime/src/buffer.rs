@@ -58,20 +58,37 @@ impl<T: Pod> Buffer<T> {
     /// # Errors
     /// As [`zeroed`](Self::zeroed).
     pub fn with_options(len: usize, options: &Options) -> Result<Self> {
-        const { assert!(align_of::<T>() <= PAGE_SIZE, "a buffer's elements are aligned to a page at most") };
+        const {
+            assert!(
+                align_of::<T>() <= PAGE_SIZE,
+                "a buffer's elements are aligned to a page at most"
+            )
+        };
         AddressSpace::get("buffer")?;
         let no_room = |errno| Error::new("buffer", ErrorKind::OutOfMemory).errno(errno);
-        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| no_room(libc::ENOMEM))?;
+        let bytes = len
+            .checked_mul(size_of::<T>())
+            .ok_or_else(|| no_room(libc::ENOMEM))?;
         // Aligned as the largest granule that fits, so that no granule is cut.
-        let align = [BLOCK_SIZE, Granule::Big.bytes()].into_iter().find(|&a| bytes >= a).unwrap_or(PAGE_SIZE);
-        let padded = bytes.max(1).checked_next_multiple_of(PAGE_SIZE).ok_or_else(|| no_room(libc::ENOMEM))?;
-        let memory = Memory::aligned(padded, align).map_err(|e| no_room(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        let align = [BLOCK_SIZE, Granule::Big.bytes()]
+            .into_iter()
+            .find(|&a| bytes >= a)
+            .unwrap_or(PAGE_SIZE);
+        let padded = bytes
+            .max(1)
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or_else(|| no_room(libc::ENOMEM))?;
+        let memory = Memory::aligned(padded, align)
+            .map_err(|e| no_room(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
         if options.huge_pages {
             memory.huge_pages();
         }
         // The whole of its last page belongs to the buffer, so that page moves too.
         let mirror = mirror_raw_typed(memory.start(), padded, len, options)?;
-        Ok(Self { mirror, _memory: memory })
+        Ok(Self {
+            mirror,
+            _memory: memory,
+        })
     }
 
     /// The elements, for reading on the CPU.
@@ -138,6 +155,8 @@ impl<T: Pod> Buffer<T> {
 
 impl<T: Pod> fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Buffer").field("mirror", &self.mirror).finish_non_exhaustive()
+        f.debug_struct("Buffer")
+            .field("mirror", &self.mirror)
+            .finish_non_exhaustive()
     }
 }

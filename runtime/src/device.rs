@@ -140,12 +140,18 @@ impl DeviceLock {
     /// Locks; usable inside a signal handler, provided that every holder has asynchronous signals masked, as
     /// [`worker_thread`](crate::worker_thread) does for a thread's life and the runtime does around its callbacks.
     pub fn lock(&self) -> DeviceGuard<'_> {
-        DeviceGuard { lock: self, _held: self.0.lock() }
+        DeviceGuard {
+            lock: self,
+            _held: self.0.lock(),
+        }
     }
 
     /// Locks if nobody holds it.
     pub fn try_lock(&self) -> Option<DeviceGuard<'_>> {
-        Some(DeviceGuard { lock: self, _held: self.0.try_lock()? })
+        Some(DeviceGuard {
+            lock: self,
+            _held: self.0.try_lock()?,
+        })
     }
 
     /// Locks, or refuses where waiting is not allowed.
@@ -188,7 +194,12 @@ pub struct Invalidation {
 
 impl Invalidation {
     pub(crate) fn new(block: usize, pages: PageMask, keep: Keep) -> Self {
-        Self { block, pages, keep, blocking: Blocking::Yes }
+        Self {
+            block,
+            pages,
+            keep,
+            blocking: Blocking::Yes,
+        }
     }
 
     /// The block, counted from the region's base.
@@ -286,7 +297,10 @@ impl Residency {
     /// Whether the allocation that comes now was made to fail. Asked once for each.
     pub(crate) fn take_failure(&self) -> bool {
         self.failures.load(Ordering::Relaxed) != 0
-            && self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok()
+            && self
+                .failures
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                .is_ok()
     }
 
     /// Counts `pages` in if they fit.
@@ -391,13 +405,21 @@ impl<D: Device> AnyMapped for Mapped<D> {
         let from = core::ptr::with_exposed_provenance(from);
         // SAFETY: `movement`, the only caller, gives a run of populated window pages, or the bounce buffer, whose lock it holds;
         // the block's lock keeps others from the window pages.
-        unsafe { self.attached.device.copy_to_device(&self.table, pages, from) };
+        unsafe {
+            self.attached
+                .device
+                .copy_to_device(&self.table, pages, from)
+        };
     }
 
     fn copy_to_bounce(&self, pages: Range<usize>, bounce: &mut MapArray<u8>) {
         debug_assert!(pages.len() <= PAGES_PER_BLOCK);
         // SAFETY: the buffer is a block long, and exclusively borrowed.
-        unsafe { self.attached.device.copy_to_host(&self.table, pages, bounce.as_mut_ptr()) };
+        unsafe {
+            self.attached
+                .device
+                .copy_to_host(&self.table, pages, bounce.as_mut_ptr())
+        };
     }
 
     fn pause(&self) {
@@ -417,7 +439,11 @@ impl<D: Device> AnyMapped for Mapped<D> {
         let gate = AddressSpace::global().gate();
         retry_no_memory(|| {
             self.attached.mapped.update(gate, |list| {
-                MapSlice::collect(list.iter().filter(|m| m.region.id() != self.region.id()).cloned())
+                MapSlice::collect(
+                    list.iter()
+                        .filter(|m| m.region.id() != self.region.id())
+                        .cloned(),
+                )
             })
         });
     }
@@ -433,13 +459,18 @@ impl<D: Device> Mapped<D> {
     /// Distance from a host address to the same byte in the window (wrapping).
     #[must_use]
     pub fn offset(&self) -> isize {
-        self.window.base().wrapping_sub(self.region.base()).cast_signed()
+        self.window
+            .base()
+            .wrapping_sub(self.region.base())
+            .cast_signed()
     }
 
     /// The region.
     #[must_use]
     pub fn region(&self) -> RegionRef<'_> {
-        RegionRef { region: &self.region }
+        RegionRef {
+            region: &self.region,
+        }
     }
 
     pub(crate) fn shared_region(&self) -> &MapArc<Region> {
@@ -467,7 +498,10 @@ impl<D: Device> Mapped<D> {
 
 impl<D: Device> fmt::Debug for Mapped<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mapped").field("device", &self.attached.id).field("region", &*self.region).finish_non_exhaustive()
+        f.debug_struct("Mapped")
+            .field("device", &self.attached.id)
+            .field("region", &*self.region)
+            .finish_non_exhaustive()
     }
 }
 
@@ -507,7 +541,9 @@ impl RegionRef<'_> {
     #[must_use]
     pub fn is_movable(&self, addr: usize) -> bool {
         let region = self.region;
-        let body = region.body().filter(|body| region.kind() == RegionKind::Managed && body.contains_addr(addr));
+        let body = region
+            .body()
+            .filter(|body| region.kind() == RegionKind::Managed && body.contains_addr(addr));
         body.is_some() && {
             let _signals = AsyncSignalsBlocked::new();
             let _gate = AddressSpace::global().gate().enter();
@@ -571,12 +607,18 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
     let capacity = match options.memory_bytes {
         None => usize::MAX / PAGE_SIZE,
         Some(bytes) if bytes < PAGE_SIZE => {
-            return Err(Error::invalid("attach", "device memory is below one page (4096 bytes); give it more"));
+            return Err(Error::invalid(
+                "attach",
+                "device memory is below one page (4096 bytes); give it more",
+            ));
         }
         Some(bytes) => bytes / PAGE_SIZE,
     };
     let Some(id) = space.claim_device() else {
-        return Err(Error::invalid("attach", "8 devices are attached already; drop one first"));
+        return Err(Error::invalid(
+            "attach",
+            "8 devices are attached already; drop one first",
+        ));
     };
     let no_memory = |errno| {
         space.release_device(id);
@@ -585,7 +627,11 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
     let attached = Attached {
         id,
         device,
-        residency: Residency { resident: AtomicUsize::new(0), capacity, failures: AtomicUsize::new(0) },
+        residency: Residency {
+            resident: AtomicUsize::new(0),
+            capacity,
+            failures: AtomicUsize::new(0),
+        },
         space,
         detached: AtomicBool::new(false),
         retired: Counters::default(),
@@ -593,7 +639,9 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
         control: std::sync::Mutex::new(()),
         hand: Mutex::new((0, 0)),
     };
-    Ok(Attachment { attached: MapArc::new(attached).map_err(no_memory)? })
+    Ok(Attachment {
+        attached: MapArc::new(attached).map_err(no_memory)?,
+    })
 }
 
 impl<D: Device> Attachment<D> {
@@ -612,7 +660,11 @@ impl<D: Device> Attachment<D> {
     /// Bytes of device memory, `None` for no limit.
     #[must_use]
     pub fn memory_bytes(&self) -> Option<usize> {
-        self.attached.residency.capacity().checked_mul(PAGE_SIZE).filter(|&b| b < usize::MAX - PAGE_SIZE)
+        self.attached
+            .residency
+            .capacity()
+            .checked_mul(PAGE_SIZE)
+            .filter(|&b| b < usize::MAX - PAGE_SIZE)
     }
 
     /// Bytes of device memory in use, stale pages included.
@@ -628,19 +680,30 @@ impl<D: Device> Attachment<D> {
     pub fn map(&self, region: RegionRef<'_>) -> Result<MappedRef<D>> {
         let _signals = AsyncSignalsBlocked::new();
         let attached = &self.attached;
-        let _control = attached.control.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _control = attached
+            .control
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         let space = AddressSpace::get("map")?;
         if !core::ptr::eq(space, attached.space) || region.region.door().is_disowned() {
             return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
         }
         if attached.is_detached() {
-            return Err(DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into());
+            return Err(
+                DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into(),
+            );
         }
-        if let Some(known) = attached.with_mapped(|list| list.iter().find(|m| m.region.id() == region.id()).cloned()) {
+        if let Some(known) =
+            attached.with_mapped(|list| list.iter().find(|m| m.region.id() == region.id()).cloned())
+        {
             return Ok(MappedRef(known));
         }
         let region = region.region;
-        let no_memory = |errno| Error::new("map", ErrorKind::OutOfMemory).at(region.addr()).errno(errno);
+        let no_memory = |errno| {
+            Error::new("map", ErrorKind::OutOfMemory)
+                .at(region.addr())
+                .errno(errno)
+        };
         let window = Window::new(region, attached.id)?;
         let info = MapInfo {
             host_base: region.base(),
@@ -656,13 +719,16 @@ impl<D: Device> Attachment<D> {
             table: attached.device.map(&info)?,
             window,
             counters: Counters::default(),
-            touched: MapArray::zeroed(region.nr_blocks().max(1)).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
+            touched: MapArray::zeroed(region.nr_blocks().max(1))
+                .map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
             edges: crate::edge::Edges::new(),
             bounce: match attached.device.memory() {
                 DeviceMemory::Window => None,
                 DeviceMemory::Opaque => {
                     let buffer = MapArray::zeroed(BLOCK_SIZE);
-                    Some(Mutex::new(buffer.map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?))
+                    Some(Mutex::new(buffer.map_err(|e| {
+                        no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM))
+                    })?))
                 }
             },
         })
@@ -670,7 +736,9 @@ impl<D: Device> Attachment<D> {
         let gate = space.gate();
         let erased: MapArc<dyn AnyMapped> = mapped.clone().erase(|p| p);
         space.publish_window(region, mapped.window(), attached.id)?;
-        let known = attached.mapped.update(gate, |list| MapSlice::collect(list.iter().cloned().chain([mapped.clone()])));
+        let known = attached.mapped.update(gate, |list| {
+            MapSlice::collect(list.iter().cloned().chain([mapped.clone()]))
+        });
         let told = known.and_then(|()| {
             region.devices_cell().update(gate, |table| {
                 let mut table = table.clone();
@@ -691,7 +759,8 @@ impl<D: Device> Attachment<D> {
             });
             mapped.unmap();
             space.unpublish_window(mapped.window());
-            let closed = || DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into();
+            let closed =
+                || DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into();
             return Err(told.map_or_else(no_memory, |()| closed()));
         }
         Ok(MappedRef(mapped))
@@ -737,7 +806,14 @@ impl<D: Device> Attachment<D> {
             let origin = at / PAGES_PER_BLOCK * PAGES_PER_BLOCK;
             let part = at..end.min(origin + PAGES_PER_BLOCK);
             let mask = PageMask::range(part.start - origin..part.end - origin);
-            evict::release_pages(&*mapped.0, region.region, origin / PAGES_PER_BLOCK, mask, &mut scratch, Cause::Explicit)?;
+            evict::release_pages(
+                &*mapped.0,
+                region.region,
+                origin / PAGES_PER_BLOCK,
+                mask,
+                &mut scratch,
+                Cause::Explicit,
+            )?;
             at = part.end;
         }
         Ok(())
@@ -746,7 +822,10 @@ impl<D: Device> Attachment<D> {
     /// Has the next `count` allocations of device memory fail, as under pressure that eviction cannot relieve: a fault that
     /// wanted many pages is then served page by page, and a page that still gets none is served in place.
     pub fn fail_next_allocations(&self, count: usize) {
-        self.attached.residency.failures.store(count, Ordering::Relaxed);
+        self.attached
+            .residency
+            .failures
+            .store(count, Ordering::Relaxed);
     }
 
     pub(crate) fn id(&self) -> DeviceId {
@@ -859,8 +938,10 @@ impl PageBits {
     /// # Errors
     /// Out of memory.
     pub fn new(nr_pages: usize) -> Result<Self> {
-        let words = MapArray::zeroed(nr_pages.div_ceil(64).max(8))
-            .map_err(|e| Error::new("page bits", ErrorKind::OutOfMemory).errno(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        let words = MapArray::zeroed(nr_pages.div_ceil(64).max(8)).map_err(|e| {
+            Error::new("page bits", ErrorKind::OutOfMemory)
+                .errno(e.raw_os_error().unwrap_or(libc::ENOMEM))
+        })?;
         Ok(Self { words })
     }
 
@@ -900,8 +981,15 @@ impl PageBits {
 
 impl fmt::Debug for PageBits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let set: u32 = self.words.iter().map(|w| w.load(Ordering::Relaxed).count_ones()).sum();
-        f.debug_struct("PageBits").field("nr_pages", &(self.words.len() * 64)).field("set", &set).finish()
+        let set: u32 = self
+            .words
+            .iter()
+            .map(|w| w.load(Ordering::Relaxed).count_ones())
+            .sum();
+        f.debug_struct("PageBits")
+            .field("nr_pages", &(self.words.len() * 64))
+            .field("set", &set)
+            .finish()
     }
 }
 

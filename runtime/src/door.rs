@@ -9,8 +9,8 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use crate::addr::PageRange;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
-use crate::sys::{mmap, process};
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
+use crate::sys::{mmap, process};
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -57,7 +57,12 @@ impl Door {
             }
         }
         let why = refused.map_or_else(String::new, |e| e.to_string());
-        Err(Error::new(operation, ErrorKind::Unsupported(format!("no userfaultfd: {why}; run `accel-sim doctor` for what would help"))))
+        Err(Error::new(
+            operation,
+            ErrorKind::Unsupported(format!(
+                "no userfaultfd: {why}; run `accel-sim doctor` for what would help"
+            )),
+        ))
     }
 
     fn checked(operation: &'static str, uffd: Uffd, delivery: Delivery) -> Result<Self> {
@@ -70,7 +75,12 @@ impl Door {
             let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
-        Ok(Self { uffd, delivery, pid: std::process::id(), disowned: AtomicBool::new(false) })
+        Ok(Self {
+            uffd,
+            delivery,
+            pid: std::process::id(),
+            disowned: AtomicBool::new(false),
+        })
     }
 
     pub(crate) fn uffd(&self) -> &Uffd {
@@ -105,7 +115,9 @@ impl Door {
 
     /// Whether changes of the mappings arrive as events.
     pub(crate) fn has_events(&self) -> bool {
-        self.uffd.enabled().intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
+        self.uffd
+            .enabled()
+            .intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
     }
 
     /// Whether a fault or an event waits to be read.
@@ -126,7 +138,9 @@ impl Door {
         };
         // SAFETY: a body is memory that a mirror has borrowed or that its maker answers for (`mirror_raw`), published
         // before this call, so that its faults are resolved; a window or scratch area is our own reservation.
-        unsafe { self.uffd.register(range, mode) }.map(drop).map_err(|e| e.raw_os_error().unwrap_or(libc::EINVAL))
+        unsafe { self.uffd.register(range, mode) }
+            .map(drop)
+            .map_err(|e| e.raw_os_error().unwrap_or(libc::EINVAL))
     }
 
     /// Gives the faults of `range` back to the kernel.
@@ -137,7 +151,12 @@ impl Door {
 
     /// Moves `len` bytes of pages.
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Moved {
-        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        let Some(dst) = PageRange::new(dst, dst + len) else {
+            return Moved {
+                bytes: 0,
+                stop: Stop::Invalid,
+            };
+        };
         // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
         // `register` answers for.
         unsafe { self.uffd.move_pages(dst, src, Wake::Yes) }
@@ -145,7 +164,12 @@ impl Door {
 
     /// Fills `len` bytes of missing pages with copies.
     pub(crate) fn copy(&self, dst: usize, src: usize, len: usize, protect: Protect) -> Moved {
-        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        let Some(dst) = PageRange::new(dst, dst + len) else {
+            return Moved {
+                bytes: 0,
+                stop: Stop::Invalid,
+            };
+        };
         // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
         // door's descriptor, and which `register` answers for.
         unsafe { self.uffd.copy(dst, src, protect, Wake::Yes) }
@@ -162,7 +186,12 @@ impl Door {
 
     /// Fills `len` bytes of missing pages with the shared page of zeros.
     pub(crate) fn zeropage(&self, dst: usize, len: usize) -> Moved {
-        let Some(dst) = PageRange::new(dst, dst + len) else { return Moved { bytes: 0, stop: Stop::Invalid } };
+        let Some(dst) = PageRange::new(dst, dst + len) else {
+            return Moved {
+                bytes: 0,
+                stop: Stop::Invalid,
+            };
+        };
         // SAFETY: as `copy`.
         unsafe { self.uffd.zeropage(dst, Wake::Yes) }
     }
@@ -174,7 +203,9 @@ impl Door {
 
     /// Lifts write-protection, and clears markers.
     pub(crate) fn unprotect(&self, at: usize, len: usize) -> Stop {
-        PageRange::new(at, at + len).map_or(Stop::Invalid, |range| self.uffd.write_unprotect(range, Wake::Yes))
+        PageRange::new(at, at + len).map_or(Stop::Invalid, |range| {
+            self.uffd.write_unprotect(range, Wake::Yes)
+        })
     }
 
     /// Wakes who waits for faults in the range.

@@ -24,7 +24,9 @@ pub(crate) struct Edges {
 
 impl Edges {
     pub(crate) const fn new() -> Self {
-        Self { users: Mutex::new(0) }
+        Self {
+            users: Mutex::new(0),
+        }
     }
 }
 
@@ -67,14 +69,20 @@ impl<D: Device> MappedRef<D> {
     pub fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
         let region = self.shared_region();
         if access == Access::Write && !region.is_writable() {
-            return Err(DeviceFault::new(region.addr(), access, DeviceFaultKind::Protection).into());
+            return Err(
+                DeviceFault::new(region.addr(), access, DeviceFaultKind::Protection).into(),
+            );
         }
         let _signals = AsyncSignalsBlocked::new();
         let me = self.attached().id;
         if access == Access::Write {
             let mut writers = region.edge_writers();
             if writers.1 > 0 && writers.0 != Some(me) {
-                return Err(Error::invalid("begin use", "a launch of another device is writing this mirror").at(region.addr()));
+                return Err(Error::invalid(
+                    "begin use",
+                    "a launch of another device is writing this mirror",
+                )
+                .at(region.addr()));
             }
             *writers = (Some(me), writers.1 + 1);
         }
@@ -85,7 +93,11 @@ impl<D: Device> MappedRef<D> {
         entered?;
         self.revalidate_protections();
         region.begin_use();
-        Ok(UseGuard { mapped: self.clone(), access, open: true })
+        Ok(UseGuard {
+            mapped: self.clone(),
+            access,
+            open: true,
+        })
     }
 
     /// Counts a user of the copies; the first makes them.
@@ -119,12 +131,20 @@ impl<D: Device> MappedRef<D> {
     }
 }
 
-fn check(operation: &'static str, edge: &Range<usize>, copied: std::io::Result<usize>) -> Result<()> {
+fn check(
+    operation: &'static str,
+    edge: &Range<usize>,
+    copied: std::io::Result<usize>,
+) -> Result<()> {
     match copied {
         Ok(n) if n == edge.len() => Ok(()),
         Ok(n) => Err(Error::new(operation, ErrorKind::Unmapped).at(edge.start + n)),
-        Err(e) if e.raw_os_error() == Some(libc::EFAULT) => Err(Error::new(operation, ErrorKind::Unmapped).at(edge.start)),
-        Err(e) => Err(Error::new(operation, ErrorKind::System).at(edge.start).errno(e.raw_os_error().unwrap_or(0))),
+        Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+            Err(Error::new(operation, ErrorKind::Unmapped).at(edge.start))
+        }
+        Err(e) => Err(Error::new(operation, ErrorKind::System)
+            .at(edge.start)
+            .errno(e.raw_os_error().unwrap_or(0))),
     }
 }
 
@@ -139,7 +159,10 @@ impl<D: Device> UseGuard<D> {
     /// device may treat them as readable, and for a writing use as writable, without faulting them in.
     pub fn edge_pages(&self) -> impl Iterator<Item = usize> + use<D> {
         let base = self.mapped.shared_region().base();
-        edges(&self.mapped).into_iter().flatten().map(move |edge| (edge.start - base) / PAGE_SIZE)
+        edges(&self.mapped)
+            .into_iter()
+            .flatten()
+            .map(move |edge| (edge.start - base) / PAGE_SIZE)
     }
 
     /// Ends the use, copying back what may have been written.

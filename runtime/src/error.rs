@@ -54,7 +54,12 @@ pub enum ErrorKind {
 
 impl Error {
     pub(crate) fn new(operation: &'static str, kind: ErrorKind) -> Self {
-        Self(Box::new(Inner { kind, operation, addr: None, errno: None }))
+        Self(Box::new(Inner {
+            kind,
+            operation,
+            addr: None,
+            errno: None,
+        }))
     }
 
     pub(crate) fn at(mut self, addr: usize) -> Self {
@@ -149,14 +154,22 @@ impl fmt::Display for Error {
         }
         match &self.0.kind {
             ErrorKind::Unsupported(why) => write!(f, ": not available here: {why}")?,
-            ErrorKind::Overlap => write!(f, ": the range overlaps memory that is already mirrored; drop that mirror first")?,
+            ErrorKind::Overlap => write!(
+                f,
+                ": the range overlaps memory that is already mirrored; drop that mirror first"
+            )?,
             ErrorKind::Invalid(why) => write!(f, ": {why}")?,
             ErrorKind::Unmapped => write!(f, ": no memory is mapped there")?,
             ErrorKind::Protection => write!(f, ": the mapping's protection forbids this access")?,
             ErrorKind::OutOfMemory => write!(f, ": out of memory, descriptors or mappings")?,
             ErrorKind::Timeout => write!(f, ": the deadline passed without progress")?,
-            ErrorKind::Forked => write!(f, ": this is a forked child; mirror and attach anew here")?,
-            ErrorKind::Lost => write!(f, ": contents could not be brought home; the pages are poisoned")?,
+            ErrorKind::Forked => {
+                write!(f, ": this is a forked child; mirror and attach anew here")?
+            }
+            ErrorKind::Lost => write!(
+                f,
+                ": contents could not be brought home; the pages are poisoned"
+            )?,
             ErrorKind::Device(fault) => write!(f, ": {fault}")?,
             ErrorKind::Kernel(how) => write!(f, ": {how}")?,
             ErrorKind::System => write!(f, ": the system call failed")?,
@@ -241,12 +254,16 @@ impl fmt::Display for DeviceFault {
             DeviceFaultKind::NoAccess => "the mapping permits no access",
             DeviceFaultKind::Protection => "the mapping or the view does not permit it",
             DeviceFaultKind::OutOfViews => "the address lies in none of the launch's views",
-            DeviceFaultKind::OutOfMemory => "device memory is exhausted; give the device more, or use fewer workers or views",
+            DeviceFaultKind::OutOfMemory => {
+                "device memory is exhausted; give the device more, or use fewer workers or views"
+            }
             DeviceFaultKind::Timeout => "the deadline passed without progress",
             DeviceFaultKind::Lost => "the page's contents were lost",
             DeviceFaultKind::Closed => "the mirror was closed, or the device detached",
             DeviceFaultKind::Forked => "this is a forked child; mirror and attach anew here",
-            DeviceFaultKind::Stuck => "the launch was abandoned after its span outstayed a shootdown",
+            DeviceFaultKind::Stuck => {
+                "the launch was abandoned after its span outstayed a shootdown"
+            }
         };
         write!(f, "device {access} fault at {:#x}: {why}", self.addr)
     }
@@ -266,8 +283,13 @@ mod tests {
 
     #[test]
     fn message_names_operation_address_and_cause() {
-        let e = Error::new("mirror", ErrorKind::Unmapped).at(0x1000).errno(22);
+        let e = Error::new("mirror", ErrorKind::Unmapped)
+            .at(0x1000)
+            .errno(22);
         let text = e.to_string();
-        assert!(text.starts_with("mirror at 0x1000: no memory is mapped there ("), "{text}");
+        assert!(
+            text.starts_with("mirror at 0x1000: no memory is mapped there ("),
+            "{text}"
+        );
     }
 }

@@ -69,7 +69,9 @@ impl Pending {
             }
             count(&region.counters().anomalies, 1);
         }
-        region.lock_block(self.block).set_pending(*self.inv.pages(), false);
+        region
+            .lock_block(self.block)
+            .set_pending(*self.inv.pages(), false);
         self.bracket = None;
         true
     }
@@ -124,7 +126,12 @@ fn for_each_device(
 }
 
 /// Applies one event. What is not over with it goes to `pending`.
-pub(crate) fn apply(space: &AddressSpace, closed: &Closed<'_>, event: &Event, pending: &mut Vec<Pending>) {
+pub(crate) fn apply(
+    space: &AddressSpace,
+    closed: &Closed<'_>,
+    event: &Event,
+    pending: &mut Vec<Pending>,
+) {
     match *event {
         Event::Remove(range) => for_each_part(space, closed, range, |place, part| {
             give_up(space, closed, place, part, What::Discarded, pending);
@@ -136,16 +143,30 @@ pub(crate) fn apply(space: &AddressSpace, closed: &Closed<'_>, event: &Event, pe
             republish(space, closed, range, &[]);
         }
         Event::Remap { from, to, len } => {
-            let Some(range) = PageRange::new(from, from + len) else { return };
+            let Some(range) = PageRange::new(from, from + len) else {
+                return;
+            };
             let mut moved: [Option<Place>; 9] = [const { None }; 9];
             let mut next = 0;
             for_each_part(space, closed, range, |place, part| {
-                give_up(space, closed, place, part, What::Displaced(part.start() - from + to), pending);
-                if let (Some(slot), Some(target)) =
-                    (moved.get_mut(next), PageRange::from_pages(part.start() - from + to, part.nr_pages()))
-                {
+                give_up(
+                    space,
+                    closed,
+                    place,
+                    part,
+                    What::Displaced(part.start() - from + to),
+                    pending,
+                );
+                if let (Some(slot), Some(target)) = (
+                    moved.get_mut(next),
+                    PageRange::from_pages(part.start() - from + to, part.nr_pages()),
+                ) {
                     let origin = place.original(part.start());
-                    *slot = Some(Place { range: target, kind: PlaceKind::Moved(origin), region: place.region.clone() });
+                    *slot = Some(Place {
+                        range: target,
+                        kind: PlaceKind::Moved(origin),
+                        region: place.region.clone(),
+                    });
                     next += 1;
                 }
             });
@@ -163,11 +184,26 @@ pub(crate) fn apply(space: &AddressSpace, closed: &Closed<'_>, event: &Event, pe
 }
 
 /// The memory behind `len` bytes at `to` that belongs to the same mapping and is not published.
-fn grown_tail(space: &AddressSpace, closed: &Closed<'_>, to: usize, len: usize, moved: &Option<Place>) -> Option<Place> {
+fn grown_tail(
+    space: &AddressSpace,
+    closed: &Closed<'_>,
+    to: usize,
+    len: usize,
+    moved: &Option<Place>,
+) -> Option<Place> {
     let end = space.vma(to)?.range.end();
-    let next = space.places(closed).iter().map(|p| p.range.start()).filter(|&s| s >= to + len).min();
+    let next = space
+        .places(closed)
+        .iter()
+        .map(|p| p.range.start())
+        .filter(|&s| s >= to + len)
+        .min();
     let range = PageRange::new(to + len, end.min(next.unwrap_or(end)))?;
-    Some(Place { range, kind: PlaceKind::Tail, region: moved.as_ref()?.region.clone() })
+    Some(Place {
+        range,
+        kind: PlaceKind::Tail,
+        region: moved.as_ref()?.region.clone(),
+    })
 }
 
 /// The addresses of `range` are somebody else's from now on; those of `moved` are ours.
@@ -179,7 +215,12 @@ fn republish(space: &AddressSpace, closed: &Closed<'_>, range: PageRange, moved:
 }
 
 /// Calls `f` with each published body, or moved part of one, that `range` overlaps, and the overlap.
-fn for_each_part(space: &AddressSpace, closed: &Closed<'_>, range: PageRange, mut f: impl FnMut(&Place, PageRange)) {
+fn for_each_part(
+    space: &AddressSpace,
+    closed: &Closed<'_>,
+    range: PageRange,
+    mut f: impl FnMut(&Place, PageRange),
+) {
     for place in space.places(closed) {
         if matches!(place.kind, PlaceKind::Window(_)) {
             if place.range.overlaps(range) {
@@ -215,7 +256,8 @@ fn give_up(
     let region = &*place.region;
     let start = place.original(part.start());
     if let What::Displaced(to) = what {
-        let remembered = PageRange::from_pages(start, part.nr_pages()).is_some_and(|from| region.displace(from, to));
+        let remembered = PageRange::from_pages(start, part.nr_pages())
+            .is_some_and(|from| region.displace(from, to));
         if !remembered {
             count(&region.counters().anomalies, 1);
         }
@@ -225,15 +267,23 @@ fn give_up(
         let mut state = region.lock_block(block);
         // The old place of displaced pages is of no account any more; the UNMAP that follows a REMAP is for it.
         let displaced = state.displaced();
-        let concerned = if matches!(place.kind, PlaceKind::Body) { pages - displaced } else { pages & displaced };
-        let Some(bounds) = concerned.bounds() else { continue };
+        let concerned = if matches!(place.kind, PlaceKind::Body) {
+            pages - displaced
+        } else {
+            pages & displaced
+        };
+        let Some(bounds) = concerned.bounds() else {
+            continue;
+        };
         let bracket = open_bracket(region, block, bounds);
         let inv = Invalidation::new(block, concerned, Keep::Nothing);
         let holders = state.holders(&concerned);
         let over = invalidate(region, closed, holders, &inv);
         let zap = what == What::Discarded && {
             let present = concerned - state.away();
-            present.runs().any(|run| space.nr_empty(region.addr_of(block, run.start), run.len()) < run.len())
+            present
+                .runs()
+                .any(|run| space.nr_empty(region.addr_of(block, run.start), run.len()) < run.len())
         };
         match what {
             What::Discarded => state.discarded(concerned),
@@ -262,7 +312,10 @@ fn open_bracket(region: &Region, block: usize, pages: Range<usize>) -> Option<Br
 fn blocks(pages: Range<usize>) -> impl Iterator<Item = (usize, PageMask)> {
     (pages.start / PAGES_PER_BLOCK..pages.end.div_ceil(PAGES_PER_BLOCK)).map(move |block| {
         let origin = block * PAGES_PER_BLOCK;
-        let (start, end) = (pages.start.max(origin), pages.end.min(origin + PAGES_PER_BLOCK));
+        let (start, end) = (
+            pages.start.max(origin),
+            pages.end.min(origin + PAGES_PER_BLOCK),
+        );
         (block, PageMask::range(start - origin..end - origin))
     })
 }

@@ -18,18 +18,35 @@ use crate::stats::{Cause, count};
 use crate::sys::{clock, process};
 
 /// Frees at least `needed` pages of the device's memory if it can; says how many it freed. No lock is held.
-pub(crate) fn make_room<D: Device>(attached: &Attached<D>, needed: usize, scratch: &mut Scratch) -> Result<usize> {
+pub(crate) fn make_room<D: Device>(
+    attached: &Attached<D>,
+    needed: usize,
+    scratch: &mut Scratch,
+) -> Result<usize> {
     let goal = needed.max(attached.residency.capacity().min(PAGES_PER_BLOCK * 8) / 8);
     let mut freed = 0;
     let mut sweeps = 0;
     while freed < needed && sweeps < 3 {
-        let Some((mapped, block, wrapped)) = next_victim(attached) else { return Ok(freed) };
+        let Some((mapped, block, wrapped)) = next_victim(attached) else {
+            return Ok(freed);
+        };
         sweeps += usize::from(wrapped);
         if mapped.take_touched(block) && sweeps < 2 {
             continue;
         }
-        let leased = if sweeps < 2 { Leased::Spare } else { Leased::Take };
-        freed += evict_block(&*mapped, mapped.shared_region(), block, goal - freed.min(goal), leased, scratch)?;
+        let leased = if sweeps < 2 {
+            Leased::Spare
+        } else {
+            Leased::Take
+        };
+        freed += evict_block(
+            &*mapped,
+            mapped.shared_region(),
+            block,
+            goal - freed.min(goal),
+            leased,
+            scratch,
+        )?;
     }
     Ok(freed)
 }
@@ -37,10 +54,16 @@ pub(crate) fn make_room<D: Device>(attached: &Attached<D>, needed: usize, scratc
 /// Advances the clock's hand by one block; says whether it came around.
 fn next_victim<D: Device>(
     attached: &Attached<D>,
-) -> Option<(crate::sys::arc::MapArc<crate::device::Mapped<D>>, usize, bool)> {
+) -> Option<(
+    crate::sys::arc::MapArc<crate::device::Mapped<D>>,
+    usize,
+    bool,
+)> {
     let mut hand = attached.hand.lock();
     let (mapped, nr_mapped) = attached.mapped_at(hand.0)?;
-    let block = hand.1.min(mapped.shared_region().nr_blocks().saturating_sub(1));
+    let block = hand
+        .1
+        .min(mapped.shared_region().nr_blocks().saturating_sub(1));
     let mut wrapped = false;
     hand.1 = block + 1;
     if hand.1 >= mapped.shared_region().nr_blocks() {
@@ -69,15 +92,21 @@ fn evict_block(
 ) -> Result<usize> {
     scratch.ensure(region.door())?;
     let gate = AddressSpace::global().gate().enter();
-    let Some(mut state) = region.try_lock_block(block) else { return Ok(0) };
+    let Some(mut state) = region.try_lock_block(block) else {
+        return Ok(0);
+    };
     let resident = state.resident(device.id());
     let before = resident.count();
-    if before == 0 || (leased == Leased::Spare && state.lease().device_until_ns > clock::monotonic_ns()) {
+    if before == 0
+        || (leased == Leased::Spare && state.lease().device_until_ns > clock::monotonic_ns())
+    {
         return Ok(0);
     }
     let victims = choose(&state, device, max);
     let interval = region.interval(block, victims.bounds().unwrap_or(0..1));
-    let Ok(bracket) = region.hub().start(interval, None) else { return Ok(0) };
+    let Ok(bracket) = region.hub().start(interval, None) else {
+        return Ok(0);
+    };
     let inv = Invalidation::new(block, victims & state.frames(device.id()), Keep::Nothing);
     if !inv.pages().is_empty() {
         let _ = device.invalidate(&inv);
@@ -86,7 +115,13 @@ fn evict_block(
         }
     }
     // A stall ends this victim early; what was freed until then counts.
-    let _ = give_up(&mut Mover::new(region, block, &mut state), device, victims, scratch, Cause::Evict);
+    let _ = give_up(
+        &mut Mover::new(region, block, &mut state),
+        device,
+        victims,
+        scratch,
+        Cause::Evict,
+    );
     let freed = before - state.resident(device.id()).count();
     device.residency().release(freed);
     count(&device.counters().evicted_pages, freed as u64);
@@ -99,7 +134,10 @@ fn evict_block(
 /// Up to `max` resident pages of the block, stale ones first.
 fn choose(state: &BlockState, device: &dyn AnyMapped, max: usize) -> PageMask {
     let ours = !state.pending();
-    let (junk, frames) = (state.junk(device.id()) & ours, state.frames(device.id()) & ours);
+    let (junk, frames) = (
+        state.junk(device.id()) & ours,
+        state.frames(device.id()) & ours,
+    );
     let max = max.max(1);
     if junk.count() + frames.count() <= max {
         return junk | frames;
@@ -138,7 +176,12 @@ fn give_up(
 }
 
 /// Brings home everything `device` holds of `region` and empties its window, waiting for accesses in flight.
-pub(crate) fn release_region(device: &dyn AnyMapped, region: &Region, scratch: &mut Scratch, cause: Cause) -> Result<()> {
+pub(crate) fn release_region(
+    device: &dyn AnyMapped,
+    region: &Region,
+    scratch: &mut Scratch,
+    cause: Cause,
+) -> Result<()> {
     for block in 0..region.nr_blocks() {
         release_pages(device, region, block, PageMask::FULL, scratch, cause)?;
     }
@@ -181,8 +224,12 @@ fn release_attempt(
     if resident.intersects(&state.pending()) {
         return Ok(false);
     }
-    let Some(bounds) = resident.bounds() else { return Ok(true) };
-    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };
+    let Some(bounds) = resident.bounds() else {
+        return Ok(true);
+    };
+    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else {
+        return Ok(false);
+    };
     let inv = Invalidation::new(block, resident & state.frames(device.id()), Keep::Nothing);
     let _ = device.invalidate(&inv);
     if !device.quiesced(&inv) {
@@ -193,7 +240,8 @@ fn release_attempt(
         fault::wait_quiesced(space, flight.region(), DeviceSet::one(device.id()), &inv);
         let _gate = space.gate().enter();
         let mut state = region.lock_block(block);
-        return finish_release(device, region, block, &mut state, resident, scratch, cause).inspect(|_| drop(bracket));
+        return finish_release(device, region, block, &mut state, resident, scratch, cause)
+            .inspect(|_| drop(bracket));
     }
     finish_release(device, region, block, &mut state, resident, scratch, cause)
 }
@@ -208,8 +256,16 @@ fn finish_release(
     cause: Cause,
 ) -> Result<bool, Stall> {
     let before = state.resident(device.id()).count();
-    let given_up = give_up(&mut Mover::new(region, block, state), device, pages, scratch, cause);
-    device.residency().release(before - state.resident(device.id()).count());
+    let given_up = give_up(
+        &mut Mover::new(region, block, state),
+        device,
+        pages,
+        scratch,
+        cause,
+    );
+    device
+        .residency()
+        .release(before - state.resident(device.id()).count());
     given_up?;
     Ok(!state.resident(device.id()).intersects(&pages))
 }

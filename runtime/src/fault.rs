@@ -97,7 +97,12 @@ pub(crate) fn resolve(space: &'static AddressSpace, fault: &CpuFault) -> Verdict
                 begin(space, fault, First::No)
             }
             Attempt::Pending(pending) => {
-                wait_quiesced(space, pending.flight.region(), pending.holders, &pending.inv);
+                wait_quiesced(
+                    space,
+                    pending.flight.region(),
+                    pending.holders,
+                    &pending.inv,
+                );
                 pending.finish(space, fault)
             }
         };
@@ -139,12 +144,19 @@ impl Pending {
     pub(crate) fn is_ready(&self, space: &AddressSpace) -> bool {
         let region = self.flight.region();
         let gate = space.gate().enter();
-        quiesced(region, &gate, self.holders, &self.inv) || clock::monotonic_ns() > self.since_ns + SPAN_DEADLINE_NS
+        quiesced(region, &gate, self.holders, &self.inv)
+            || clock::monotonic_ns() > self.since_ns + SPAN_DEADLINE_NS
     }
 
     /// Goes on where the fault left off, if nothing else has changed.
     pub(crate) fn finish(self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
-        let Self { flight, bracket, class, page: (block, page), .. } = self;
+        let Self {
+            flight,
+            bracket,
+            class,
+            page: (block, page),
+            ..
+        } = self;
         let region = flight.region();
         let gate = space.gate().enter();
         let mut state = region.lock_block(block);
@@ -167,7 +179,11 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
             return Attempt::Again;
         }
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
-        return Attempt::Done(if stranger { Verdict::NotOurs } else { Verdict::Resolved });
+        return Attempt::Done(if stranger {
+            Verdict::NotOurs
+        } else {
+            Verdict::Resolved
+        });
     };
     let region = &*place.region;
     let (block, page) = match place.kind {
@@ -198,8 +214,14 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         return Attempt::WaitUntil(until);
     }
     let interval = region.interval(block, run.clone());
-    let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) else { return Attempt::Again };
-    let keep = if matches!(class, Class::ShareHome(_) | Class::Restore) { Keep::Reads } else { Keep::Nothing };
+    let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) else {
+        return Attempt::Again;
+    };
+    let keep = if matches!(class, Class::ShareHome(_) | Class::Restore) {
+        Keep::Reads
+    } else {
+        Keep::Nothing
+    };
     let inv = Invalidation::new(block, PageMask::range(run), keep);
     let holders = state.holders(inv.pages());
     if holders.is_empty() || invalidate(region, &gate, holders, &inv) {
@@ -207,7 +229,15 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     }
     count(&region.counters().waits, 1);
     let flight = Flight::begin(region);
-    Attempt::Pending(Pending { flight, bracket, class, page: (block, page), holders, inv, since_ns: clock::monotonic_ns() })
+    Attempt::Pending(Pending {
+        flight,
+        bracket,
+        class,
+        page: (block, page),
+        holders,
+        inv,
+        since_ns: clock::monotonic_ns(),
+    })
 }
 
 /// Memory that a growing `mremap` added behind pages of ours: registered, for the kernel says so, and nobody else's.
@@ -220,7 +250,13 @@ fn zero_fill_tail(region: &Region, fault: &CpuFault) -> Verdict {
     }
 }
 
-fn classify(region: &Region, state: &BlockState, block: usize, page: usize, fault: &CpuFault) -> Class {
+fn classify(
+    region: &Region,
+    state: &BlockState,
+    block: usize,
+    page: usize,
+    fault: &CpuFault,
+) -> Class {
     let displaced = state.displaced().contains(page);
     if (state.gone().contains(page) && !displaced) || region.kind() != RegionKind::Managed {
         return Class::Gone;
@@ -230,13 +266,23 @@ fn classify(region: &Region, state: &BlockState, block: usize, page: usize, faul
     }
     let body = region.body_mask(block) - state.pending();
     // Displaced pages come home one by one: their neighbours may have gone elsewhere.
-    let near = if displaced { PageMask::page(page) } else { granule_around(page, region.granule()) & body - state.gone() };
+    let near = if displaced {
+        PageMask::page(page)
+    } else {
+        granule_around(page, region.granule()) & body - state.gone()
+    };
     let reads = fault.access == Some(Access::Read);
     if state.away().contains(page) {
-        let Some(holder) = state.holder_of(page) else { return Class::ZeroFill };
+        let Some(holder) = state.holder_of(page) else {
+            return Class::ZeroFill;
+        };
         let run = (near & state.away() & state.frames(holder)).run_around(page);
         // While a launch goes on, a reader joins the readers (W1); otherwise moving is cheaper, and a write may follow.
-        return if reads && region.in_use() { Class::ShareHome(run) } else { Class::MoveHome(run) };
+        return if reads && region.in_use() {
+            Class::ShareHome(run)
+        } else {
+            Class::MoveHome(run)
+        };
     }
     let shared = state.shared();
     if shared.contains(page) {
@@ -244,7 +290,11 @@ fn classify(region: &Region, state: &BlockState, block: usize, page: usize, faul
             Some(present) => !present,
             None => !AddressSpace::global().is_present(region.host_addr_of(block, page)),
         };
-        return if missing { Class::Restore } else { Class::Collapse((near & shared).run_around(page)) };
+        return if missing {
+            Class::Restore
+        } else {
+            Class::Collapse((near & shared).run_around(page))
+        };
     }
     match fault.protection {
         Some(true) => Class::StaleProtection,
@@ -255,23 +305,37 @@ fn classify(region: &Region, state: &BlockState, block: usize, page: usize, faul
 fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {
     let counters = region.counters();
     match class {
-        Class::MoveHome(_) | Class::ShareHome(_) if fault.access == Some(Access::Write) => count(&counters.cpu_write_faults, 1),
-        Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore => count(&counters.cpu_read_faults, 1),
+        Class::MoveHome(_) | Class::ShareHome(_) if fault.access == Some(Access::Write) => {
+            count(&counters.cpu_write_faults, 1)
+        }
+        Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore => {
+            count(&counters.cpu_read_faults, 1)
+        }
         Class::Collapse(_) => count(&counters.cpu_protect_faults, 1),
         Class::ZeroFill => count(&counters.cpu_zero_fills, 1),
-        Class::StaleProtection | Class::Gone | Class::Pending => count(&counters.cpu_spurious_faults, 1),
+        Class::StaleProtection | Class::Gone | Class::Pending => {
+            count(&counters.cpu_spurious_faults, 1)
+        }
     }
 }
 
 /// If the page was lent to a device that has not had its use of it yet: until when.
 fn lease_of_device(state: &mut BlockState, class: &Class) -> Option<u64> {
-    let takes = matches!(class, Class::MoveHome(_) | Class::Collapse(_) | Class::ShareHome(_));
+    let takes = matches!(
+        class,
+        Class::MoveHome(_) | Class::Collapse(_) | Class::ShareHome(_)
+    );
     let until = state.lease().device_until_ns;
     (takes && until != 0 && until > clock::monotonic_ns()).then_some(until)
 }
 
 /// First pass over `holders`, then whether all are quiesced already.
-pub(crate) fn invalidate(region: &Region, gate: &impl Inside, holders: DeviceSet, inv: &Invalidation) -> bool {
+pub(crate) fn invalidate(
+    region: &Region,
+    gate: &impl Inside,
+    holders: DeviceSet,
+    inv: &Invalidation,
+) -> bool {
     for id in holders.iter() {
         if let Some(device) = region.device(gate, id) {
             // Blocking invalidations are not refused.
@@ -282,12 +346,26 @@ pub(crate) fn invalidate(region: &Region, gate: &impl Inside, holders: DeviceSet
 }
 
 /// Second pass: whether every device of `holders` is done with the pages.
-pub(crate) fn quiesced(region: &Region, gate: &impl Inside, holders: DeviceSet, inv: &Invalidation) -> bool {
-    holders.iter().all(|id| region.device(gate, id).is_none_or(|device| device.quiesced(inv)))
+pub(crate) fn quiesced(
+    region: &Region,
+    gate: &impl Inside,
+    holders: DeviceSet,
+    inv: &Invalidation,
+) -> bool {
+    holders.iter().all(|id| {
+        region
+            .device(gate, id)
+            .is_none_or(|device| device.quiesced(inv))
+    })
 }
 
 /// Waits until `holders` are done with the pages, or the deadline for stuck spans has passed. No lock is held.
-pub(crate) fn wait_quiesced(space: &AddressSpace, region: &Region, holders: DeviceSet, inv: &Invalidation) {
+pub(crate) fn wait_quiesced(
+    space: &AddressSpace,
+    region: &Region,
+    holders: DeviceSet,
+    inv: &Invalidation,
+) {
     let deadline = clock::monotonic_ns() + SPAN_DEADLINE_NS;
     let mut spins = 0u32;
     loop {
@@ -366,14 +444,20 @@ pub(crate) fn move_home(
     run: &Range<usize>,
     cause: Cause,
 ) -> Result<(), Stall> {
-    let Some(device) = mover.state.holder_of(page).and_then(|id| region.device(gate, id)) else {
+    let Some(device) = mover
+        .state
+        .holder_of(page)
+        .and_then(|id| region.device(gate, id))
+    else {
         return Err(Stall::Lost(page));
     };
     let before = mover.state.resident(device.id()).count();
     let moved = mover.bring_home(device, run.clone());
     let pages = PageMask::range(run.clone());
     mover.state.revoked_all(pages - mover.state.away(), None);
-    device.residency().release(before - mover.state.resident(device.id()).count());
+    device
+        .residency()
+        .release(before - mover.state.resident(device.id()).count());
     let home = (pages - mover.state.away()).count() as u64;
     if home > 0 {
         device.counters().to_host(cause, 1, home - 1);
@@ -388,11 +472,17 @@ fn share_home(
     page: usize,
     run: &Range<usize>,
 ) -> Result<(), Stall> {
-    let Some(device) = mover.state.holder_of(page).and_then(|id| region.device(gate, id)) else {
+    let Some(device) = mover
+        .state
+        .holder_of(page)
+        .and_then(|id| region.device(gate, id))
+    else {
         return Err(Stall::Lost(page));
     };
     mover.share_home(device, run.clone())?;
-    device.counters().to_host(Cause::Demand, 1, run.len() as u64 - 1);
+    device
+        .counters()
+        .to_host(Cause::Demand, 1, run.len() as u64 - 1);
     Ok(())
 }
 
@@ -407,8 +497,14 @@ fn note_fetch(state: &mut BlockState, class: &Class, page: usize, fault: &CpuFau
     }
     let now = clock::monotonic_ns();
     let lease = state.lease();
-    let same = lease.cpu_thread == fault.thread && usize::from(lease.cpu_page) == page && now - lease.cpu_fetched_ns < REFAULT_NS;
-    lease.cpu_repeats = if same { lease.cpu_repeats.saturating_add(1) } else { 0 };
+    let same = lease.cpu_thread == fault.thread
+        && usize::from(lease.cpu_page) == page
+        && now - lease.cpu_fetched_ns < REFAULT_NS;
+    lease.cpu_repeats = if same {
+        lease.cpu_repeats.saturating_add(1)
+    } else {
+        0
+    };
     lease.cpu_thread = fault.thread;
     lease.cpu_page = u16::try_from(page).unwrap_or(u16::MAX);
     lease.cpu_fetched_ns = now;
@@ -416,4 +512,3 @@ fn note_fetch(state: &mut BlockState, class: &Class, page: usize, fault: &CpuFau
         lease.cpu_until_ns = now + (FIRST_SLICE_NS << lease.cpu_repeats.min(MAX_SHIFT));
     }
 }
-

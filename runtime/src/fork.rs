@@ -28,7 +28,9 @@ use crate::sys::signal::AsyncSignalsBlocked;
 /// Has libc call the three handlers around every fork of this process, once.
 pub(crate) fn install() -> std::io::Result<()> {
     static ONCE: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
-    let mut installed = ONCE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut installed = ONCE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     if !*installed {
         process::at_fork(prepare, parent, child)?;
         *installed = true;
@@ -43,7 +45,9 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
         let gate = space.gate().enter();
         let places = space.places(&gate);
         if places.len() <= count {
-            let bodies = places.iter().filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+            let bodies = places
+                .iter()
+                .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
             regions.extend(bodies.map(|p| p.region.clone()));
             return regions;
         }
@@ -56,8 +60,14 @@ fn advise_bodies(space: &AddressSpace, advice: Advice) {
         // One at a time: `madvise` takes the mmap lock, and is not called inside the gate.
         let range = {
             let gate = space.gate().enter();
-            let bodies = space.places(&gate).iter().filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
-            bodies.map(|p| p.range).filter(|r| r.start() >= next).min_by_key(|r| r.start())
+            let bodies = space
+                .places(&gate)
+                .iter()
+                .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+            bodies
+                .map(|p| p.range)
+                .filter(|r| r.start() >= next)
+                .min_by_key(|r| r.start())
         };
         let Some(range) = range else { return };
         // Where part of it was unmapped meanwhile there is nothing to inherit.
@@ -67,7 +77,9 @@ fn advise_bodies(space: &AddressSpace, advice: Advice) {
 }
 
 extern "C" fn prepare() {
-    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else {
+        return;
+    };
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
@@ -88,7 +100,9 @@ extern "C" fn prepare() {
 }
 
 extern "C" fn parent() {
-    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else { return };
+    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else {
+        return;
+    };
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // Another thread may be between its prepare and its fork: the last one closes the bracket.

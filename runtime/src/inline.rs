@@ -10,7 +10,9 @@ use crate::sys::signal::{self, BusFault};
 
 /// Installs the handler, once per process.
 pub(crate) fn install(operation: &'static str) -> Result<()> {
-    signal::install(on_fault).map_err(|e| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(libc::ENOMEM)))
+    signal::install(on_fault).map_err(|e| {
+        Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(libc::ENOMEM))
+    })
 }
 
 fn on_fault(bus: &BusFault) -> signal::Verdict {
@@ -23,7 +25,12 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         signal::Access::WriteProtected => (Some(Access::Write), Some(true)),
         signal::Access::Unknown => (None, None),
     };
-    let fault = CpuFault { addr: bus.addr, access, protection, thread: signal::thread_pointer() };
+    let fault = CpuFault {
+        addr: bus.addr,
+        access,
+        protection,
+        thread: signal::thread_pointer(),
+    };
     match fault::resolve(space, &fault) {
         fault::Verdict::Resolved => signal::Verdict::Resolved,
         fault::Verdict::NotOurs => signal::Verdict::NotOurs,

@@ -30,7 +30,10 @@ mod snapshot;
 mod space;
 mod stats;
 pub mod sync;
-#[cfg_attr(any(not(target_os = "linux"), svm_unsupported), path = "sys/unsupported.rs")]
+#[cfg_attr(
+    any(not(target_os = "linux"), svm_unsupported),
+    path = "sys/unsupported.rs"
+)]
 mod sys;
 mod view;
 mod window;
@@ -40,8 +43,8 @@ pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
-    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo, Mapped, MappedRef,
-    PageBits, RegionRef, WouldBlock, attach,
+    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory,
+    Invalidation, Keep, MapInfo, Mapped, MappedRef, PageBits, RegionRef, WouldBlock, attach,
 };
 pub use edge::UseGuard;
 pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
@@ -55,4 +58,6 @@ pub use share::Shared;
 pub use snapshot::{PageSnapshot, snapshot};
 pub use stats::{Cause, Stats};
 pub use view::{SharedView, View, ViewMut};
-pub use worker::{WorkerThread, barriers_are_asymmetric, heavy_barrier, light_barrier, worker_thread};
+pub use worker::{
+    WorkerThread, barriers_are_asymmetric, heavy_barrier, light_barrier, worker_thread,
+};

@@ -150,7 +150,10 @@ impl PageMask {
     #[must_use]
     #[inline]
     pub fn runs(&self) -> Runs {
-        Runs { mask: *self, next: 0 }
+        Runs {
+            mask: *self,
+            next: 0,
+        }
     }
 
     /// The maximal run that `page` lies in; empty if `page` is not in the set.
@@ -211,7 +214,10 @@ impl Iterator for Runs {
     #[inline]
     fn next(&mut self) -> Option<Range<usize>> {
         let start = self.mask.first_from(self.next)?;
-        let end = self.mask.first_absent_from(start).unwrap_or(PAGES_PER_BLOCK);
+        let end = self
+            .mask
+            .first_absent_from(start)
+            .unwrap_or(PAGES_PER_BLOCK);
         self.next = end;
         Some(start..end)
     }
@@ -263,10 +269,23 @@ mod tests {
 
     #[test]
     fn range_sets_exactly_its_pages() {
-        for (start, end) in [(0, 0), (0, 1), (0, 512), (5, 6), (63, 65), (64, 128), (100, 511), (511, 512)] {
+        for (start, end) in [
+            (0, 0),
+            (0, 1),
+            (0, 512),
+            (5, 6),
+            (63, 65),
+            (64, 128),
+            (100, 511),
+            (511, 512),
+        ] {
             let mask = PageMask::range(start..end);
             for page in 0..512 {
-                assert_eq!(mask.contains(page), (start..end).contains(&page), "{start}..{end} page {page}");
+                assert_eq!(
+                    mask.contains(page),
+                    (start..end).contains(&page),
+                    "{start}..{end} page {page}"
+                );
             }
             assert_eq!(mask.count(), end - start);
             assert_eq!(mask.bounds(), (start < end).then_some(start..end));
@@ -278,7 +297,10 @@ mod tests {
         let words = [0x8000_0000_0000_0001, !0, 0, 0xF0F0, !0, !0, 1 << 40, !1];
         let mask = PageMask::from_words(words);
         for page in 0..512 {
-            let run = mask.runs().find(|run| run.contains(&page)).unwrap_or(page..page);
+            let run = mask
+                .runs()
+                .find(|run| run.contains(&page))
+                .unwrap_or(page..page);
             assert_eq!(mask.run_around(page), run, "page {page}");
         }
         for group in [1, 2, 4, 8, 16, 32, 64] {

@@ -60,8 +60,18 @@ pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
 /// As [`mirror`].
 pub fn mirror_with<'a, T: Pod>(slice: &'a mut [T], options: &Options) -> Result<Mirror<'a, T>> {
     let ptr = NonNull::from(&mut *slice).cast::<T>();
-    let raw = Raw::new("mirror", ptr.as_ptr().expose_provenance(), size_of_val(slice), options)?;
-    Ok(Mirror { raw, ptr, len: slice.len(), _borrow: PhantomData })
+    let raw = Raw::new(
+        "mirror",
+        ptr.as_ptr().expose_provenance(),
+        size_of_val(slice),
+        options,
+    )?;
+    Ok(Mirror {
+        raw,
+        ptr,
+        len: slice.len(),
+        _borrow: PhantomData,
+    })
 }
 
 /// Mirrors an input: devices get copies of it, and it is never moved, protected or registered, since nobody can write it.
@@ -91,14 +101,25 @@ pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<
 /// The memory is readable and writable for as long as the mirror lives, unless it is unmapped, moved or protected by system
 /// calls, which devices then observe as faults. Whoever else accesses it while kernels write it does so by atomics, or
 /// synchronises with their launches.
-pub unsafe fn mirror_raw(ptr: *mut u8, len_bytes: usize, options: &Options) -> Result<Mirror<'static, u8>> {
-    let Some(start) = NonNull::new(ptr) else { return Err(Error::invalid("mirror", "the pointer is null")) };
+pub unsafe fn mirror_raw(
+    ptr: *mut u8,
+    len_bytes: usize,
+    options: &Options,
+) -> Result<Mirror<'static, u8>> {
+    let Some(start) = NonNull::new(ptr) else {
+        return Err(Error::invalid("mirror", "the pointer is null"));
+    };
     let addr = ptr.expose_provenance();
     if addr.checked_add(len_bytes).is_none() {
         return Err(Error::invalid("mirror", "the range wraps around the address space").at(addr));
     }
     let raw = Raw::new("mirror", addr, len_bytes, options)?;
-    Ok(Mirror { raw, ptr: start, len: len_bytes, _borrow: PhantomData })
+    Ok(Mirror {
+        raw,
+        ptr: start,
+        len: len_bytes,
+        _borrow: PhantomData,
+    })
 }
 
 /// Mirrors pages that a [`Buffer`](crate::Buffer) owns, as `len` elements.
@@ -108,8 +129,18 @@ pub(crate) fn mirror_raw_typed<T: Pod>(
     len: usize,
     options: &Options,
 ) -> Result<Mirror<'static, T>> {
-    let raw = Raw::new("buffer", start.as_ptr().expose_provenance(), len_bytes, options)?;
-    Ok(Mirror { raw, ptr: start.cast(), len, _borrow: PhantomData })
+    let raw = Raw::new(
+        "buffer",
+        start.as_ptr().expose_provenance(),
+        len_bytes,
+        options,
+    )?;
+    Ok(Mirror {
+        raw,
+        ptr: start.cast(),
+        len,
+        _borrow: PhantomData,
+    })
 }
 
 /// A region and the duty to close it.
@@ -122,13 +153,22 @@ pub(crate) struct Raw {
 }
 
 impl Raw {
-    fn new(operation: &'static str, addr: usize, len_bytes: usize, options: &Options) -> Result<Self> {
+    fn new(
+        operation: &'static str,
+        addr: usize,
+        len_bytes: usize,
+        options: &Options,
+    ) -> Result<Self> {
         let _signals = AsyncSignalsBlocked::new();
         let space = AddressSpace::get(operation)?;
         let door = space.door(operation, options.delivery, options.transparent_syscalls)?;
         let kind = kind_of(space, addr, len_bytes);
         let region = Region::new(addr, len_bytes, kind, true, door, options)?;
-        let open = |region| Self { region, owner: true, open: true };
+        let open = |region| Self {
+            region,
+            owner: true,
+            open: true,
+        };
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
             return Ok(open(region));
         };
@@ -147,11 +187,16 @@ impl Raw {
                 match errno {
                     // Another userfaultfd has it, or it is of a kind that cannot be registered: it stays where it is.
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
-                        let region = Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
+                        let region =
+                            Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
                         Ok(open(region))
                     }
-                    libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory).at(addr).errno(errno)),
-                    _ => Err(Error::new(operation, ErrorKind::System).at(addr).errno(errno)),
+                    libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory)
+                        .at(addr)
+                        .errno(errno)),
+                    _ => Err(Error::new(operation, ErrorKind::System)
+                        .at(addr)
+                        .errno(errno)),
                 }
             }
         }
@@ -161,11 +206,19 @@ impl Raw {
         let _signals = AsyncSignalsBlocked::new();
         let space = AddressSpace::get("mirror_ref")?;
         if let Some(region) = space.region_containing(addr, len_bytes) {
-            return Ok(Self { region, owner: false, open: true });
+            return Ok(Self {
+                region,
+                owner: false,
+                open: true,
+            });
         }
         let door = space.door("mirror_ref", options.delivery, options.transparent_syscalls)?;
         let region = Region::new(addr, len_bytes, RegionKind::Input, false, door, options)?;
-        Ok(Self { region, owner: true, open: true })
+        Ok(Self {
+            region,
+            owner: true,
+            open: true,
+        })
     }
 
     pub(crate) fn region(&self) -> &MapArc<Region> {
@@ -201,7 +254,12 @@ impl Raw {
         };
         let mut result = Ok(());
         for device in devices.iter().flatten() {
-            result = result.and(evict::release_region(&**device, region, &mut scratch, Cause::Drop));
+            result = result.and(evict::release_region(
+                &**device,
+                region,
+                &mut scratch,
+                Cause::Drop,
+            ));
         }
         if result.is_ok() && region.has_away() {
             // A device that is no longer there still holds pages: never let the kernel show zeros in their place.
@@ -229,7 +287,9 @@ impl Raw {
         }
         if devices.iter().any(Option::is_some) {
             crate::device::retry_no_memory(|| {
-                region.devices_cell().update(space.gate(), |_| Ok([const { None }; crate::block::MAX_DEVICES]))
+                region.devices_cell().update(space.gate(), |_| {
+                    Ok([const { None }; crate::block::MAX_DEVICES])
+                })
             });
         }
         result
@@ -239,11 +299,15 @@ impl Raw {
 /// Where nothing is mapped there is nothing to mirror: what is mapped there later is not registered, and must not be moved.
 fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange) {
     let leave = |start: usize, end: usize| {
-        let Some(hole) = PageRange::new(start, end) else { return };
+        let Some(hole) = PageRange::new(start, end) else {
+            return;
+        };
         for part in hole.blocks() {
             let (block, first) = region.locate(part.start());
             let _gate = space.gate().enter();
-            region.lock_block(block).left(PageMask::range(first..first + part.nr_pages()));
+            region
+                .lock_block(block)
+                .left(PageMask::range(first..first + part.nr_pages()));
         }
     };
     let mut end = body.start();
@@ -288,7 +352,8 @@ fn unregister_what_is_left(region: &Region, body: PageRange) {
             }
         }
         for run in left.runs() {
-            if let Some(pages) = PageRange::from_pages(region.addr_of(block, run.start), run.len()) {
+            if let Some(pages) = PageRange::from_pages(region.addr_of(block, run.start), run.len())
+            {
                 restore(region, pages);
             }
         }
@@ -304,16 +369,26 @@ impl Drop for Raw {
 
 /// What kind of region the memory makes.
 fn kind_of(space: &AddressSpace, addr: usize, len_bytes: usize) -> RegionKind {
-    let Some(pages) = PageRange::containing(addr, len_bytes) else { return RegionKind::InPlace };
+    let Some(pages) = PageRange::containing(addr, len_bytes) else {
+        return RegionKind::InPlace;
+    };
     let marker = 0u8;
     let stack = (&raw const marker).addr();
     let mut movable = true;
     let walked = space.maps().walk(pages, |vma| {
         // A thread whose own stack page is away may not even be able to run its handler (hazards S3).
         movable &= vma.kind.is_anonymous() && !vma.shared && !vma.range.contains_addr(stack);
-        if movable { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        if movable {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
+        }
     });
-    if movable && walked.is_ok() { RegionKind::Managed } else { RegionKind::InPlace }
+    if movable && walked.is_ok() {
+        RegionKind::Managed
+    } else {
+        RegionKind::InPlace
+    }
 }
 
 /// A mirrored slice: the borrow of it, for as long as devices may use it.
@@ -395,7 +470,13 @@ impl<'a, T: Pod> Mirror<'a, T> {
     /// # Errors
     /// The range is out of bounds, or a page could not be brought home.
     pub fn pin(&self, elements: impl RangeBounds<usize>) -> Result<Pin<'_>> {
-        pin::pin(self.raw.region(), self.ptr.as_ptr().addr(), size_of::<T>(), self.len, elements)
+        pin::pin(
+            self.raw.region(),
+            self.ptr.as_ptr().addr(),
+            size_of::<T>(),
+            self.len,
+            elements,
+        )
     }
 
     /// What was done with this memory so far.
@@ -425,7 +506,10 @@ impl<'a, T: Pod> Mirror<'a, T> {
 
 impl<T: Pod> fmt::Debug for Mirror<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mirror").field("region", self.raw.region()).field("len", &self.len).finish()
+        f.debug_struct("Mirror")
+            .field("region", self.raw.region())
+            .field("len", &self.len)
+            .finish()
     }
 }
 
@@ -447,7 +531,11 @@ impl<T: Pod> MirrorRef<'_, T> {
     /// Lends the elements to kernels.
     #[must_use]
     pub fn view(&self) -> View<'_, T> {
-        View::new(self.raw.region(), self.slice.as_ptr().addr(), self.slice.len())
+        View::new(
+            self.raw.region(),
+            self.slice.as_ptr().addr(),
+            self.slice.len(),
+        )
     }
 
     /// Number of elements.
@@ -479,6 +567,9 @@ impl<T: Pod> MirrorRef<'_, T> {
 
 impl<T: Pod> fmt::Debug for MirrorRef<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MirrorRef").field("region", self.raw.region()).field("len", &self.slice.len()).finish()
+        f.debug_struct("MirrorRef")
+            .field("region", self.raw.region())
+            .field("len", &self.slice.len())
+            .finish()
     }
 }

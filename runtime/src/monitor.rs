@@ -11,18 +11,18 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::addr::PAGE_SIZE;
+use crate::addr::page_floor;
 use crate::error::{Access, Error, ErrorKind, Result};
 use crate::events;
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
-use crate::addr::page_floor;
-use crate::addr::PAGE_SIZE;
 use crate::options::Delivery;
 use crate::space::{AddressSpace, Door};
+use crate::sys::clock;
+use crate::sys::event::{Doorbell, Event, EventBuffer};
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
-use crate::sys::event::{Doorbell, Event, EventBuffer};
 use crate::sys::uffd::Wake;
-use crate::sys::clock;
 
 /// Faults that can be put aside. It is more than there are threads to fault, as a rule; what comes beyond it is sent back to fault
 /// anew. The monitor never stops reading: what the faults aside wait for may be an event, and faults are read before events.
@@ -35,21 +35,40 @@ enum Aside {
 }
 
 /// Starts the monitor of a door that needs one.
-pub(crate) fn spawn(operation: &'static str, space: &'static AddressSpace, door: &'static Door) -> Result<()> {
+pub(crate) fn spawn(
+    operation: &'static str,
+    space: &'static AddressSpace,
+    door: &'static Door,
+) -> Result<()> {
     if door.delivery() != Delivery::Thread && !door.has_events() {
         return Ok(());
     }
-    let failed = |e: std::io::Error| Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0));
+    let failed = |e: std::io::Error| {
+        Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0))
+    };
     let doorbell = Doorbell::new().map_err(failed)?;
     // Room for all that can be outstanding: the reader does not allocate while somebody waits for it.
     let (aside, pending) = (VecDeque::with_capacity(ASIDE), Vec::with_capacity(4096));
     std::thread::Builder::new()
-        .name(if door.delivery() == Delivery::Thread { "svm-monitor" } else { "svm-events" }.into())
+        .name(
+            if door.delivery() == Delivery::Thread {
+                "svm-monitor"
+            } else {
+                "svm-events"
+            }
+            .into(),
+        )
         .spawn(move || {
             // The monitor holds runtime locks all the time: no asynchronous handler may ever run on it.
             let _signals = AsyncSignalsBlocked::new();
             let _bomb = AbortOnEnd;
-            Reader { space, door, aside, pending }.run(&doorbell);
+            Reader {
+                space,
+                door,
+                aside,
+                pending,
+            }
+            .run(&doorbell);
         })
         .map(drop)
         .map_err(failed)
@@ -60,7 +79,9 @@ struct AbortOnEnd;
 
 impl Drop for AbortOnEnd {
     fn drop(&mut self) {
-        process::abort_with_message(format_args!("svm: the fault monitor died; pages that are away cannot come home"));
+        process::abort_with_message(format_args!(
+            "svm: the fault monitor died; pages that are away cannot come home"
+        ));
     }
 }
 
@@ -104,15 +125,29 @@ impl Reader {
     fn read_one(&mut self, message: &mut EventBuffer<1>) {
         let closed = self.space.gate().close();
         events::pause(self.space, self.door, &closed);
-        let event = message.fill(self.door.uffd()).ok().and_then(|_| message.next());
+        let event = message
+            .fill(self.door.uffd())
+            .ok()
+            .and_then(|_| message.next());
         if let Some(event) = &event {
             events::apply(self.space, &closed, event, &mut self.pending);
         }
         events::resume(self.space, self.door, &closed);
         drop(closed);
-        if let Some(Event::PageFault { addr, write, wp, tid }) = event {
+        if let Some(Event::PageFault {
+            addr,
+            write,
+            wp,
+            tid,
+        }) = event
+        {
             let access = if write { Access::Write } else { Access::Read };
-            let fault = CpuFault { addr, access: Some(access), protection: Some(wp), thread: tid as usize };
+            let fault = CpuFault {
+                addr,
+                access: Some(access),
+                protection: Some(wp),
+                thread: tid as usize,
+            };
             let attempt = fault::begin(self.space, &fault, First::Yes);
             self.settle(fault, attempt);
         }
@@ -124,9 +159,13 @@ impl Reader {
         self.pending.retain_mut(|pending| !pending.poll(space));
         for _ in 0..self.aside.len() {
             // From the front, and back to the end: each is seen once, whatever becomes of the others.
-            let Some(next) = self.aside.pop_front() else { return };
+            let Some(next) = self.aside.pop_front() else {
+                return;
+            };
             match next {
-                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => self.aside.push_back(Aside::Retry(fault, at_ns)),
+                Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => {
+                    self.aside.push_back(Aside::Retry(fault, at_ns))
+                }
                 Aside::Retry(fault, _) => {
                     let attempt = fault::begin(space, &fault, First::No);
                     self.settle(fault, attempt);

@@ -42,8 +42,8 @@ use crate::error::Access;
 use crate::mask::PageMask;
 use crate::region::Region;
 use crate::scratch::Scratch;
-use crate::stats::count;
 use crate::space::AddressSpace;
+use crate::stats::count;
 use crate::sys::uffd::{Moved, Protect, Stop};
 
 /// Why a movement stopped before its end. The directory is exact; nothing was lost.
@@ -95,7 +95,11 @@ const MAX_AGAIN: u32 = 64;
 
 impl<'a> Mover<'a> {
     pub(crate) fn new(region: &'a Region, block: usize, state: &'a mut BlockState) -> Self {
-        Self { region, block, state }
+        Self {
+            region,
+            block,
+            state,
+        }
     }
 
     fn host(&self, page: usize) -> usize {
@@ -129,7 +133,10 @@ impl<'a> Mover<'a> {
             }
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().move_calls, 1);
-            let Moved { bytes, stop } = self.region.door().move_pages(dst, src, (limit - at) * PAGE_SIZE);
+            let Moved { bytes, stop } =
+                self.region
+                    .door()
+                    .move_pages(dst, src, (limit - at) * PAGE_SIZE);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 moved(self.state, PageMask::range(at..at + n));
@@ -141,19 +148,21 @@ impl<'a> Mover<'a> {
             }
             match stop {
                 Stop::Complete => {}
-                Stop::Exists | Stop::NotPresent => match self.settle(stop, source(self, at), destination(self, at)) {
-                    Settled::Moved => {
-                        moved(self.state, PageMask::page(at));
-                        at += 1;
+                Stop::Exists | Stop::NotPresent => {
+                    match self.settle(stop, source(self, at), destination(self, at)) {
+                        Settled::Moved => {
+                            moved(self.state, PageMask::page(at));
+                            at += 1;
+                        }
+                        Settled::Hole => {
+                            let len = self.hole_len(source(self, at), run.end - at);
+                            hole(self, at..at + len)?;
+                            at += len;
+                        }
+                        Settled::Blocked => return Err(Stall::Refused(at)),
+                        Settled::Again => {}
                     }
-                    Settled::Hole => {
-                        let len = self.hole_len(source(self, at), run.end - at);
-                        hole(self, at..at + len)?;
-                        at += len;
-                    }
-                    Settled::Blocked => return Err(Stall::Refused(at)),
-                    Settled::Again => {}
-                },
+                }
                 Stop::Changing => {
                     count(&self.region.counters().changing_outcomes, 1);
                     return Err(Stall::Changing);
@@ -185,11 +194,31 @@ impl<'a> Mover<'a> {
 
     /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
     fn settle(&self, stop: Stop, source: usize, destination: usize) -> Settled {
-        let ends = Ends { source: self.is_populated(source), destination: self.is_populated(destination) };
+        let ends = Ends {
+            source: self.is_populated(source),
+            destination: self.is_populated(destination),
+        };
         match (stop, ends) {
-            (_, Ends { source: false, destination: true }) => Settled::Moved,
-            (Stop::NotPresent, Ends { source: false, destination: false }) => Settled::Hole,
-            (Stop::Exists, Ends { destination: true, .. }) => Settled::Blocked,
+            (
+                _,
+                Ends {
+                    source: false,
+                    destination: true,
+                },
+            ) => Settled::Moved,
+            (
+                Stop::NotPresent,
+                Ends {
+                    source: false,
+                    destination: false,
+                },
+            ) => Settled::Hole,
+            (
+                Stop::Exists,
+                Ends {
+                    destination: true, ..
+                },
+            ) => Settled::Blocked,
             _ => Settled::Again,
         }
     }
@@ -230,7 +259,10 @@ impl<'a> Mover<'a> {
         while at < run.end {
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().copy_calls, 1);
-            let Moved { bytes, stop } = self.region.door().copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
+            let Moved { bytes, stop } =
+                self.region
+                    .door()
+                    .copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 copied(self.state, PageMask::range(at..at + n));
@@ -252,7 +284,12 @@ impl<'a> Mover<'a> {
                     return Err(Stall::Changing);
                 }
                 Stop::NoMemory => return Err(Stall::NoMemory),
-                Stop::Exists | Stop::NotPresent | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
+                Stop::Exists
+                | Stop::NotPresent
+                | Stop::Busy
+                | Stop::Invalid
+                | Stop::Fault
+                | Stop::Other(_) => {
                     return Err(Stall::Refused(at));
                 }
             }
@@ -283,7 +320,12 @@ impl<'a> Mover<'a> {
     /// Gives `device` copies of the CPU's pages of `run`, whose mapping is read-only, so that the kernel would not move them.
     /// Both hold them: the CPU's are write-protected, for `mprotect` may make them writable and tells nobody. Holes become
     /// zero-filled window pages.
-    pub(crate) fn duplicate(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+    pub(crate) fn duplicate(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let copied = self.for_each_extent(run.clone(), |m, part, populated| {
             if populated {
                 count(&m.region.counters().duplicated_pages, part.len() as u64);
@@ -297,7 +339,12 @@ impl<'a> Mover<'a> {
     }
 
     /// For opaque memory: gives the device those pages of `run` that are in its window, and empties the window.
-    fn hand_over(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+    fn hand_over(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         if device.bounce().is_none() {
             return Ok(());
         }
@@ -315,10 +362,22 @@ impl<'a> Mover<'a> {
     }
 
     /// Throws window pages away that nobody needs any more. The directory is not concerned.
-    fn empty_window(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+    fn empty_window(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         if !self.has_move() {
-            let discarded = self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
-            return if discarded { Ok(()) } else { Err(Stall::Refused(run.start)) };
+            let discarded = self
+                .region
+                .door()
+                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
+            return if discarded {
+                Ok(())
+            } else {
+                Err(Stall::Refused(run.start))
+            };
         }
         let base = scratch.take(run.len(), self.frame(device, run.start));
         let start = run.start;
@@ -340,13 +399,26 @@ impl<'a> Mover<'a> {
         mode: Protect,
         copied: impl FnMut(&mut BlockState, PageMask),
     ) -> Movement {
-        let Some(mut bounce) = device.bounce() else { return Err(Stall::Lost(run.start)) };
+        let Some(mut bounce) = device.bounce() else {
+            return Err(Stall::Lost(run.start));
+        };
         device.copy_to_bounce(self.from_base(&run), &mut bounce);
         let (buffer, start) = (bounce.as_ptr().expose_provenance(), run.start);
-        self.copy_run(run, |_, page| buffer + (page - start) * PAGE_SIZE, destination, mode, copied)
+        self.copy_run(
+            run,
+            |_, page| buffer + (page - start) * PAGE_SIZE,
+            destination,
+            mode,
+            copied,
+        )
     }
 
-    fn take_to_window(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
+    fn take_to_window(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        access: Access,
+    ) -> Movement {
         let id = device.id();
         if !self.has_move() {
             return self.take_by_copy(device, run, access);
@@ -365,14 +437,22 @@ impl<'a> Mover<'a> {
     /// [`share_home`](Self::share_home) do it, for the usual reason is a page that is missing here.
     ///
     /// Stale window pages were copies for reading, and no translation leads to them any more, so nobody notices the copy.
-    pub(crate) fn duplicate_over_junk(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Result<usize, Stall> {
+    pub(crate) fn duplicate_over_junk(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+    ) -> Result<usize, Stall> {
         let door = self.region.door();
         // W5: where the kernel's own accesses wait for our monitor, it must not make one of a registered page here.
         // And opaque memory has no window page to copy over.
         if door.is_transparent() || run.is_empty() || device.bounce().is_some() {
             return Ok(run.start);
         }
-        let (host, frame, len) = (self.host(run.start), self.frame(device, run.start), run.len() * PAGE_SIZE);
+        let (host, frame, len) = (
+            self.host(run.start),
+            self.frame(device, run.start),
+            run.len() * PAGE_SIZE,
+        );
         count(&self.region.counters().write_protect_calls, 1);
         match door.protect(host, len) {
             Stop::Complete => {}
@@ -384,12 +464,20 @@ impl<'a> Mover<'a> {
         let done = run.start + door.copy_over(frame, host, len) / PAGE_SIZE;
         let pages = PageMask::range(run.start..done);
         self.state.filled(device.id(), pages);
-        count(&self.region.counters().duplicated_pages, pages.count() as u64);
+        count(
+            &self.region.counters().duplicated_pages,
+            pages.count() as u64,
+        );
         Ok(done)
     }
 
     /// Gives `device` zero-filled window pages for a hole in the CPU's memory.
-    fn zero_fill_frames(&mut self, device: &dyn AnyMapped, hole: Range<usize>, access: Access) -> Movement {
+    fn zero_fill_frames(
+        &mut self,
+        device: &dyn AnyMapped,
+        hole: Range<usize>,
+        access: Access,
+    ) -> Movement {
         let id = device.id();
         match access {
             Access::Write => self.copy_run(
@@ -457,11 +545,19 @@ impl<'a> Mover<'a> {
             count(&self.region.counters().scan_calls, 2);
             at += AddressSpace::global().nr_populated(self.host(at), run.end - at);
             if at < run.end {
-                let hole = AddressSpace::global().nr_empty(self.host(at), run.end - at).max(1);
+                let hole = AddressSpace::global()
+                    .nr_empty(self.host(at), run.end - at)
+                    .max(1);
                 let zeros = AddressSpace::global().zeros();
                 let start = at;
                 let source = |_: &Self, page: usize| zeros + (page - start) * PAGE_SIZE;
-                self.copy_run(at..at + hole, source, |m, page| m.host(page), Protect::No, |_, _| {})?;
+                self.copy_run(
+                    at..at + hole,
+                    source,
+                    |m, page| m.host(page),
+                    Protect::No,
+                    |_, _| {},
+                )?;
                 at += hole;
             }
         }
@@ -472,7 +568,9 @@ impl<'a> Mover<'a> {
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
         if device.bounce().is_some() {
-            return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| state.moved_home(id, pages));
+            return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| {
+                state.moved_home(id, pages)
+            });
         }
         if !self.has_move() {
             return self.bring_home_by_copy(device, run);
@@ -523,7 +621,13 @@ impl<'a> Mover<'a> {
     pub(crate) fn share_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let pages = run.len() as u64;
         if device.bounce().is_some() {
-            self.copy_from_opaque(device, run, Self::host, Protect::Yes, BlockState::copied_home)?;
+            self.copy_from_opaque(
+                device,
+                run,
+                Self::host,
+                Protect::Yes,
+                BlockState::copied_home,
+            )?;
         } else {
             self.copy_run(
                 run,
@@ -551,7 +655,13 @@ impl<'a> Mover<'a> {
         let copied = if from.bounce().is_some() {
             self.copy_from_opaque(from, run.clone(), target, Protect::No, filled)
         } else {
-            self.copy_run(run.clone(), |m, page| m.frame(from, page), target, Protect::No, filled)
+            self.copy_run(
+                run.clone(),
+                |m, page| m.frame(from, page),
+                target,
+                Protect::No,
+                filled,
+            )
         };
         self.hand_over(to, run, scratch)?;
         copied
@@ -603,14 +713,23 @@ impl<'a> Mover<'a> {
     }
 
     /// Empties window pages of `device` whose contents are stale, or held elsewhere.
-    pub(crate) fn discard(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) -> Movement {
+    pub(crate) fn discard(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let id = device.id();
         if device.bounce().is_some() {
             self.state.emptied(id, PageMask::range(run));
             return Ok(());
         }
         if !self.has_move() {
-            if !self.region.door().discard(self.frame(device, run.start), run.len() * PAGE_SIZE) {
+            if !self
+                .region
+                .door()
+                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE)
+            {
                 return Err(Stall::Refused(run.start));
             }
             self.state.emptied(id, PageMask::range(run));
@@ -633,7 +752,11 @@ impl<'a> Mover<'a> {
     /// Throws the CPU's copy of `run` away; some device holds the pages.
     pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            if !self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE) {
+            if !self
+                .region
+                .door()
+                .discard(self.host(run.start), run.len() * PAGE_SIZE)
+            {
                 // Locked into memory, say: the CPU keeps its copy, and devices will use that one in place.
                 self.unprotect(run.clone())?;
                 return Err(Stall::Refused(run.start));
@@ -683,7 +806,12 @@ impl<'a> Mover<'a> {
     }
 
     /// [`take`](Self::take) where the kernel has no MOVE: protect, copy, discard.
-    fn take_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>, access: Access) -> Movement {
+    fn take_by_copy(
+        &mut self,
+        device: &dyn AnyMapped,
+        run: Range<usize>,
+        access: Access,
+    ) -> Movement {
         self.for_each_extent(run, |m, part, populated| {
             if populated {
                 m.take_populated_by_copy(device, part)
@@ -720,7 +848,11 @@ impl<'a> Mover<'a> {
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         self.protect_and_copy(device, run.clone())?;
-        if !self.region.door().discard(self.host(run.start), run.len() * PAGE_SIZE) {
+        if !self
+            .region
+            .door()
+            .discard(self.host(run.start), run.len() * PAGE_SIZE)
+        {
             // As in `drop_host`.
             self.unprotect(run.clone())?;
             return Err(Stall::Refused(run.start));
@@ -751,7 +883,12 @@ impl<'a> Mover<'a> {
 
 impl Mover<'_> {
     /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
-    pub(crate) fn clear_junk(&mut self, device: &dyn AnyMapped, pages: PageMask, scratch: &mut Scratch) -> Movement {
+    pub(crate) fn clear_junk(
+        &mut self,
+        device: &dyn AnyMapped,
+        pages: PageMask,
+        scratch: &mut Scratch,
+    ) -> Movement {
         let junk = self.state.junk(device.id()) & pages;
         for run in junk.runs() {
             self.discard(device, run, scratch)?;

@@ -48,17 +48,25 @@ pub(crate) fn pin<'a>(
     if start > end || end > len {
         return Err(Error::invalid("pin", "the range is out of bounds").at(addr));
     }
-    let none = Pin { region, pages: 0..0 };
+    let none = Pin {
+        region,
+        pages: 0..0,
+    };
     let bytes = addr + start * element_size..addr + end * element_size;
-    let (Some(body), RegionKind::Managed) = (region.body(), region.kind()) else { return Ok(none) };
-    let Some(pages) = PageRange::containing(bytes.start, bytes.len()).and_then(|p| p.intersect(body)) else {
+    let (Some(body), RegionKind::Managed) = (region.body(), region.kind()) else {
+        return Ok(none);
+    };
+    let Some(pages) =
+        PageRange::containing(bytes.start, bytes.len()).and_then(|p| p.intersect(body))
+    else {
         return Ok(none);
     };
     if region.door().is_disowned() {
         return Err(Error::new("pin", ErrorKind::Forked).at(addr));
     }
     let _signals = AsyncSignalsBlocked::new();
-    let pages = (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
+    let pages =
+        (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
     region.add_pin(pages.clone());
     // From here on dropping the guard takes back whatever was done.
     let pin = Pin { region, pages };
@@ -73,7 +81,10 @@ fn blocks(pages: &Range<usize>) -> impl Iterator<Item = (usize, PageMask)> + use
     let pages = pages.clone();
     (pages.start / PAGES_PER_BLOCK..pages.end.div_ceil(PAGES_PER_BLOCK)).map(move |block| {
         let origin = block * PAGES_PER_BLOCK;
-        let (start, end) = (pages.start.max(origin), pages.end.min(origin + PAGES_PER_BLOCK));
+        let (start, end) = (
+            pages.start.max(origin),
+            pages.end.min(origin + PAGES_PER_BLOCK),
+        );
         (block, PageMask::range(start - origin..end - origin))
     })
 }
@@ -102,7 +113,9 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
     }
     state.set_pinned(pages, true);
     let bounds = pages.bounds().unwrap_or(0..1);
-    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else { return Ok(false) };
+    let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else {
+        return Ok(false);
+    };
     let inv = Invalidation::new(block, pages, Keep::Nothing);
     let holders = state.holders(&pages);
     if !holders.is_empty() && !fault::invalidate(region, &gate, holders, &inv) {
@@ -132,8 +145,12 @@ fn finish_pin(
     let mut mover = Mover::new(region, block, state);
     loop {
         let away = mover.state.away() & pages;
-        let Some(page) = away.first_from(0) else { break };
-        let Some(holder) = mover.state.holder_of(page) else { return Err(Stall::Lost(page)) };
+        let Some(page) = away.first_from(0) else {
+            break;
+        };
+        let Some(holder) = mover.state.holder_of(page) else {
+            return Err(Stall::Lost(page));
+        };
         let run = (away & mover.state.frames(holder)).run_around(page);
         fault::move_home(&mut mover, region, gate, page, &run, Cause::Explicit)?;
     }
@@ -148,8 +165,13 @@ fn finish_pin(
 }
 
 /// Runs `f` while `pages`, of the body, are pinned.
-pub(crate) fn with_pinned<R>(region: &Region, pages: PageRange, f: impl FnOnce() -> R) -> Result<R> {
-    let pages = (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
+pub(crate) fn with_pinned<R>(
+    region: &Region,
+    pages: PageRange,
+    f: impl FnOnce() -> R,
+) -> Result<R> {
+    let pages =
+        (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
     region.add_pin(pages.clone());
     let pinned = blocks(&pages).try_for_each(|(block, mask)| pin_block(region, block, mask));
     let result = pinned.map(|()| f());
@@ -183,7 +205,10 @@ fn unpin_block(region: &Region, block: usize, pages: PageMask) {
     let bounds = pages.bounds().unwrap_or(0..1);
     // Open until the pages are unpinned, so that no translation in place is established any more.
     let bracket = loop {
-        if let Ok(bracket) = region.hub().start(region.interval(block, bounds.clone()), None) {
+        if let Ok(bracket) = region
+            .hub()
+            .start(region.interval(block, bounds.clone()), None)
+        {
             break bracket;
         }
         process::sched_yield();
@@ -203,7 +228,8 @@ fn unpin_block(region: &Region, block: usize, pages: PageMask) {
 
 impl fmt::Debug for Pin<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pin").field("pages", &self.pages).finish_non_exhaustive()
+        f.debug_struct("Pin")
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
     }
 }
-

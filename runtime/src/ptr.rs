@@ -39,7 +39,10 @@ impl<T> Ptr<T> {
     /// Points nowhere.
     #[must_use]
     pub const fn null() -> Self {
-        Self { addr: 0, _to: PhantomData }
+        Self {
+            addr: 0,
+            _to: PhantomData,
+        }
     }
 
     /// Points at `target`.
@@ -51,7 +54,10 @@ impl<T> Ptr<T> {
     /// Points at address `addr`.
     #[must_use]
     pub const fn from_addr(addr: usize) -> Self {
-        Self { addr: addr as u64, _to: PhantomData }
+        Self {
+            addr: addr as u64,
+            _to: PhantomData,
+        }
     }
 
     /// The address; 0 for null.
@@ -71,7 +77,8 @@ impl<T> Ptr<T> {
     pub fn index_in(self, slice: &[T]) -> Option<usize> {
         let offset = self.addr().checked_sub(slice.as_ptr().addr())?;
         let size = size_of::<T>();
-        (size > 0 && offset.is_multiple_of(size) && offset / size < slice.len()).then(|| offset / size)
+        (size > 0 && offset.is_multiple_of(size) && offset / size < slice.len())
+            .then(|| offset / size)
     }
 
     /// Points `count` elements further.
@@ -117,6 +124,10 @@ impl<T> Default for Ptr<T> {
 
 impl<T> fmt::Debug for Ptr<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_null() { f.write_str("null") } else { write!(f, "{:#x}", self.addr) }
+        if self.is_null() {
+            f.write_str("null")
+        } else {
+            write!(f, "{:#x}", self.addr)
+        }
     }
 }

@@ -31,7 +31,9 @@ use core::time::Duration;
 
 use crate::addr::{PAGES_PER_BLOCK, PageRange};
 use crate::block::{BlockState, DeviceId, OnRead, Plan};
-use crate::device::{AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef};
+use crate::device::{
+    AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef,
+};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
 use crate::evict;
 use crate::fault::{Flight, invalidate, wait_quiesced};
@@ -139,7 +141,12 @@ enum Outcome<T> {
 impl<D: Device> Range<D> {
     pub(crate) fn new(attached: MapArc<Attached<D>>) -> Result<Self> {
         let scratch = Scratch::new(AddressSpace::get("range")?)?;
-        Ok(Self { attached, subscriptions: Vec::new(), scratch, valid: Vec::new() })
+        Ok(Self {
+            attached,
+            subscriptions: Vec::new(),
+            scratch,
+            valid: Vec::new(),
+        })
     }
 
     /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them.
@@ -157,7 +164,11 @@ impl<D: Device> Range<D> {
         let region = mapped.shared_region();
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         if region.door().is_disowned() {
-            return Err(DeviceFault::new(addr, Access::Read, DeviceFaultKind::Forked));
+            return Err(DeviceFault::new(
+                addr,
+                Access::Read,
+                DeviceFaultKind::Forked,
+            ));
         }
         let covered = covered_by_granules(region, &pages);
         let at = self.subscription(region);
@@ -168,7 +179,14 @@ impl<D: Device> Range<D> {
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
         self.valid.reserve(nr_blocks);
-        Ok(Update { range: self, mapped: mapped.clone(), subscription: at, pages, token, deadline })
+        Ok(Update {
+            range: self,
+            mapped: mapped.clone(),
+            subscription: at,
+            pages,
+            token,
+            deadline,
+        })
     }
 
     /// Faults `pages` (indices from the region's base, within one block) in for `access` and hands what became valid to
@@ -192,7 +210,10 @@ impl<D: Device> Range<D> {
         mut install: impl FnMut(&Valid, &DeviceGuard<'_>),
     ) -> Result<(), DeviceFault> {
         let block = pages.start / PAGES_PER_BLOCK;
-        assert!(!pages.is_empty() && (pages.end - 1) / PAGES_PER_BLOCK == block, "fault_in serves pages of one block");
+        assert!(
+            !pages.is_empty() && (pages.end - 1) / PAGES_PER_BLOCK == block,
+            "fault_in serves pages of one block"
+        );
         let region = mapped.shared_region();
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
@@ -203,7 +224,9 @@ impl<D: Device> Range<D> {
             return Err(fault(DeviceFaultKind::Protection));
         }
         count_round(mapped, access);
-        let want = PageMask::range(pages.start - block * PAGES_PER_BLOCK..pages.end - block * PAGES_PER_BLOCK);
+        let want = PageMask::range(
+            pages.start - block * PAGES_PER_BLOCK..pages.end - block * PAGES_PER_BLOCK,
+        );
         let at = self.subscription(region);
         let covered = interval_of(region, &covered_by_granules(region, &pages));
         let mut deadline = Deadline::after(timeout);
@@ -217,14 +240,26 @@ impl<D: Device> Range<D> {
             // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
             // the commit.
             if !core::mem::take(&mut is_first) {
-                let _ = subscription.begin(deadline).map_err(|e| fault(kind_of(e)))?;
+                let _ = subscription
+                    .begin(deadline)
+                    .map_err(|e| fault(kind_of(e)))?;
             }
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
             }
             let (want, alone) = appetite.of(rest);
             let key = Some(subscription.key());
-            let round = Round { mapped, region, block, want, access, key, attempt, alone, cause: Cause::Demand };
+            let round = Round {
+                mapped,
+                region,
+                block,
+                want,
+                access,
+                key,
+                attempt,
+                alone,
+                cause: Cause::Demand,
+            };
             let begin = || subscription.begin(Deadline::PASSED).ok();
             let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
@@ -245,7 +280,9 @@ impl<D: Device> Range<D> {
                 }
                 other => {
                     // An interruption alone is no progress (protocol.md section 5).
-                    if self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)? == Progress::Made {
+                    if self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?
+                        == Progress::Made
+                    {
                         deadline = Deadline::after(timeout);
                     }
                 }
@@ -261,7 +298,11 @@ impl<D: Device> Range<D> {
 
     /// The subscription to `region`'s hub, made on first use.
     fn subscription(&mut self, region: &MapArc<Region>) -> usize {
-        if let Some(at) = self.subscriptions.iter().position(|(id, _)| *id == region.id()) {
+        if let Some(at) = self
+            .subscriptions
+            .iter()
+            .position(|(id, _)| *id == region.id())
+        {
             return at;
         }
         const KEPT: usize = 16;
@@ -287,7 +328,9 @@ impl<D: Device> Range<D> {
         stuck: &mut Option<usize>,
     ) -> Result<Progress, DeviceFault> {
         let region = info.mapped.shared_region();
-        let fault = |page: usize, kind| DeviceFault::new(region.addr_of(info.block, page), info.access, kind);
+        let fault = |page: usize, kind| {
+            DeviceFault::new(region.addr_of(info.block, page), info.access, kind)
+        };
         match outcome {
             Outcome::Done(_) => Ok(Progress::Made),
             Outcome::Again => {
@@ -347,7 +390,10 @@ impl Appetite {
     fn refused<D: Device>(&mut self, round: &Round<'_, D>) {
         if *self == Self::Page {
             let _gate = AddressSpace::global().gate().enter();
-            round.region.lock_block(round.block).set_unmovable(round.want);
+            round
+                .region
+                .lock_block(round.block)
+                .set_unmovable(round.want);
         }
         *self = Self::Page;
     }
@@ -374,12 +420,23 @@ struct RoundInfo<'a, D: Device> {
 }
 
 fn round_info<D: Device>(mapped: &MappedRef<D>, block: usize, access: Access) -> RoundInfo<'_, D> {
-    RoundInfo { mapped, block, access }
+    RoundInfo {
+        mapped,
+        block,
+        access,
+    }
 }
 
 fn count_round<D: Device>(mapped: &Mapped<D>, access: Access) {
     let counters = AnyMapped::counters(mapped);
-    count(if access == Access::Write { &counters.device_write_faults } else { &counters.device_read_faults }, 1);
+    count(
+        if access == Access::Write {
+            &counters.device_write_faults
+        } else {
+            &counters.device_read_faults
+        },
+        1,
+    );
 }
 
 /// The kernel refused to move `page`. First break a sharing with other processes (hazards M3); if it is refused again, look
@@ -395,24 +452,34 @@ fn unstick<D: Device>(
     if let Stall::Lost(_) = stall {
         return Err(DeviceFaultKind::Lost);
     }
-    let Some(vma) = AddressSpace::global().vma(addr) else { return Err(DeviceFaultKind::Unmapped) };
+    let Some(vma) = AddressSpace::global().vma(addr) else {
+        return Err(DeviceFaultKind::Unmapped);
+    };
     if !vma.readable || (info.access == Access::Write && !vma.writable) {
         return Err(DeviceFaultKind::Protection);
     }
     if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
         // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
         let granule = region.granule() * crate::addr::PAGE_SIZE;
-        let body = region.body().and_then(|body| PageRange::containing(addr & !(granule - 1), granule)?.intersect(body));
+        let body = region.body().and_then(|body| {
+            PageRange::containing(addr & !(granule - 1), granule)?.intersect(body)
+        });
         if let Some(pages) = body.and_then(|p| p.intersect(vma.range)) {
             // Pinned meanwhile: home and un-protected, or the write that breaks the sharing would itself fault.
-            if pin::with_pinned(region, pages, || drop(mmap::advise(pages, Advice::PopulateWrite))).is_err() {
+            if pin::with_pinned(region, pages, || {
+                drop(mmap::advise(pages, Advice::PopulateWrite))
+            })
+            .is_err()
+            {
                 process::sched_yield();
             }
         }
         return Ok(());
     }
     let _gate = AddressSpace::global().gate().enter();
-    region.lock_block(info.block).set_unmovable(PageMask::page(page));
+    region
+        .lock_block(info.block)
+        .set_unmovable(PageMask::page(page));
     Ok(())
 }
 
@@ -469,7 +536,9 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Fault(0, DeviceFaultKind::Closed);
         }
         let mut state = self.region.lock_block(self.block);
-        let Some(begun) = begin() else { return Outcome::Again };
+        let Some(begun) = begin() else {
+            return Outcome::Again;
+        };
         let commit = |valid: &Valid| commit(valid, begun);
         if let Some(outside) = (self.want - self.servable()).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
@@ -522,7 +591,11 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Full(needed);
         }
         let changes = plan.changes().bounds().unwrap_or(0..1);
-        let Ok(bracket) = self.region.hub().start(self.region.interval(self.block, changes), self.key) else {
+        let Ok(bracket) = self
+            .region
+            .hub()
+            .start(self.region.interval(self.block, changes), self.key)
+        else {
             self.mapped.residency().release(needed);
             return Outcome::Again;
         };
@@ -542,9 +615,13 @@ impl<D: Device> Round<'_, D> {
                 drop(bracket);
                 return Outcome::Again;
             }
-            return self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit);
+            return self.finish(
+                &gate, &mut state, want, &rights, &plan, needed, scratch, commit,
+            );
         }
-        self.finish(&gate, &mut state, want, &rights, &plan, needed, scratch, commit)
+        self.finish(
+            &gate, &mut state, want, &rights, &plan, needed, scratch, commit,
+        )
     }
 
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
@@ -562,7 +639,12 @@ impl<D: Device> Round<'_, D> {
 
     /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone. `Err(None)` if the kernel would not
     /// move them: they are not what they seemed, and the round is to be planned.
-    fn take_plain<T>(&self, state: &mut BlockState, pages: PageMask, scratch: &mut Scratch) -> Result<Valid, Option<Outcome<T>>> {
+    fn take_plain<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+        scratch: &mut Scratch,
+    ) -> Result<Valid, Option<Outcome<T>>> {
         let needed = pages.count();
         let residency = self.mapped.residency();
         if residency.take_failure() {
@@ -571,7 +653,9 @@ impl<D: Device> Round<'_, D> {
         if !residency.reserve(needed) {
             return Err(Some(Outcome::Full(needed)));
         }
-        let interval = self.region.interval(self.block, pages.bounds().unwrap_or(0..1));
+        let interval = self
+            .region
+            .interval(self.block, pages.bounds().unwrap_or(0..1));
         let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
             residency.release(needed);
             return Err(Some(Outcome::Again));
@@ -585,13 +669,29 @@ impl<D: Device> Round<'_, D> {
             }
             self.count_arrival(&run);
         }
-        debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
+        debug_assert!(
+            state.is_consistent(),
+            "the directory lost a holder: {state:?}"
+        );
         // All of them, unless the movement stopped half-way.
-        let arrived = if moved.is_ok() { pages } else { pages & state.frames(self.id()) };
+        let arrived = if moved.is_ok() {
+            pages
+        } else {
+            pages & state.frames(self.id())
+        };
         residency.release(needed - arrived.count());
         if arrived.contains_all(&self.want) {
-            let writable = if self.region.is_writable() { arrived } else { PageMask::EMPTY };
-            return Ok(Valid { block: self.block, readable: arrived, writable, in_place: PageMask::EMPTY });
+            let writable = if self.region.is_writable() {
+                arrived
+            } else {
+                PageMask::EMPTY
+            };
+            return Ok(Valid {
+                block: self.block,
+                readable: arrived,
+                writable,
+                in_place: PageMask::EMPTY,
+            });
         }
         match moved {
             Err(Stall::Refused(_)) => Err(None),
@@ -601,9 +701,16 @@ impl<D: Device> Round<'_, D> {
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
     fn plan(&self, state: &BlockState, rights: &Rights) -> (PageMask, Plan) {
-        let beside = (self.company() & rights.to(self.access)) - state.gone() - state.pending() - state.in_place() - state.held_by_devices(Some(self.id()));
+        let beside = (self.company() & rights.to(self.access))
+            - state.gone()
+            - state.pending()
+            - state.in_place()
+            - state.held_by_devices(Some(self.id()));
         let all = self.want | beside;
-        (all, state.plan(self.id(), all, self.access, self.region.on_read()))
+        (
+            all,
+            state.plan(self.id(), all, self.access, self.region.on_read()),
+        )
     }
 
     /// The pages that rounds may serve: those of the body, or all that hold bytes of the range where nothing ever moves.
@@ -641,8 +748,17 @@ impl<D: Device> Round<'_, D> {
     fn exclude_others(&self, gate: &impl Inside, state: &BlockState, plan: &Plan) -> bool {
         // Every device is told before any is waited for (I9): no short cut here.
         let mut over = true;
-        for inv in self.invalidations(plan).iter().filter(|inv| !inv.pages().is_empty()) {
-            over &= invalidate(self.region, gate, state.holders(inv.pages()).without(self.id()), inv);
+        for inv in self
+            .invalidations(plan)
+            .iter()
+            .filter(|inv| !inv.pages().is_empty())
+        {
+            over &= invalidate(
+                self.region,
+                gate,
+                state.holders(inv.pages()).without(self.id()),
+                inv,
+            );
         }
         over
     }
@@ -650,12 +766,19 @@ impl<D: Device> Round<'_, D> {
     fn wait_for_others(&self, space: &AddressSpace, region: &Region, plan: &Plan) {
         let mut others = crate::block::DeviceSet::all();
         others = others.without(self.id());
-        for inv in self.invalidations(plan).iter().filter(|inv| !inv.pages().is_empty()) {
+        for inv in self
+            .invalidations(plan)
+            .iter()
+            .filter(|inv| !inv.pages().is_empty())
+        {
             wait_quiesced(space, region, others, inv);
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the tail of one function, split where it is entered from two places")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the tail of one function, split where it is entered from two places"
+    )]
     fn finish<T>(
         &self,
         gate: &impl Inside,
@@ -669,7 +792,10 @@ impl<D: Device> Round<'_, D> {
     ) -> Outcome<T> {
         let before = state.resident(self.id()).count();
         let moved = self.execute(gate, state, rights, plan, scratch);
-        debug_assert!(state.is_consistent(), "the directory lost a holder: {state:?}");
+        debug_assert!(
+            state.is_consistent(),
+            "the directory lost a holder: {state:?}"
+        );
         let after = state.resident(self.id()).count();
         self.mapped.residency().release(before + reserved - after);
         let valid = self.valid(state, want, rights);
@@ -702,13 +828,17 @@ impl<D: Device> Round<'_, D> {
         for run in plan.from_device.runs() {
             self.fetch_from_devices(gate, &mut mover, run, scratch)?;
         }
-        mover.state.revoked_all(plan.revoke & mover.state.frames(id), Some(id));
+        mover
+            .state
+            .revoked_all(plan.revoke & mover.state.frames(id), Some(id));
         for run in ((plan.take | duplicate) - rights.writable).runs() {
             mover.duplicate(me, run.clone(), scratch)?;
             self.count_arrival(&run);
         }
         for run in (plan.take & rights.writable).runs() {
-            mover.state.revoked_all(PageMask::range(run.clone()), Some(id));
+            mover
+                .state
+                .revoked_all(PageMask::range(run.clone()), Some(id));
             mover.take(me, run.clone(), self.access, scratch)?;
             self.count_arrival(&run);
         }
@@ -736,8 +866,12 @@ impl<D: Device> Round<'_, D> {
         let mut at = run.start;
         while at < run.end {
             let others = || (0..crate::block::MAX_DEVICES).filter(|&d| d != self.id().index());
-            let holder = others().filter_map(|d| self.region.devices(gate)[d].as_deref()).find(|d| mover.state.frames(d.id()).contains(at));
-            let Some(holder) = holder else { return Err(Stall::Lost(at)) };
+            let holder = others()
+                .filter_map(|d| self.region.devices(gate)[d].as_deref())
+                .find(|d| mover.state.frames(d.id()).contains(at));
+            let Some(holder) = holder else {
+                return Err(Stall::Lost(at));
+            };
             let held = mover.state.frames(holder.id()) & PageMask::range(at..run.end);
             let part = at..held.run_around(at).end;
             match self.access {
@@ -745,9 +879,13 @@ impl<D: Device> Round<'_, D> {
                 Access::Write => {
                     let before = mover.state.resident(holder.id()).count();
                     let moved = mover.move_between(holder, me, part.clone(), scratch);
-                    holder.residency().release(before - mover.state.resident(holder.id()).count());
+                    holder
+                        .residency()
+                        .release(before - mover.state.resident(holder.id()).count());
                     moved?;
-                    mover.state.revoked_all(PageMask::range(part.clone()), Some(self.id()));
+                    mover
+                        .state
+                        .revoked_all(PageMask::range(part.clone()), Some(self.id()));
                 }
             }
             self.count_arrival(&part);
@@ -761,7 +899,9 @@ impl<D: Device> Round<'_, D> {
             return;
         }
         let demand = (PageMask::range(run.clone()) & self.want).count() as u64;
-        self.mapped.counters().to_device(self.cause, demand, run.len() as u64 - demand);
+        self.mapped
+            .counters()
+            .to_device(self.cause, demand, run.len() as u64 - demand);
     }
 
     /// Whether everything that was wanted is valid.
@@ -782,26 +922,44 @@ impl<D: Device> Round<'_, D> {
         Valid {
             block: self.block,
             readable: in_window | in_place,
-            writable: if self.region.is_writable() { writable } else { PageMask::EMPTY },
+            writable: if self.region.is_writable() {
+                writable
+            } else {
+                PageMask::EMPTY
+            },
             in_place,
         }
     }
 
-    fn commit<T>(&self, state: &mut BlockState, valid: &Valid, commit: impl FnOnce(&Valid) -> T) -> T {
+    fn commit<T>(
+        &self,
+        state: &mut BlockState,
+        valid: &Valid,
+        commit: impl FnOnce(&Valid) -> T,
+    ) -> T {
         const SLICE_NS: u64 = 10_000;
         const MAX_SHIFT: u32 = 12;
         self.mapped.touch(self.block);
         if self.attempt > 1 {
-            state.lease().device_until_ns = clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
+            state.lease().device_until_ns =
+                clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
         }
         if !valid.in_place.is_empty() {
-            count(&AnyMapped::counters(&**self.mapped).in_place_pages, (valid.in_place & self.want).count() as u64);
+            count(
+                &AnyMapped::counters(&**self.mapped).in_place_pages,
+                (valid.in_place & self.want).count() as u64,
+            );
         }
         commit(valid)
     }
 
     /// A round on memory that nobody writes: copy what is not there yet.
-    fn run_input<T>(&self, state: &mut BlockState, scratch: &mut Scratch, commit: impl FnOnce(&Valid) -> T) -> Outcome<T> {
+    fn run_input<T>(
+        &self,
+        state: &mut BlockState,
+        scratch: &mut Scratch,
+        commit: impl FnOnce(&Valid) -> T,
+    ) -> Outcome<T> {
         let id = self.id();
         let all = self.want | self.company();
         let fill = all - state.frames(id);
@@ -822,8 +980,14 @@ impl<D: Device> Round<'_, D> {
                 self.count_arrival(&run);
             }
         }
-        self.mapped.residency().release(before + needed - state.resident(id).count());
-        let valid = self.valid(state, all, &Rights::of(AddressSpace::global(), self.region, self.block, all));
+        self.mapped
+            .residency()
+            .release(before + needed - state.resident(id).count());
+        let valid = self.valid(
+            state,
+            all,
+            &Rights::of(AddressSpace::global(), self.region, self.block, all),
+        );
         if valid.readable.contains_all(&self.want) {
             return Outcome::Done(self.commit(state, &valid, commit));
         }
@@ -842,7 +1006,9 @@ fn stopped<T>(moved: Result<(), Stall>) -> Outcome<T> {
     match moved {
         Ok(()) | Err(Stall::Changing) => Outcome::Again,
         Err(Stall::NoMemory) => Outcome::Fault(0, DeviceFaultKind::OutOfMemory),
-        Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => Outcome::Stuck(page, stall),
+        Err(stall @ (Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page))) => {
+            Outcome::Stuck(page, stall)
+        }
     }
 }
 
@@ -872,9 +1038,15 @@ impl<D: Device> Round<'_, D> {
         let fixed = state.gone() | state.in_place() | state.held_by_devices(Some(self.id()));
         let movable = match self.region.kind() {
             RegionKind::InPlace => PageMask::EMPTY,
-            RegionKind::Managed | RegionKind::Input => self.want & self.region.body_mask(self.block) - fixed,
+            RegionKind::Managed | RegionKind::Input => {
+                self.want & self.region.body_mask(self.block) - fixed
+            }
         };
-        let writable = if self.region.is_writable() { rights.writable } else { PageMask::EMPTY };
+        let writable = if self.region.is_writable() {
+            rights.writable
+        } else {
+            PageMask::EMPTY
+        };
         let write = movable & writable - state.exclusive_to(self.id());
         let read = movable - writable - state.frames(self.id());
         if !write.is_empty() {
@@ -900,11 +1072,14 @@ impl<D: Device> Update<'_, D> {
     pub fn fault(&mut self, access: Access) -> Result<(), DeviceFault> {
         let mapped = self.mapped.clone();
         let region = mapped.shared_region();
-        let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind);
+        let fault = |page: usize, kind| {
+            DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind)
+        };
         if access == Access::Write && !region.is_writable() {
             return Err(fault(self.pages.start, DeviceFaultKind::Protection));
         }
-        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace {
+        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace
+        {
             // All of the pages are to be there at once.
             return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));
         }
@@ -920,7 +1095,17 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
             let key = Some(self.range.subscriptions[self.subscription].1.key());
-            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone, cause: Cause::Demand };
+            let round = Round {
+                mapped: &mapped,
+                region,
+                block,
+                want,
+                access,
+                key,
+                attempt: 0,
+                alone,
+                cause: Cause::Demand,
+            };
             match round.run(&mut self.range.scratch, Valid::clone) {
                 Outcome::Done(valid) => {
                     self.range.valid.push(valid);
@@ -929,7 +1114,11 @@ impl<D: Device> Update<'_, D> {
                 }
                 Outcome::NoFrames => appetite.refused(&round),
                 other => {
-                    self.range.between_rounds(&round_info(&mapped, block, access), other, &mut stuck)?;
+                    self.range.between_rounds(
+                        &round_info(&mapped, block, access),
+                        other,
+                        &mut stuck,
+                    )?;
                 }
             }
             if self.deadline.has_passed() {
@@ -950,8 +1139,15 @@ impl<D: Device> Update<'_, D> {
     pub fn migrate(&mut self) -> Result<(), DeviceFault> {
         let mapped = self.mapped.clone();
         let region = mapped.shared_region();
-        let fault = |page: usize, kind| DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, Access::Read, kind);
-        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace {
+        let fault = |page: usize, kind| {
+            DeviceFault::new(
+                region.base() + page * crate::addr::PAGE_SIZE,
+                Access::Read,
+                kind,
+            )
+        };
+        if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace
+        {
             return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));
         }
         self.range.valid.clear();
@@ -966,7 +1162,17 @@ impl<D: Device> Update<'_, D> {
             }
             let key = Some(self.range.subscriptions[self.subscription].1.key());
             let (access, cause) = (Access::Read, Cause::Explicit);
-            let round = Round { mapped: &mapped, region, block, want, access, key, attempt: 0, alone: true, cause };
+            let round = Round {
+                mapped: &mapped,
+                region,
+                block,
+                want,
+                access,
+                key,
+                attempt: 0,
+                alone: true,
+                cause,
+            };
             let outcome = match round.next_migration() {
                 Migration::Done(valid) => {
                     self.range.valid.push(valid);
@@ -976,7 +1182,11 @@ impl<D: Device> Update<'_, D> {
                 }
                 Migration::Stop(outcome) => outcome,
                 Migration::Run(want, access) => {
-                    let round = Round { want: appetite.of(want).0, access, ..round };
+                    let round = Round {
+                        want: appetite.of(want).0,
+                        access,
+                        ..round
+                    };
                     match round.run(&mut self.range.scratch, |_| ()) {
                         Outcome::NoFrames => {
                             appetite.refused(&round);
@@ -987,7 +1197,11 @@ impl<D: Device> Update<'_, D> {
                     }
                 }
             };
-            self.range.between_rounds(&round_info(&mapped, block, Access::Read), outcome, &mut stuck)?;
+            self.range.between_rounds(
+                &round_info(&mapped, block, Access::Read),
+                outcome,
+                &mut stuck,
+            )?;
             if self.deadline.has_passed() {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
@@ -1006,12 +1220,24 @@ impl<D: Device> Update<'_, D> {
             let origin = block * PAGES_PER_BLOCK;
             let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
             let want = PageMask::range(at - origin..end - origin);
-            let round = Round { mapped: &mapped, region, block, want, access: Access::Read, key: None, attempt: 0, alone: true, cause: Cause::Explicit };
+            let round = Round {
+                mapped: &mapped,
+                region,
+                block,
+                want,
+                access: Access::Read,
+                key: None,
+                attempt: 0,
+                alone: true,
+                cause: Cause::Explicit,
+            };
             let want = want & round.servable();
             let space = AddressSpace::global();
             let _gate = space.gate().enter();
             let state = region.lock_block(block);
-            self.range.valid.push(round.valid(&state, want - state.gone(), &round.rights(space)));
+            self.range
+                .valid
+                .push(round.valid(&state, want - state.gone(), &round.rights(space)));
             at = end;
         }
     }
@@ -1019,7 +1245,9 @@ impl<D: Device> Update<'_, D> {
     /// Whether the update has been interrupted already. True is reliable; false is not, outside the device lock.
     #[must_use]
     pub fn needs_retry(&self) -> bool {
-        self.range.subscriptions[self.subscription].1.interrupted(self.token)
+        self.range.subscriptions[self.subscription]
+            .1
+            .interrupted(self.token)
     }
 
     /// Ends the update: what `fault` or `snapshot` found is still true, and may be installed while `guard` lives.
@@ -1033,12 +1261,17 @@ impl<D: Device> Update<'_, D> {
     where
         Self: 'g,
     {
-        assert!(guard.is_of(self.range.attached.device.lock()), "end_update needs the guard of its own device's lock");
+        assert!(
+            guard.is_of(self.range.attached.device.lock()),
+            "end_update needs the guard of its own device's lock"
+        );
         if self.needs_retry() {
             count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
             return Err(Interrupted);
         }
-        Ok(Committed { valid: &self.range.valid })
+        Ok(Committed {
+            valid: &self.range.valid,
+        })
     }
 }
 
@@ -1057,12 +1290,16 @@ impl Deref for Committed<'_> {
 
 impl<D: Device> fmt::Debug for Range<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Range").field("device", &self.attached.id).finish_non_exhaustive()
+        f.debug_struct("Range")
+            .field("device", &self.attached.id)
+            .finish_non_exhaustive()
     }
 }
 
 impl<D: Device> fmt::Debug for Update<'_, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Update").field("pages", &self.pages).finish_non_exhaustive()
+        f.debug_struct("Update")
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
     }
 }

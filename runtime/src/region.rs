@@ -90,7 +90,11 @@ impl Region {
         options: &Options,
     ) -> Result<MapArc<Self>> {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
-        let no_memory = |errno| Error::new("mirror", ErrorKind::OutOfMemory).at(addr).errno(errno);
+        let no_memory = |errno| {
+            Error::new("mirror", ErrorKind::OutOfMemory)
+                .at(addr)
+                .errno(errno)
+        };
         let base = addr & !(BLOCK_SIZE - 1);
         let nr_blocks = (addr + len_bytes - base).div_ceil(BLOCK_SIZE);
         let region = Self {
@@ -103,7 +107,8 @@ impl Region {
             writable,
             door,
             hub: Hub::new(),
-            blocks: MapArray::zeroed(nr_blocks.max(1)).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
+            blocks: MapArray::zeroed(nr_blocks.max(1))
+                .map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?,
             devices: Gated::new([const { None }; MAX_DEVICES]).map_err(no_memory)?,
             options: options.clone(),
             read_mostly: AtomicBool::new(options.read_mostly),
@@ -191,13 +196,20 @@ impl Region {
             return addr;
         }
         let moved = self.displacements.lock();
-        moved.iter().rev().flatten().find(|d| d.from.contains_addr(addr)).map_or(addr, |d| addr - d.from.start() + d.to)
+        moved
+            .iter()
+            .rev()
+            .flatten()
+            .find(|d| d.from.contains_addr(addr))
+            .map_or(addr, |d| addr - d.from.start() + d.to)
     }
 
     /// Records that the kernel moved `from` to `to`. False if there is no room to remember it.
     pub(crate) fn displace(&self, from: PageRange, to: usize) -> bool {
         let mut moved = self.displacements.lock();
-        let Some(slot) = moved.iter_mut().find(|d| d.is_none()) else { return false };
+        let Some(slot) = moved.iter_mut().find(|d| d.is_none()) else {
+            return false;
+        };
         *slot = Some(Displacement { from, to });
         // Relaxed: under the closed gate, and read inside it.
         self.has_displacements.store(true, Ordering::Relaxed);
@@ -212,7 +224,9 @@ impl Region {
 
     /// The pages of `block` that belong to the body.
     pub(crate) fn body_mask(&self, block: usize) -> PageMask {
-        let Some(body) = self.body else { return PageMask::EMPTY };
+        let Some(body) = self.body else {
+            return PageMask::EMPTY;
+        };
         let first = (body.start() - self.base) / PAGE_SIZE;
         let end = (body.end() - self.base) / PAGE_SIZE;
         let origin = block * PAGES_PER_BLOCK;
@@ -234,7 +248,10 @@ impl Region {
 
     /// Byte addresses of the pages `pages` of `block`, as an interval of the hub.
     pub(crate) fn interval(&self, block: usize, pages: Range<usize>) -> crate::notifier::Interval {
-        crate::notifier::Interval::new(self.addr_of(block, pages.start) as u64, self.addr_of(block, pages.end) as u64)
+        crate::notifier::Interval::new(
+            self.addr_of(block, pages.start) as u64,
+            self.addr_of(block, pages.end) as u64,
+        )
     }
 
     /// The block's directory, locked. Taken inside the gate.
@@ -257,7 +274,11 @@ impl Region {
 
     /// What a device read of a page that only the CPU holds does.
     pub(crate) fn on_read(&self) -> OnRead {
-        if self.read_mostly.load(Ordering::Relaxed) { OnRead::Duplicate } else { OnRead::Migrate }
+        if self.read_mostly.load(Ordering::Relaxed) {
+            OnRead::Duplicate
+        } else {
+            OnRead::Migrate
+        }
     }
 
     pub(crate) fn set_read_mostly(&self, read_mostly: bool) {
@@ -333,7 +354,13 @@ impl Region {
                 at = range.end;
                 continue;
             }
-            let next = pins.ranges.iter().map(|r| r.start).filter(|&s| s > at).min().unwrap_or(pages.end);
+            let next = pins
+                .ranges
+                .iter()
+                .map(|r| r.start)
+                .filter(|&s| s > at)
+                .min()
+                .unwrap_or(pages.end);
             let end = next.min(pages.end);
             unpinned(at..end);
             at = end;
@@ -343,7 +370,10 @@ impl Region {
     /// Totals of this region and of what its devices did to it. Waits for faults in progress: a thread is woken by the
     /// system call that serves it, a moment before its fault is counted.
     pub(crate) fn stats(&self, gate: &impl Inside) -> Stats {
-        debug_assert!(crate::sys::signal::async_signals_blocked(), "block locks are taken with signals masked (hazards S1)");
+        debug_assert!(
+            crate::sys::signal::async_signals_blocked(),
+            "block locks are taken with signals masked (hazards S1)"
+        );
         for block in self.blocks.iter() {
             drop(block.lock());
         }
@@ -355,7 +385,11 @@ impl Region {
     }
 
     /// The device of slot `id`, if it maps this region.
-    pub(crate) fn device<'g>(&'g self, gate: &'g impl Inside, id: DeviceId) -> Option<&'g dyn AnyMapped> {
+    pub(crate) fn device<'g>(
+        &'g self,
+        gate: &'g impl Inside,
+        id: DeviceId,
+    ) -> Option<&'g dyn AnyMapped> {
         self.devices(gate)[id.index()].as_deref()
     }
 }

@@ -29,8 +29,16 @@ pub(crate) struct Rights {
 }
 
 impl Rights {
-    const ALL: Self = Self { mapped: PageMask::FULL, readable: PageMask::FULL, writable: PageMask::FULL };
-    const NONE: Self = Self { mapped: PageMask::EMPTY, readable: PageMask::EMPTY, writable: PageMask::EMPTY };
+    const ALL: Self = Self {
+        mapped: PageMask::FULL,
+        readable: PageMask::FULL,
+        writable: PageMask::FULL,
+    };
+    const NONE: Self = Self {
+        mapped: PageMask::EMPTY,
+        readable: PageMask::EMPTY,
+        writable: PageMask::EMPTY,
+    };
 
     /// The rights to `pages` of `block`. An input has no say of its own: nobody may change it while it is mirrored.
     pub(crate) fn of(space: &AddressSpace, region: &Region, block: usize, pages: PageMask) -> Self {
@@ -38,8 +46,13 @@ impl Rights {
             return Self::ALL;
         }
         let mut rights = Self::NONE;
-        let Some(bounds) = pages.bounds() else { return rights };
-        let Some(range) = PageRange::from_pages(region.addr_of(block, bounds.start), bounds.len()) else { return rights };
+        let Some(bounds) = pages.bounds() else {
+            return rights;
+        };
+        let Some(range) = PageRange::from_pages(region.addr_of(block, bounds.start), bounds.len())
+        else {
+            return rights;
+        };
         // A walk that fails has seen a part: what is not seen is not permitted.
         let _ = space.maps().walk(range, |vma| {
             if let Some(part) = vma.range.intersect(range) {
@@ -48,7 +61,11 @@ impl Rights {
                 rights.mapped |= covered;
                 if vma.readable {
                     rights.readable |= covered;
-                    rights.writable |= if vma.writable { covered } else { PageMask::EMPTY };
+                    rights.writable |= if vma.writable {
+                        covered
+                    } else {
+                        PageMask::EMPTY
+                    };
                 }
             }
             ControlFlow::Continue(())
@@ -65,7 +82,11 @@ impl Rights {
     }
 
     /// The first of `want` that does not permit `access`, and why.
-    pub(crate) fn refusal(&self, want: PageMask, access: Access) -> Option<(usize, DeviceFaultKind)> {
+    pub(crate) fn refusal(
+        &self,
+        want: PageMask,
+        access: Access,
+    ) -> Option<(usize, DeviceFaultKind)> {
         let page = (want - self.to(access)).first_from(0)?;
         let kind = if !self.mapped.contains(page) {
             DeviceFaultKind::Unmapped
@@ -85,7 +106,12 @@ impl<D: Device> MappedRef<D> {
     /// One query of the kernel per mapping if nothing is protected.
     pub fn revalidate_protections(&self) {
         let region = self.shared_region();
-        let Some(body) = region.body().filter(|_| region.kind() == RegionKind::Managed) else { return };
+        let Some(body) = region
+            .body()
+            .filter(|_| region.kind() == RegionKind::Managed)
+        else {
+            return;
+        };
         let _signals = AsyncSignalsBlocked::new();
         let mut first = None;
         let mut end = body.start();
@@ -98,7 +124,9 @@ impl<D: Device> MappedRef<D> {
             end = vma.range.end();
             ControlFlow::Continue(())
         });
-        let Some(first) = first.or((end < body.end()).then_some(end)) else { return };
+        let Some(first) = first.or((end < body.end()).then_some(end)) else {
+            return;
+        };
         for block in region.locate(first).0..region.nr_blocks() {
             for (access, keep) in [(Access::Read, Keep::Nothing), (Access::Write, Keep::Reads)] {
                 self.revoke_what_is_not_permitted(block, access, keep);

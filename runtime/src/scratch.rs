@@ -5,9 +5,9 @@
 //! area is emptied by its owner *between* rounds, where no lock and no gate is held.
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
+use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::space::{AddressSpace, Door};
-use crate::door::Role;
 use crate::sys::mmap::Reservation;
 
 /// Pages of an area: eight blocks, so that it is emptied seldom.
@@ -33,7 +33,10 @@ struct Area {
 impl Scratch {
     /// No area yet; they are made by [`ensure`](Self::ensure).
     pub(crate) fn new(_space: &AddressSpace) -> Result<Self> {
-        Ok(Self { areas: [None, None], current: 0 })
+        Ok(Self {
+            areas: [None, None],
+            current: 0,
+        })
     }
 
     /// Makes room for one round of a region behind `door`, emptying the area if need be. Outside every lock and the gate.
@@ -52,13 +55,18 @@ impl Scratch {
 
     /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for.
     pub(crate) fn take(&mut self, pages: usize, _like: usize) -> usize {
-        let Some(area) = &mut self.areas[self.current] else { return 0 };
+        let Some(area) = &mut self.areas[self.current] else {
+            return 0;
+        };
         if pages == PAGES_PER_BLOCK {
             area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
         }
         let at = area.registered.start() + area.next * PAGE_SIZE;
         area.next += pages;
-        debug_assert!(area.next <= CAPACITY, "a round discarded more than it ensured");
+        debug_assert!(
+            area.next <= CAPACITY,
+            "a round discarded more than it ensured"
+        );
         at
     }
 }
@@ -68,10 +76,16 @@ impl Area {
         let failed = |errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno);
         let like = PageRange::new(BLOCK_SIZE, BLOCK_SIZE + CAPACITY * PAGE_SIZE)
             .ok_or_else(|| Error::invalid("scratch area", "the area wraps"))?;
-        let reservation = Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
+        let reservation =
+            Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
         let registered = reservation.range();
         door.register(registered, Role::Window).map_err(failed)?;
-        Ok(Self { reservation: Some(reservation), registered, door, next: 0 })
+        Ok(Self {
+            reservation: Some(reservation),
+            registered,
+            door,
+            next: 0,
+        })
     }
 }
 
@@ -79,7 +93,11 @@ impl Area {
     /// Drops everything in it. While it is not registered, so that no event comes of it.
     fn empty(&mut self) -> Result<()> {
         self.door.unregister(self.registered);
-        if self.next > 0 && !self.door.discard(self.registered.start(), self.next * PAGE_SIZE) {
+        if self.next > 0
+            && !self
+                .door
+                .discard(self.registered.start(), self.next * PAGE_SIZE)
+        {
             return Err(Error::new("scratch area", ErrorKind::System).at(self.registered.start()));
         }
         self.door

@@ -31,7 +31,12 @@ unsafe impl<T: Pod + Send> Sync for Shared<'_, T> {}
 
 impl<'a, T: Pod> Shared<'a, T> {
     pub(crate) fn new(region: &'a MapArc<Region>, ptr: NonNull<T>, len: usize) -> Self {
-        Self { region, ptr, len, _borrow: PhantomData }
+        Self {
+            region,
+            ptr,
+            len,
+            _borrow: PhantomData,
+        }
     }
 
     /// Number of elements.
@@ -113,7 +118,10 @@ integers! {
 
 impl<T: Pod> fmt::Debug for Shared<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("region", &**self.region).field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("region", &**self.region)
+            .field("len", &self.len)
+            .finish_non_exhaustive()
     }
 }
 
@@ -130,12 +138,16 @@ const fn word_of<T>() -> usize {
 pub(crate) unsafe fn atomic_load<T: Pod>(at: *const T) -> T {
     let mut value = T::zeroed();
     let bytes = size_of::<T>();
-    let (source, target) = (at.cast::<u8>().cast_mut(), core::ptr::from_mut(&mut value).cast::<u8>());
+    let (source, target) = (
+        at.cast::<u8>().cast_mut(),
+        core::ptr::from_mut(&mut value).cast::<u8>(),
+    );
     macro_rules! words {
         ($atomic:ident, $int:ty) => {
             for offset in (0..bytes).step_by(size_of::<$int>()) {
                 // SAFETY: inside the element, aligned for the word, atomic by the caller's promise.
-                let word = unsafe { $atomic::from_ptr(source.add(offset).cast()) }.load(Ordering::Relaxed);
+                let word =
+                    unsafe { $atomic::from_ptr(source.add(offset).cast()) }.load(Ordering::Relaxed);
                 // SAFETY: `value` is a local of this size; the offset is aligned as the element is.
                 unsafe { target.add(offset).cast::<$int>().write(word) };
             }
@@ -163,7 +175,8 @@ pub(crate) unsafe fn atomic_store<T: Pod>(at: *mut T, value: T) {
                 // SAFETY: inside `value`, aligned as the element is.
                 let word = unsafe { source.add(offset).cast::<$int>().read() };
                 // SAFETY: inside the element, aligned for the word, atomic by the caller's promise.
-                unsafe { $atomic::from_ptr(target.add(offset).cast()) }.store(word, Ordering::Relaxed);
+                unsafe { $atomic::from_ptr(target.add(offset).cast()) }
+                    .store(word, Ordering::Relaxed);
             }
         };
     }

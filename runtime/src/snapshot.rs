@@ -102,7 +102,9 @@ impl PageSnapshot {
 /// # Errors
 /// The range is empty, not aligned to pages, or wraps; or the kernel does not show this process its page tables.
 pub fn snapshot(addr: usize, nr_pages: usize) -> Result<Vec<PageSnapshot>> {
-    let range = nr_pages.checked_mul(PAGE_SIZE).and_then(|len| addr.checked_add(len));
+    let range = nr_pages
+        .checked_mul(PAGE_SIZE)
+        .and_then(|len| addr.checked_add(len));
     let range = range.and_then(|end| PageRange::new(addr, end));
     let Some(range) = range else {
         return Err(Error::invalid("snapshot", "the range is empty, unaligned or wraps").at(addr));
@@ -119,34 +121,60 @@ pub fn snapshot(addr: usize, nr_pages: usize) -> Result<Vec<PageSnapshot>> {
 
 /// One block's worth, inside the gate and, where it is mirrored, with the block locked.
 fn look(space: &AddressSpace, range: PageRange, pages: &mut [PageSnapshot]) -> Result<()> {
-    let failed = |e: std::io::Error| Error::new("snapshot", ErrorKind::System).at(range.start()).errno(e.raw_os_error().unwrap_or(0));
+    let failed = |e: std::io::Error| {
+        Error::new("snapshot", ErrorKind::System)
+            .at(range.start())
+            .errno(e.raw_os_error().unwrap_or(0))
+    };
     let gate = space.gate().enter();
     let mut at = range.start();
     while at < range.end() {
         let index = |addr: usize| (addr - range.start()) / PAGE_SIZE;
         let place = space.lookup(&gate, at);
         let next = place.map_or_else(
-            || space.places(&gate).iter().map(|p| p.range.start()).find(|&s| s > at).unwrap_or(usize::MAX),
+            || {
+                space
+                    .places(&gate)
+                    .iter()
+                    .map(|p| p.range.start())
+                    .find(|&s| s > at)
+                    .unwrap_or(usize::MAX)
+            },
             |place| place.range.end(),
         );
         let part = PageRange::new(at, next.min(range.end()));
         let Some(part) = part else { break };
-        let held = place.filter(|p| p.kind == PlaceKind::Body && p.region.kind() == RegionKind::Managed).map(|place| {
-            let (block, page) = place.region.locate(at);
-            (place, place.region.lock_block(block), page)
-        });
-        look_at_cpu(space, part, &mut pages[index(part.start())..index(part.end())]).map_err(failed)?;
+        let held = place
+            .filter(|p| p.kind == PlaceKind::Body && p.region.kind() == RegionKind::Managed)
+            .map(|place| {
+                let (block, page) = place.region.locate(at);
+                (place, place.region.lock_block(block), page)
+            });
+        look_at_cpu(
+            space,
+            part,
+            &mut pages[index(part.start())..index(part.end())],
+        )
+        .map_err(failed)?;
         if let Some((place, state, first)) = held {
-            for (page, snapshot) in (first..).zip(&mut pages[index(part.start())..index(part.end())]) {
+            for (page, snapshot) in
+                (first..).zip(&mut pages[index(part.start())..index(part.end())])
+            {
                 if state.gone().contains(page) {
                     continue;
                 }
                 snapshot.facts |= Facts::MIRRORED;
                 for id in DeviceId::all().filter(|&id| state.frames(id).contains(page)) {
                     snapshot.holders |= 1 << id.index();
-                    let frame = place.region.device(&gate, id).map(|d| d.window().addr_of(place.region.locate(at).0, page));
-                    let huge = frame.is_some_and(|frame| space.page_state(frame).contains(PageState::HUGE));
-                    snapshot.facts.set(Facts::HUGE, huge || snapshot.facts.contains(Facts::HUGE));
+                    let frame = place
+                        .region
+                        .device(&gate, id)
+                        .map(|d| d.window().addr_of(place.region.locate(at).0, page));
+                    let huge = frame
+                        .is_some_and(|frame| space.page_state(frame).contains(PageState::HUGE));
+                    snapshot
+                        .facts
+                        .set(Facts::HUGE, huge || snapshot.facts.contains(Facts::HUGE));
                 }
             }
         }
@@ -155,11 +183,19 @@ fn look(space: &AddressSpace, range: PageRange, pages: &mut [PageSnapshot]) -> R
     Ok(())
 }
 
-fn look_at_cpu(space: &AddressSpace, range: PageRange, pages: &mut [PageSnapshot]) -> std::io::Result<()> {
+fn look_at_cpu(
+    space: &AddressSpace,
+    range: PageRange,
+    pages: &mut [PageSnapshot],
+) -> std::io::Result<()> {
     let mut each = |part: PageRange, facts: Facts| {
-        let Some(part) = part.intersect(range) else { return };
+        let Some(part) = part.intersect(range) else {
+            return;
+        };
         let first = (part.start() - range.start()) / PAGE_SIZE;
-        pages[first..first + part.nr_pages()].iter_mut().for_each(|page| page.facts |= facts);
+        pages[first..first + part.nr_pages()]
+            .iter_mut()
+            .for_each(|page| page.facts |= facts);
     };
     space.maps().walk(range, |vma| {
         let mut facts = Facts::MAPPED;

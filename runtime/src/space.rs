@@ -17,15 +17,15 @@ use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::{DeviceId, MAX_DEVICES};
+pub(crate) use crate::door::Door;
+use crate::door::index_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::region::Region;
-use crate::sync::{Closed, Gate};
 pub(crate) use crate::sync::GateGuard;
+use crate::sync::{Closed, Gate};
 use crate::sys::arc::{MapArc, MapSlice};
 pub(crate) use crate::sys::gated::{Gated, Inside};
-pub(crate) use crate::door::Door;
-use crate::door::index_of;
 use crate::sys::maps::{Maps, Vma};
 use crate::sys::mmap::{MapArray, MapBox};
 use crate::sys::pagemap::{PageState, Pagemap};
@@ -62,7 +62,11 @@ impl Place {
                 PlaceKind::Moved(from) => PlaceKind::Moved(from + (start - self.range.start())),
                 kind => kind,
             };
-            Some(Place { range, kind, region: self.region.clone() })
+            Some(Place {
+                range,
+                kind,
+                region: self.region.clone(),
+            })
         };
         let parts = if matches!(self.kind, PlaceKind::Window(_)) || !self.range.overlaps(range) {
             [Some(self.clone()), None]
@@ -140,7 +144,9 @@ impl AddressSpace {
     /// Whether the page-table entry of `addr` is not empty: a page that is present or swapped out, or a marker, which looks like
     /// one swapped out (hazards G3). None of ours makes markers, so this is whether there are contents.
     pub(crate) fn is_populated(&self, addr: usize) -> bool {
-        self.pagemap.page(addr).is_ok_and(|state| state.intersects(PageState::PRESENT | PageState::SWAPPED))
+        self.pagemap
+            .page(addr)
+            .is_ok_and(|state| state.intersects(PageState::PRESENT | PageState::SWAPPED))
     }
 
     /// What the CPU's page table says of the page of `addr`.
@@ -154,12 +160,16 @@ impl AddressSpace {
 
     /// Whether the page of `addr` is in memory.
     pub(crate) fn is_present(&self, addr: usize) -> bool {
-        self.pagemap.page(addr).is_ok_and(|state| state.contains(PageState::PRESENT))
+        self.pagemap
+            .page(addr)
+            .is_ok_and(|state| state.contains(PageState::PRESENT))
     }
 
     /// How many of the `max` pages from `addr` on are empty before the first that is not.
     pub(crate) fn nr_empty(&self, addr: usize, max: usize) -> usize {
-        let Some(range) = PageRange::from_pages(addr, max) else { return 0 };
+        let Some(range) = PageRange::from_pages(addr, max) else {
+            return 0;
+        };
         let mut end = range.end();
         let _ = self.pagemap.walk(range, |extent| {
             end = extent.range.start();
@@ -170,7 +180,9 @@ impl AddressSpace {
 
     /// How many of the `max` pages from `addr` on are populated before the first that is not.
     pub(crate) fn nr_populated(&self, addr: usize, max: usize) -> usize {
-        let Some(range) = PageRange::from_pages(addr, max) else { return 0 };
+        let Some(range) = PageRange::from_pages(addr, max) else {
+            return 0;
+        };
         let mut end = addr;
         let _ = self.pagemap.walk(range, |extent| {
             if extent.range.start() != end {
@@ -232,7 +244,9 @@ impl AddressSpace {
 
     /// Serialises the changes of who is inherited by children; never held across a fork, never taken on the fault path.
     pub(crate) fn fork_bracket(&self) -> MutexGuard<'_, ()> {
-        self.fork_bracket.lock().unwrap_or_else(PoisonError::into_inner)
+        self.fork_bracket
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In the child of a fork: this space was the parent's. Async-signal-safe.
@@ -258,7 +272,12 @@ impl AddressSpace {
     }
 
     /// The door of this delivery, opened on first use.
-    pub(crate) fn door(&'static self, operation: &'static str, delivery: Delivery, transparent: bool) -> Result<&'static Door> {
+    pub(crate) fn door(
+        &'static self,
+        operation: &'static str,
+        delivery: Delivery,
+        transparent: bool,
+    ) -> Result<&'static Door> {
         let slot = &self.doors[index_of(delivery)];
         if let Some(door) = slot.get() {
             return check_transparent(operation, door, transparent);
@@ -288,19 +307,30 @@ impl AddressSpace {
     ///
     /// One miss is not enough to call a fault a stranger's (hazards G6): its region may have been closed, the page home and the
     /// registration over, between the fault and the look-up. Tried again, the access succeeds, or faults again.
-    pub(crate) fn has_missed_before(&self, _gate: &impl Inside, addr: usize, thread: usize) -> bool {
+    pub(crate) fn has_missed_before(
+        &self,
+        _gate: &impl Inside,
+        addr: usize,
+        thread: usize,
+    ) -> bool {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
         let thread = (thread as u64).wrapping_mul(ODD);
         // Relaxed: a thread asks for its own misses only, and a change that is seen late costs one more try.
         let changes = self.nr_changes.load(Ordering::Relaxed);
-        let miss = (thread ^ addr as u64).wrapping_add(changes).wrapping_mul(ODD) | 1;
+        let miss = (thread ^ addr as u64)
+            .wrapping_add(changes)
+            .wrapping_mul(ODD)
+            | 1;
         let slot = (thread >> 32) as usize % MISS_SLOTS;
         self.misses[slot].swap(miss, Ordering::Relaxed) == miss
     }
 
     /// Whether the kernel has changed a mapping, and the reader has not heard of it yet.
     pub(crate) fn has_unread_events(&self) -> bool {
-        self.doors.iter().filter_map(OnceLock::get).any(|door| door.has_events() && door.has_message())
+        self.doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .any(|door| door.has_events() && door.has_message())
     }
 
     /// All published ranges.
@@ -309,7 +339,12 @@ impl AddressSpace {
     }
 
     /// While the gate is closed: takes `range` out of every published body (or moved part of one), and publishes `moved`.
-    pub(crate) fn republish(&self, closed: &Closed<'_>, range: PageRange, moved: &[Option<Place>]) -> Result<(), i32> {
+    pub(crate) fn republish(
+        &self,
+        closed: &Closed<'_>,
+        range: PageRange,
+        moved: &[Option<Place>],
+    ) -> Result<(), i32> {
         self.nr_changes.fetch_add(1, Ordering::Relaxed);
         self.places.update_closed(closed, |places| {
             let left = places.iter().flat_map(|place| place.without(range));
@@ -325,14 +360,37 @@ impl AddressSpace {
 
     /// Makes `region` known to faults.
     pub(crate) fn publish_region(&self, region: &MapArc<Region>) -> Result<()> {
-        let Some(body) = region.body() else { return Ok(()) };
-        self.publish("mirror", Place { range: body, kind: PlaceKind::Body, region: region.clone() })
+        let Some(body) = region.body() else {
+            return Ok(());
+        };
+        self.publish(
+            "mirror",
+            Place {
+                range: body,
+                kind: PlaceKind::Body,
+                region: region.clone(),
+            },
+        )
     }
 
     /// Makes a window known to faults.
-    pub(crate) fn publish_window(&self, region: &MapArc<Region>, window: &Window, device: DeviceId) -> Result<()> {
-        let Some(range) = window.registered() else { return Ok(()) };
-        self.publish("map", Place { range, kind: PlaceKind::Window(device), region: region.clone() })
+    pub(crate) fn publish_window(
+        &self,
+        region: &MapArc<Region>,
+        window: &Window,
+        device: DeviceId,
+    ) -> Result<()> {
+        let Some(range) = window.registered() else {
+            return Ok(());
+        };
+        self.publish(
+            "map",
+            Place {
+                range,
+                kind: PlaceKind::Window(device),
+                region: region.clone(),
+            },
+        )
     }
 
     /// Waits until what the kernel has to tell was read and applied: memory whose UNMAP nobody has read yet looks as if it
@@ -356,10 +414,20 @@ impl AddressSpace {
             if overlaps {
                 return Err(libc::EEXIST);
             }
-            MapSlice::collect(places[..at].iter().chain([&place]).chain(&places[at..]).cloned())
+            MapSlice::collect(
+                places[..at]
+                    .iter()
+                    .chain([&place])
+                    .chain(&places[at..])
+                    .cloned(),
+            )
         });
         result.map_err(|errno| {
-            let kind = if overlaps { ErrorKind::Overlap } else { ErrorKind::OutOfMemory };
+            let kind = if overlaps {
+                ErrorKind::Overlap
+            } else {
+                ErrorKind::OutOfMemory
+            };
             Error::new(operation, kind).at(start).errno(errno)
         })
     }
@@ -371,14 +439,18 @@ impl AddressSpace {
 
     /// Makes a window unknown again.
     pub(crate) fn unpublish_window(&self, window: &Window) {
-        self.unpublish(|p| p.kind == PlaceKind::Window(window.device()) && Some(p.range) == window.registered());
+        self.unpublish(|p| {
+            p.kind == PlaceKind::Window(window.device()) && Some(p.range) == window.registered()
+        });
     }
 
     fn unpublish(&self, gone: impl Fn(&Place) -> bool + Clone) {
         self.nr_changes.fetch_add(1, Ordering::Relaxed);
         while self
             .places
-            .update(&self.gate, |places| MapSlice::collect(places.iter().filter(|p| !gone(p)).cloned()))
+            .update(&self.gate, |places| {
+                MapSlice::collect(places.iter().filter(|p| !gone(p)).cloned())
+            })
             .is_err()
         {
             // No memory for a shorter map: it will come back, and leaving a dead entry is no choice.
@@ -393,7 +465,10 @@ impl AddressSpace {
             let region = &place.region;
             place.kind == PlaceKind::Body && region.addr() <= addr && addr + len <= region.end()
         };
-        self.places(&gate).iter().find(contains).map(|place| place.region.clone())
+        self.places(&gate)
+            .iter()
+            .find(contains)
+            .map(|place| place.region.clone())
     }
 
     /// Takes a free device slot.
@@ -405,7 +480,12 @@ impl AddressSpace {
                 return None;
             }
             // Acquire pairs with the Release of `release_device`: the slot's former owner is done with it.
-            match self.devices.compare_exchange(taken, taken | 1 << slot, Ordering::Acquire, Ordering::Relaxed) {
+            match self.devices.compare_exchange(
+                taken,
+                taken | 1 << slot,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return u8::try_from(slot).ok().map(DeviceId),
                 Err(now) => taken = now,
             }
@@ -418,7 +498,11 @@ impl AddressSpace {
     }
 }
 
-fn check_transparent(operation: &'static str, door: &'static Door, transparent: bool) -> Result<&'static Door> {
+fn check_transparent(
+    operation: &'static str,
+    door: &'static Door,
+    transparent: bool,
+) -> Result<&'static Door> {
     if transparent && !door.is_transparent() {
         let why = "this process may not handle faults of the kernel: give it CAP_SYS_PTRACE, access to /dev/userfaultfd, or \
                    set the sysctl vm.unprivileged_userfaultfd=1; or use pin() around system calls";

@@ -161,7 +161,11 @@ impl Stats {
     /// System calls of page movement.
     #[must_use]
     pub fn movement_calls(&self) -> u64 {
-        self.move_calls + self.copy_calls + self.zeropage_calls + self.write_protect_calls + self.kernel_copy_calls
+        self.move_calls
+            + self.copy_calls
+            + self.zeropage_calls
+            + self.write_protect_calls
+            + self.kernel_copy_calls
     }
 }
 
@@ -184,7 +188,9 @@ impl Counters {
                 count(&self.to_device_prefetch_pages, beside);
             }
             Cause::Prefetch => count(&self.to_device_prefetch_pages, demand + beside),
-            Cause::Explicit | Cause::Evict | Cause::Drop => count(&self.to_device_explicit_pages, demand + beside),
+            Cause::Explicit | Cause::Evict | Cause::Drop => {
+                count(&self.to_device_explicit_pages, demand + beside)
+            }
         }
     }
 

@@ -14,9 +14,9 @@
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::DeviceId;
+use crate::door::{Door, Role};
 use crate::error::{Error, ErrorKind, Result};
 use crate::region::{Region, RegionKind};
-use crate::door::{Door, Role};
 use crate::sys::mmap::{self, Advice, Reservation};
 
 /// See the [module](self).
@@ -35,24 +35,51 @@ impl Window {
     pub(crate) fn new(region: &Region, device: DeviceId) -> Result<Self> {
         let door = region.door();
         if region.kind() == RegionKind::InPlace || region.len_bytes() == 0 {
-            return Ok(Self { base: region.base(), reservation: None, registered: None, door, device });
+            return Ok(Self {
+                base: region.base(),
+                reservation: None,
+                registered: None,
+                door,
+                device,
+            });
         }
-        let failed = |errno| Error::new("map", ErrorKind::OutOfMemory).at(region.addr()).errno(errno);
+        let failed = |errno| {
+            Error::new("map", ErrorKind::OutOfMemory)
+                .at(region.addr())
+                .errno(errno)
+        };
         let like = PageRange::containing(region.addr(), region.len_bytes())
             .ok_or_else(|| Error::invalid("map", "the range wraps"))?;
-        let reservation = Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
-        let base = reservation.range().start().wrapping_sub(like.start()).wrapping_add(region.base());
+        let reservation =
+            Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
+        let base = reservation
+            .range()
+            .start()
+            .wrapping_sub(like.start())
+            .wrapping_add(region.base());
         if region.options().huge_pages {
             // Advice: without huge pages a block moves page by page.
             let _ = mmap::advise(reservation.range(), Advice::HugePage);
         }
-        let mut window = Self { base, reservation: Some(reservation), registered: None, door, device };
+        let mut window = Self {
+            base,
+            reservation: Some(reservation),
+            registered: None,
+            door,
+            device,
+        };
         if let Some(body) = region.body() {
             let offset = base.wrapping_sub(region.base());
-            let body = PageRange::new(body.start().wrapping_add(offset), body.end().wrapping_add(offset))
-                .ok_or_else(|| Error::invalid("map", "the window wraps"))?;
-            door.register(body, Role::Window)
-                .map_err(|errno| Error::new("register window", ErrorKind::System).at(body.start()).errno(errno))?;
+            let body = PageRange::new(
+                body.start().wrapping_add(offset),
+                body.end().wrapping_add(offset),
+            )
+            .ok_or_else(|| Error::invalid("map", "the window wraps"))?;
+            door.register(body, Role::Window).map_err(|errno| {
+                Error::new("register window", ErrorKind::System)
+                    .at(body.start())
+                    .errno(errno)
+            })?;
             window.registered = Some(body);
         }
         Ok(window)
@@ -65,7 +92,8 @@ impl Window {
 
     /// Address of page `page` of block `block`.
     pub(crate) fn addr_of(&self, block: usize, page: usize) -> usize {
-        self.base.wrapping_add(block * BLOCK_SIZE + page * PAGE_SIZE)
+        self.base
+            .wrapping_add(block * BLOCK_SIZE + page * PAGE_SIZE)
     }
 
     /// The registered part: where a fault is a bug of ours, or a worker that outstayed a shootdown.

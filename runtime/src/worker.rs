@@ -17,7 +17,9 @@ pub struct WorkerThread {
 
 /// Makes the calling thread fit to be a device's worker. See [`WorkerThread`].
 pub fn worker_thread() -> WorkerThread {
-    WorkerThread { _signals: AsyncSignalsBlocked::new() }
+    WorkerThread {
+        _signals: AsyncSignalsBlocked::new(),
+    }
 }
 
 /// A barrier on every running thread of the process, paid for by the caller alone.

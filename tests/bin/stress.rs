@@ -15,16 +15,30 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Config, String> {
     let mut config = Config::default();
     while let Some(name) = args.next() {
         let value = args.next().ok_or_else(|| format!("{name} needs a value"))?;
-        let number = || value.parse::<usize>().map_err(|e| format!("{name} {value}: {e}"));
+        let number = || {
+            value
+                .parse::<usize>()
+                .map_err(|e| format!("{name} {value}: {e}"))
+        };
         match name.as_str() {
-            "--seconds" => config.time = Duration::from_secs_f64(value.parse().map_err(|e| format!("{name} {value}: {e}"))?),
+            "--seconds" => {
+                config.time = Duration::from_secs_f64(
+                    value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
+                )
+            }
             "--seed" => config.seed = number()? as u64,
             "--workers" => config.workers = number()?,
             "--accelerators" => config.accelerators = number()?,
             "--sessions" => config.sessions = number()?,
             "--shared-pages" => config.shared_pages = number()?,
             "--only" => config.only.push(value),
-            "--device-memory" => config.device_memory = if value == "none" { None } else { Some(number()?) },
+            "--device-memory" => {
+                config.device_memory = if value == "none" {
+                    None
+                } else {
+                    Some(number()?)
+                }
+            }
             "--delivery" => {
                 config.delivery = match value.as_str() {
                     "inline" => Delivery::Inline,

@@ -12,7 +12,8 @@ use super::mmap::state_len;
 
 /// Maps at least `len_bytes` of zero-filled memory. `Err` gives the errno.
 fn map_anonymous(len_bytes: usize) -> Result<NonNull<u8>, i32> {
-    super::mmap::map_anonymous(state_len(len_bytes).ok_or(libc::ENOMEM)?).map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))
+    super::mmap::map_anonymous(state_len(len_bytes).ok_or(libc::ENOMEM)?)
+        .map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))
 }
 
 /// Unmaps what `map_anonymous(len_bytes)` gave.
@@ -45,11 +46,22 @@ unsafe impl<T: ?Sized + Send + Sync> Sync for MapArc<T> {}
 impl<T> MapArc<T> {
     /// Maps memory for `value` and moves it there. `Err` gives the errno.
     pub(crate) fn new(value: T) -> Result<Self, i32> {
-        const { assert!(align_of::<Shared<T>>() <= 4096, "a mapping is aligned to a page, no more") };
+        const {
+            assert!(
+                align_of::<Shared<T>>() <= 4096,
+                "a mapping is aligned to a page, no more"
+            )
+        };
         let mapped_bytes = size_of::<Shared<T>>();
         let at = map_anonymous(mapped_bytes)?.cast::<Shared<T>>();
         // SAFETY: `at` is a fresh writable mapping of at least `size_of::<Shared<T>>()` bytes, page-aligned.
-        unsafe { at.write(Shared { count: AtomicUsize::new(1), mapped_bytes, value }) };
+        unsafe {
+            at.write(Shared {
+                count: AtomicUsize::new(1),
+                mapped_bytes,
+                value,
+            })
+        };
         Ok(Self { shared: at })
     }
 
@@ -105,7 +117,9 @@ impl<T: ?Sized> Clone for MapArc<T> {
     fn clone(&self) -> Self {
         // Relaxed: whoever clones holds a reference already, as in std's Arc.
         self.shared().count.fetch_add(1, Ordering::Relaxed);
-        Self { shared: self.shared }
+        Self {
+            shared: self.shared,
+        }
     }
 }
 
@@ -151,12 +165,20 @@ unsafe impl<T: Sync> Sync for MapSlice<T> {}
 impl<T> MapSlice<T> {
     /// No items, no mapping.
     pub(crate) const fn empty() -> Self {
-        Self { items: NonNull::dangling(), len: 0 }
+        Self {
+            items: NonNull::dangling(),
+            len: 0,
+        }
     }
 
     /// The items of `iter`, which is walked twice: to count, and to move. `Err` gives the errno.
     pub(crate) fn collect(iter: impl Iterator<Item = T> + Clone) -> Result<Self, i32> {
-        const { assert!(align_of::<T>() <= 4096, "a mapping is aligned to a page, no more") };
+        const {
+            assert!(
+                align_of::<T>() <= 4096,
+                "a mapping is aligned to a page, no more"
+            )
+        };
         let len = iter.clone().count();
         if len == 0 {
             return Ok(Self::empty());
@@ -192,7 +214,12 @@ impl<T> Drop for MapSlice<T> {
         // SAFETY: the items are initialised and dropped once.
         unsafe { core::ptr::drop_in_place(all) };
         // SAFETY: `collect` mapped this many bytes here, and nothing refers to them any more.
-        unsafe { unmap(self.items.as_ptr().expose_provenance(), self.len * size_of::<T>().max(1)) };
+        unsafe {
+            unmap(
+                self.items.as_ptr().expose_provenance(),
+                self.len * size_of::<T>().max(1),
+            )
+        };
     }
 }
 

@@ -29,7 +29,11 @@ impl<T> Gated<T> {
     /// A first value. `Err` gives the errno.
     pub(crate) fn new(value: T) -> Result<Self, i32> {
         let current = AtomicPtr::new(MapArc::new(value)?.into_raw());
-        Ok(Self { current, writer: Mutex::new(()), _owns: PhantomData })
+        Ok(Self {
+            current,
+            writer: Mutex::new(()),
+            _owns: PhantomData,
+        })
     }
 
     /// The value now. It stays valid while the caller is inside the gate.
@@ -44,7 +48,11 @@ impl<T> Gated<T> {
     /// Replaces the value by what `f` makes of it, and frees the old one after a grace period. Not inside the gate, which
     /// would wait for itself, and not while it is closed: the closer sees one value from beginning to end. If `f` fails, for
     /// want of memory, nothing changes.
-    pub(crate) fn update(&self, gate: &Gate, f: impl FnOnce(&T) -> Result<T, i32>) -> Result<(), i32> {
+    pub(crate) fn update(
+        &self,
+        gate: &Gate,
+        f: impl FnOnce(&T) -> Result<T, i32>,
+    ) -> Result<(), i32> {
         let old = gate.change(|| self.exchange(f))?;
         // SAFETY: `old` is unreachable for new readers, and the grace period has ended the old ones.
         drop(unsafe { MapArc::<T>::from_raw(old) });

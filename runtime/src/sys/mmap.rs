@@ -25,7 +25,10 @@ fn hint(len_bytes: usize) -> usize {
     const BYTES: usize = 0x2000_0000_0000;
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     // Relaxed: only uniqueness counts. A page stays free between neighbours.
-    let offset = NEXT.fetch_add(len_bytes.next_multiple_of(PAGE_SIZE) + PAGE_SIZE, Ordering::Relaxed);
+    let offset = NEXT.fetch_add(
+        len_bytes.next_multiple_of(PAGE_SIZE) + PAGE_SIZE,
+        Ordering::Relaxed,
+    );
     START + offset % BYTES
 }
 
@@ -63,7 +66,9 @@ pub(super) unsafe fn unmap(address: usize, len_bytes: usize) {
 /// costs nothing. The kernel fills holes first, and a page that a program unmapped in the midst of a mapping of its own is
 /// a hole: it may look for it, and unmaps it anew with the rest (the kernel's own hmm-tests does both).
 pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
-    len_bytes.max(16 * PAGE_SIZE).checked_next_multiple_of(PAGE_SIZE)
+    len_bytes
+        .max(16 * PAGE_SIZE)
+        .checked_next_multiple_of(PAGE_SIZE)
 }
 
 /// Advice that changes cost, never contents.
@@ -277,7 +282,13 @@ impl<T> MapArray<T> {
         const { assert!(align_of::<T>() <= PAGE_SIZE) };
         let map_len = size_of::<T>()
             .checked_mul(len)
-            .and_then(|bytes| if bytes == 0 { Some(0) } else { state_len(bytes) })
+            .and_then(|bytes| {
+                if bytes == 0 {
+                    Some(0)
+                } else {
+                    state_len(bytes)
+                }
+            })
             .filter(|&bytes| bytes <= isize::MAX as usize)
             .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         if map_len == 0 {

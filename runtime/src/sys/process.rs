@@ -91,8 +91,18 @@ fn is_forbidden(error: &io::Error) -> bool {
 /// # Safety
 ///
 /// `local` must be valid for writes of `len` bytes.
-pub(crate) unsafe fn copy_from_fallible(local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
-    process_vm(libc::SYS_process_vm_readv, std::process::id(), local, remote, len)
+pub(crate) unsafe fn copy_from_fallible(
+    local: *mut u8,
+    remote: usize,
+    len: usize,
+) -> io::Result<usize> {
+    process_vm(
+        libc::SYS_process_vm_readv,
+        std::process::id(),
+        local,
+        remote,
+        len,
+    )
 }
 
 /// [`copy_from_fallible`] between two addresses, for who knows the process's id. Fault path, under the same condition.
@@ -104,8 +114,19 @@ pub(crate) unsafe fn copy_from_fallible(local: *mut u8, remote: usize, len: usiz
 /// # Safety
 ///
 /// Writing `dst..dst + len` must be sound for as much of it as is mapped and writable.
-pub(crate) unsafe fn copy_from_self(pid: u32, dst: usize, src: usize, len: usize) -> io::Result<usize> {
-    process_vm(libc::SYS_process_vm_readv, pid, std::ptr::with_exposed_provenance_mut(dst), src, len)
+pub(crate) unsafe fn copy_from_self(
+    pid: u32,
+    dst: usize,
+    src: usize,
+    len: usize,
+) -> io::Result<usize> {
+    process_vm(
+        libc::SYS_process_vm_readv,
+        pid,
+        std::ptr::with_exposed_provenance_mut(dst),
+        src,
+        len,
+    )
 }
 
 /// The other direction of [`copy_from_fallible`].
@@ -119,11 +140,23 @@ pub(crate) unsafe fn copy_from_self(pid: u32, dst: usize, src: usize, len: usize
 /// `local` must be valid for reads of `len` bytes. Writing `remote..remote + len` must be sound for
 /// as much of it as is mapped and writable.
 unsafe fn copy_to_fallible(remote: usize, local: *const u8, len: usize) -> io::Result<usize> {
-    process_vm(libc::SYS_process_vm_writev, std::process::id(), local.cast_mut(), remote, len)
+    process_vm(
+        libc::SYS_process_vm_writev,
+        std::process::id(),
+        local.cast_mut(),
+        remote,
+        len,
+    )
 }
 
 /// Both calls have the same arguments. Its callers' contracts make the copy sound.
-fn process_vm(call: libc::c_long, own_pid: u32, local: *mut u8, remote: usize, len: usize) -> io::Result<usize> {
+fn process_vm(
+    call: libc::c_long,
+    own_pid: u32,
+    local: *mut u8,
+    remote: usize,
+    len: usize,
+) -> io::Result<usize> {
     if Disabled::current().contains(Disabled::PROCESS_VM) {
         return Err(io::Error::from_raw_os_error(libc::ENOSYS));
     }

@@ -181,7 +181,11 @@ extern "C" fn on_sigbus(
         let fault = unsafe { decode(addr, context) };
         // SAFETY: as above; the kernel says there which alternate stack the thread has.
         let alternate = unsafe { &(*context).uc_stack };
-        let resolve = || installed.stacks.with_room(alternate, || (installed.resolver)(&fault));
+        let resolve = || {
+            installed
+                .stacks
+                .with_room(alternate, || (installed.resolver)(&fault))
+        };
         match installed.resolving.enter(thread_pointer()) {
             Entered::Nested => abort_with_message(format_args!(
                 "a page fault at {addr:#x} inside the page-fault resolver (pc {:#x}): \

@@ -44,19 +44,27 @@ impl Stacks {
             // In a forked child nobody is in a handler.
             advise(pages, Advice::WipeOnFork)?;
         }
-        Ok(Self { taken: MapBox::leak(taken), memory: MapArray::zeroed(NR_STACKS * STACK)? })
+        Ok(Self {
+            taken: MapBox::leak(taken),
+            memory: MapArray::zeroed(NR_STACKS * STACK)?,
+        })
     }
 
     /// Runs `f`, on a stack of ours if this frame is on an alternate one that is small. Async-signal-safe if `f` is; `f` must
     /// not unwind (it aborts).
     pub(super) fn with_room<R, F: FnOnce() -> R>(&self, alternate: &libc::stack_t, f: F) -> R {
         let here = 0_u8;
-        let used = (&raw const here).addr().wrapping_sub(alternate.ss_sp.addr());
+        let used = (&raw const here)
+            .addr()
+            .wrapping_sub(alternate.ss_sp.addr());
         if used >= alternate.ss_size || alternate.ss_size >= ENOUGH {
             return f();
         }
         let Some(index) = self.take() else { return f() };
-        let mut call = Call { f: Some(f), result: None };
+        let mut call = Call {
+            f: Some(f),
+            result: None,
+        };
         let end = self.memory.as_ptr().wrapping_add((index + 1) * STACK);
         // SAFETY: the stack is ours alone until its bit is cleared, 64 KiB long, and its end is aligned to a page; `call`
         // outlives the call and is what `run` expects.
@@ -65,7 +73,9 @@ impl Stacks {
         self.taken.0.fetch_and(!(1 << index), Ordering::Release);
         match call.result {
             Some(result) => result,
-            None => super::process::abort_with_message(format_args!("the fault resolver did not run")),
+            None => {
+                super::process::abort_with_message(format_args!("the fault resolver did not run"))
+            }
         }
     }
 
@@ -76,7 +86,12 @@ impl Stacks {
             if free == u64::BITS || !cfg!(target_arch = "x86_64") {
                 return None;
             }
-            match self.taken.0.compare_exchange_weak(taken, taken | 1 << free, Ordering::Acquire, Ordering::Relaxed) {
+            match self.taken.0.compare_exchange_weak(
+                taken,
+                taken | 1 << free,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return Some(free as usize),
                 Err(now) => taken = now,
             }
@@ -140,7 +155,11 @@ mod tests {
     fn small_stack_here() -> libc::stack_t {
         let here = 0_u8;
         let start = (&raw const here).wrapping_sub(4096).cast_mut();
-        libc::stack_t { ss_sp: start.cast(), ss_flags: 0, ss_size: 8192 }
+        libc::stack_t {
+            ss_sp: start.cast(),
+            ss_flags: 0,
+            ss_size: 8192,
+        }
     }
 
     #[inline(never)]
@@ -148,7 +167,11 @@ mod tests {
         let frame = [n as u8; 256];
         let frame = core::hint::black_box(&frame);
         let here = core::ptr::from_ref(frame).addr();
-        if n == 0 { (here, 0) } else { (deep(n - 1).0, usize::from(frame[7]) + n) }
+        if n == 0 {
+            (here, 0)
+        } else {
+            (deep(n - 1).0, usize::from(frame[7]) + n)
+        }
     }
 
     #[test]
@@ -158,7 +181,10 @@ mod tests {
         let pool = stacks.memory.as_ptr().addr()..stacks.memory.as_ptr().addr() + NR_STACKS * STACK;
         assert_eq!(pool.contains(&lowest), cfg!(target_arch = "x86_64"));
         assert_eq!(stacks.taken.0.load(Ordering::Relaxed), 0);
-        let large = libc::stack_t { ss_size: 1 << 20, ..small_stack_here() };
+        let large = libc::stack_t {
+            ss_size: 1 << 20,
+            ..small_stack_here()
+        };
         assert!(!pool.contains(&stacks.with_room(&large, || deep(1)).0));
     }
 
