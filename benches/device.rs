@@ -107,7 +107,7 @@ impl Rig {
     pub fn fault(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
         self.range
             .fault_in(&self.mapped, pages, access, 0, TIMEOUT, |valid, _guard| {
-                install(self.mapped.table(), valid)
+                install(self.mapped.table(), valid);
             })?;
         Ok(())
     }

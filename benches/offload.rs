@@ -243,7 +243,7 @@ fn main() -> Result<()> {
                 granule,
                 huge,
                 target,
-            ))
+            ));
         };
         add(
             "2 MiB granule",

@@ -122,7 +122,7 @@ impl Subject for Launch {
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         samples.time(|| {
             self.accel.run(self.data.view_mut(), |data| {
-                data.iter_mut().for_each(|x| *x += 1)
+                data.iter_mut().for_each(|x| *x += 1);
             })
         })?;
         ensure!(

@@ -218,7 +218,7 @@ fn a_scan_by_one_worker_faults_once_a_granule_and_never_twice() {
                 .run((y.view_mut(), x.view()), |(y, x)| {
                     y.iter_mut()
                         .zip(x)
-                        .for_each(|(y, x)| *y = y.wrapping_add(*x))
+                        .for_each(|(y, x)| *y = y.wrapping_add(*x));
                 })
                 .unwrap();
         };

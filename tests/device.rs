@@ -140,7 +140,7 @@ impl TestDevice {
                     ptr::with_exposed_provenance(at),
                     out.as_mut_ptr().add(done),
                     len,
-                )
+                );
             }
         })
     }
@@ -157,7 +157,7 @@ impl TestDevice {
                     data.as_ptr().add(done),
                     ptr::with_exposed_provenance_mut(at),
                     len,
-                )
+                );
             }
         })
     }
@@ -190,7 +190,7 @@ impl TestDevice {
             let part = addr + done..addr + len;
             let before = done;
             done += session.copy_translated(part.clone(), |at, offset, len| {
-                bytes(at, before + offset, len)
+                bytes(at, before + offset, len);
             });
             if done < len {
                 self.rounds.fetch_add(1, Ordering::Relaxed);

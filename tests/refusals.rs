@@ -190,7 +190,7 @@ fn an_input_made_of_a_mirrors_own_slice_is_that_mirror() {
                     .fault_in(view.region(), view.addr(), view.len(), Access::Write)
                     .unwrap();
             }
-            for part in [&mirror.as_slice()[..], &mirror.as_slice()[10..40]] {
+            for part in [mirror.as_slice(), &mirror.as_slice()[10..40]] {
                 let input = svm::mirror_ref_with(part, options).unwrap();
                 if end - start > PAGE {
                     assert_eq!(input.view().region().id(), view.region().id());
@@ -235,7 +235,7 @@ fn a_pin_outwaits_a_stuck_span_by_its_deadline_only() {
             std::thread::sleep(Duration::from_millis(200));
             let mut readable = None;
             let install = |v: &svm::Valid, _: &svm::DeviceGuard<'_>| {
-                readable = Some(v.readable().contains(page % BLOCK))
+                readable = Some(v.readable().contains(page % BLOCK));
             };
             let mut range = device.range().unwrap();
             let faulted = range.fault_in(
@@ -277,7 +277,7 @@ fn a_storm_of_cpu_faults_interrupts_no_round() {
             scope.spawn(|| {
                 (0..)
                     .take_while(|_| !stop.load(Ordering::Relaxed))
-                    .for_each(|i| shared.store(3, i))
+                    .for_each(|i| shared.store(3, i));
             });
             let end = Instant::now() + Duration::from_millis(1500);
             let (mut rounds, mut worst) = (0, Duration::ZERO);

@@ -199,7 +199,7 @@ fn exercise_slice<T: Element>(
     devices
         .computing
         .run((indices(), input.view()), |(range, chunk)| {
-            check(chunk, range.start + 5)
+            check(chunk, range.start + 5);
         })
         .unwrap();
     devices

@@ -638,7 +638,7 @@ fn session<T: Element>(
             0 | 1 => {
                 accel
                     .run(memory.view_mut(), |chunk| {
-                        chunk.iter_mut().for_each(|x| *x = x.step(by))
+                        chunk.iter_mut().for_each(|x| *x = x.step(by));
                     })
                     .map_err(error("chunk kernel, writing"))?;
                 shadow.iter_mut().for_each(|x| *x = x.step(by));

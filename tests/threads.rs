@@ -52,7 +52,7 @@ fn three_mirrors_and_four_workers_with_cpu_writers() {
                     scope.launch((a.view_mut(), b.view()), |(a, b)| {
                         a.iter_mut()
                             .zip(b)
-                            .for_each(|(a, b)| *a = a.wrapping_add(*b))
+                            .for_each(|(a, b)| *a = a.wrapping_add(*b));
                     })?;
                     let chunk = c.len().div_ceil(3);
                     std::thread::scope(|threads| {
@@ -99,7 +99,7 @@ fn rayon_over_pages_that_are_away() {
         for round in 0..4u64 {
             accel
                 .run((indices(), buffer.view_mut()), |(i, x)| {
-                    x.iter_mut().zip(i).for_each(|(x, i)| *x += i as u64)
+                    x.iter_mut().zip(i).for_each(|(x, i)| *x += i as u64);
                 })
                 .unwrap();
             buffer.as_mut_slice().par_iter_mut().for_each(|x| *x += 1);
@@ -296,7 +296,7 @@ fn an_accelerator_that_goes_first_brings_its_pages_home() {
                 .unwrap();
             keeps
                 .run((indices(), mirror.view()), |(i, x)| {
-                    assert!(x.iter().zip(i).all(|(&x, i)| x == i as u64 + 3 + round))
+                    assert!(x.iter().zip(i).all(|(&x, i)| x == i as u64 + 3 + round));
                 })
                 .unwrap();
             goes.run(mirror.view(), |x| assert!(x[0] > 0)).unwrap();
@@ -362,7 +362,7 @@ fn two_accelerators_on_the_same_memory() {
                     scope.spawn(|| {
                         accel
                             .run_items(n, shared.view(), |_lane, i, x| x.fetch_add(i, 1).map(drop))
-                            .unwrap()
+                            .unwrap();
                     });
                 }
                 for i in (0..n).rev() {
@@ -377,7 +377,7 @@ fn two_accelerators_on_the_same_memory() {
                 scope.spawn(|| {
                     accel
                         .run(mirror.view(), |x| assert!(x.iter().all(|&x| x == 3)))
-                        .unwrap()
+                        .unwrap();
                 });
             }
             assert!(mirror.as_slice().iter().all(|&x| x == 3));
@@ -388,7 +388,7 @@ fn two_accelerators_on_the_same_memory() {
                 .unwrap();
             accels[1 - i]
                 .run(mirror.view(), |x| {
-                    assert!(x.iter().all(|&x| x == 4 + i as u64))
+                    assert!(x.iter().all(|&x| x == 4 + i as u64));
                 })
                 .unwrap();
         }

@@ -62,7 +62,7 @@ impl<T: Pod> Buffer<T> {
             assert!(
                 align_of::<T>() <= PAGE_SIZE,
                 "a buffer's elements are aligned to a page at most"
-            )
+            );
         };
         AddressSpace::get("buffer")?;
         let no_room = |errno| Error::new("buffer", ErrorKind::OutOfMemory).errno(errno);

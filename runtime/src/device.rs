@@ -408,7 +408,7 @@ impl<D: Device> AnyMapped for Mapped<D> {
         unsafe {
             self.attached
                 .device
-                .copy_to_device(&self.table, pages, from)
+                .copy_to_device(&self.table, pages, from);
         };
     }
 
@@ -418,7 +418,7 @@ impl<D: Device> AnyMapped for Mapped<D> {
         unsafe {
             self.attached
                 .device
-                .copy_to_host(&self.table, pages, bounce.as_mut_ptr())
+                .copy_to_host(&self.table, pages, bounce.as_mut_ptr());
         };
     }
 

@@ -164,7 +164,7 @@ impl fmt::Display for Error {
             ErrorKind::OutOfMemory => write!(f, ": out of memory, descriptors or mappings")?,
             ErrorKind::Timeout => write!(f, ": the deadline passed without progress")?,
             ErrorKind::Forked => {
-                write!(f, ": this is a forked child; mirror and attach anew here")?
+                write!(f, ": this is a forked child; mirror and attach anew here")?;
             }
             ErrorKind::Lost => write!(
                 f,

@@ -171,10 +171,10 @@ pub(crate) fn apply(
                 }
             });
             let tail = grown_tail(space, closed, to, len, &moved[0]);
-            if next > 0 {
-                if let Some(slot) = moved.get_mut(next) {
-                    *slot = tail;
-                }
+            if next > 0
+                && let Some(slot) = moved.get_mut(next)
+            {
+                *slot = tail;
             }
             republish(space, closed, range, &moved);
         }

@@ -170,7 +170,7 @@ fn give_up(
         mover.bring_home(device, run)?;
         device.counters().to_host(cause, len, 0);
     }
-    let duplicates = mover.state.frames(id) & pages - exclusive;
+    let duplicates = mover.state.frames(id) & (pages - exclusive);
     mover.state.revoked(id, duplicates);
     mover.clear_junk(device, pages, scratch)
 }

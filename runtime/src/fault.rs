@@ -269,7 +269,7 @@ fn classify(
     let near = if displaced {
         PageMask::page(page)
     } else {
-        granule_around(page, region.granule()) & body - state.gone()
+        granule_around(page, region.granule()) & (body - state.gone())
     };
     let reads = fault.access == Some(Access::Read);
     if state.away().contains(page) {
@@ -306,15 +306,15 @@ fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {
     let counters = region.counters();
     match class {
         Class::MoveHome(_) | Class::ShareHome(_) if fault.access == Some(Access::Write) => {
-            count(&counters.cpu_write_faults, 1)
+            count(&counters.cpu_write_faults, 1);
         }
         Class::MoveHome(_) | Class::ShareHome(_) | Class::Restore => {
-            count(&counters.cpu_read_faults, 1)
+            count(&counters.cpu_read_faults, 1);
         }
         Class::Collapse(_) => count(&counters.cpu_protect_faults, 1),
         Class::ZeroFill => count(&counters.cpu_zero_fills, 1),
         Class::StaleProtection | Class::Gone | Class::Pending => {
-            count(&counters.cpu_spurious_faults, 1)
+            count(&counters.cpu_spurious_faults, 1);
         }
     }
 }

@@ -164,7 +164,7 @@ impl Reader {
             };
             match next {
                 Aside::Retry(fault, at_ns) if clock::monotonic_ns() < at_ns => {
-                    self.aside.push_back(Aside::Retry(fault, at_ns))
+                    self.aside.push_back(Aside::Retry(fault, at_ns));
                 }
                 Aside::Retry(fault, _) => {
                     let attempt = fault::begin(space, &fault, First::No);

@@ -569,7 +569,7 @@ impl<'a> Mover<'a> {
         let id = device.id();
         if device.bounce().is_some() {
             return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| {
-                state.moved_home(id, pages)
+                state.moved_home(id, pages);
             });
         }
         if !self.has_move() {

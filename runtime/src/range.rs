@@ -467,7 +467,7 @@ fn unstick<D: Device>(
         if let Some(pages) = body.and_then(|p| p.intersect(vma.range)) {
             // Pinned meanwhile: home and un-protected, or the write that breaks the sharing would itself fault.
             if pin::with_pinned(region, pages, || {
-                drop(mmap::advise(pages, Advice::PopulateWrite))
+                drop(mmap::advise(pages, Advice::PopulateWrite));
             })
             .is_err()
             {
@@ -915,9 +915,9 @@ impl<D: Device> Round<'_, D> {
     fn valid(&self, state: &BlockState, want: PageMask, rights: &Rights) -> Valid {
         let in_place = match self.region.kind() {
             RegionKind::InPlace => want,
-            RegionKind::Managed | RegionKind::Input => state.in_place() & want - state.away(),
+            RegionKind::Managed | RegionKind::Input => state.in_place() & (want - state.away()),
         } & rights.readable;
-        let in_window = state.frames(self.id()) & want & rights.readable - in_place;
+        let in_window = state.frames(self.id()) & want & (rights.readable - in_place);
         let writable = ((state.exclusive_to(self.id()) & in_window) | in_place) & rights.writable;
         Valid {
             block: self.block,
@@ -1039,7 +1039,7 @@ impl<D: Device> Round<'_, D> {
         let movable = match self.region.kind() {
             RegionKind::InPlace => PageMask::EMPTY,
             RegionKind::Managed | RegionKind::Input => {
-                self.want & self.region.body_mask(self.block) - fixed
+                self.want & (self.region.body_mask(self.block) - fixed)
             }
         };
         let writable = if self.region.is_writable() {
@@ -1047,14 +1047,18 @@ impl<D: Device> Round<'_, D> {
         } else {
             PageMask::EMPTY
         };
-        let write = movable & writable - state.exclusive_to(self.id());
+        let write = movable & (writable - state.exclusive_to(self.id()));
         let read = movable - writable - state.frames(self.id());
         if !write.is_empty() {
             Migration::Run(write, Access::Write)
         } else if !read.is_empty() {
             Migration::Run(read, Access::Read)
         } else {
-            Migration::Done(self.valid(&state, self.want & self.servable() - state.gone(), &rights))
+            Migration::Done(self.valid(
+                &state,
+                self.want & (self.servable() - state.gone()),
+                &rights,
+            ))
         }
     }
 }

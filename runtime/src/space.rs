@@ -22,7 +22,6 @@ use crate::door::index_of;
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::region::Region;
-pub(crate) use crate::sync::GateGuard;
 use crate::sync::{Closed, Gate};
 use crate::sys::arc::{MapArc, MapSlice};
 pub(crate) use crate::sys::gated::{Gated, Inside};

@@ -189,7 +189,7 @@ impl Counters {
             }
             Cause::Prefetch => count(&self.to_device_prefetch_pages, demand + beside),
             Cause::Explicit | Cause::Evict | Cause::Drop => {
-                count(&self.to_device_explicit_pages, demand + beside)
+                count(&self.to_device_explicit_pages, demand + beside);
             }
         }
     }

@@ -24,7 +24,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Config, String> {
             "--seconds" => {
                 config.time = Duration::from_secs_f64(
                     value.parse().map_err(|e| format!("{name} {value}: {e}"))?,
-                )
+                );
             }
             "--seed" => config.seed = number()? as u64,
             "--workers" => config.workers = number()?,

@@ -50,7 +50,7 @@ impl<T> MapArc<T> {
             assert!(
                 align_of::<Shared<T>>() <= 4096,
                 "a mapping is aligned to a page, no more"
-            )
+            );
         };
         let mapped_bytes = size_of::<Shared<T>>();
         let at = map_anonymous(mapped_bytes)?.cast::<Shared<T>>();
@@ -60,7 +60,7 @@ impl<T> MapArc<T> {
                 count: AtomicUsize::new(1),
                 mapped_bytes,
                 value,
-            })
+            });
         };
         Ok(Self { shared: at })
     }
@@ -177,7 +177,7 @@ impl<T> MapSlice<T> {
             assert!(
                 align_of::<T>() <= 4096,
                 "a mapping is aligned to a page, no more"
-            )
+            );
         };
         let len = iter.clone().count();
         if len == 0 {
@@ -218,7 +218,7 @@ impl<T> Drop for MapSlice<T> {
             unmap(
                 self.items.as_ptr().expose_provenance(),
                 self.len * size_of::<T>().max(1),
-            )
+            );
         };
     }
 }

@@ -14,19 +14,6 @@ pub(crate) fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn advances_at_the_speed_of_time() {
-        let before = monotonic_ns();
-        std::thread::sleep(std::time::Duration::from_millis(5));
-        let elapsed = monotonic_ns() - before;
-        assert!((5_000_000..60_000_000_000).contains(&elapsed), "{elapsed}");
-    }
-}
-
 /// Sleeps until the monotonic clock shows `at_ns`. Fault path: one system call, async-signal-safe.
 pub(crate) fn sleep_until(at_ns: u64) {
     let at = libc::timespec {
@@ -42,4 +29,17 @@ pub(crate) fn sleep_until(at_ns: u64) {
             core::ptr::null_mut(),
         )
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn advances_at_the_speed_of_time() {
+        let before = monotonic_ns();
+        std::thread::sleep(std::time::Duration::from_millis(5));
+        let elapsed = monotonic_ns() - before;
+        assert!((5_000_000..60_000_000_000).contains(&elapsed), "{elapsed}");
+    }
 }

@@ -54,7 +54,7 @@ use userfaultfd_sys::{
 };
 
 use super::disable::Disabled;
-pub(crate) use super::event::{Doorbell, Event, EventBuffer, Ready};
+pub(crate) use super::event::{Doorbell, Ready};
 use super::process::abort_with_message;
 use super::{check, ioctl, iowr, replace_fd};
 use crate::addr::PageRange;
