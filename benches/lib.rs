@@ -4,6 +4,10 @@
 //! run*: the least code that could do the job, raw ioctls in a loop or a bare signal handler, run in turns with ours, under
 //! the same threads, on the same kind of memory. See [`harness`] for how, and [`floors`] for the floors.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
 #![cfg(target_os = "linux")]
 
 pub mod device;

@@ -127,9 +127,9 @@ pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()
     Ok(())
 }
 
-fn draw<E: std::error::Error>(f: impl FnOnce() -> Result<(), DrawingAreaErrorKind<E>>) -> Result<()>
+fn draw<E>(f: impl FnOnce() -> Result<(), DrawingAreaErrorKind<E>>) -> Result<()>
 where
-    E: Send + Sync,
+    E: std::error::Error + Send + Sync,
 {
     f().map_err(|e| anyhow!("cannot plot: {e}"))
 }

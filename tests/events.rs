@@ -56,18 +56,14 @@ impl Map {
 
     fn madvise(&self, first: usize, pages: usize, advice: i32) {
         // SAFETY: the mapping is the test's.
-        assert_eq!(
-            unsafe { libc::madvise(self.at(first).cast(), pages * PAGE, advice) },
-            0
-        );
+        let outcome = unsafe { libc::madvise(self.at(first).cast(), pages * PAGE, advice) };
+        assert_eq!(outcome, 0);
     }
 
     fn unmap(&self, first: usize, pages: usize) {
         // SAFETY: the mapping is the test's.
-        assert_eq!(
-            unsafe { libc::munmap(self.at(first).cast(), pages * PAGE) },
-            0
-        );
+        let outcome = unsafe { libc::munmap(self.at(first).cast(), pages * PAGE) };
+        assert_eq!(outcome, 0);
     }
 }
 

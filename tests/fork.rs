@@ -1,5 +1,10 @@
 //! fork: the child has the memory of that moment, the parent goes on, and neither disturbs the other.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
+
 use std::time::Duration;
 
 use svm::{Access, Delivery, Granule, Options};
@@ -20,7 +25,8 @@ fn in_child(child: impl FnOnce() -> bool) -> bool {
         pid => {
             let mut status = 0;
             // SAFETY: waits for the child just made.
-            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            let outcome = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            assert_eq!(outcome, pid);
             libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
         }
     }
@@ -207,7 +213,8 @@ fn a_raw_clone_faults_where_it_would_read_zeros() {
         }
         let (mut status, pid) = (0, libc::pid_t::try_from(pid).unwrap());
         // SAFETY: waits for the child.
-        assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+        let outcome = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        assert_eq!(outcome, pid);
         assert!(
             libc::WIFSIGNALED(status),
             "status {status:#x}: the child went on, with {}",

@@ -1,6 +1,11 @@
 //! Twins of the kernel's `tools/testing/selftests/mm/hmm-tests.c`, under the same names: real system calls on real memory, the
 //! test device of [`tests::mm`], both doors, every granule; and again under each forced fallback.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
+
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::{Arc, Mutex};
@@ -48,16 +53,14 @@ impl Map {
         let map = Self::new(2 * HUGE, protection);
         let at = map.addr.next_multiple_of(HUGE);
         // SAFETY: inside the mapping; advice only.
-        assert_eq!(
-            unsafe {
-                libc::madvise(
-                    ptr::with_exposed_provenance_mut(at),
-                    HUGE,
-                    libc::MADV_HUGEPAGE,
-                )
-            },
-            0
-        );
+        let outcome = unsafe {
+            libc::madvise(
+                ptr::with_exposed_provenance_mut(at),
+                HUGE,
+                libc::MADV_HUGEPAGE,
+            )
+        };
+        assert_eq!(outcome, 0);
         (map, at)
     }
 
@@ -68,14 +71,16 @@ impl Map {
     fn protect(&self, first: usize, pages: usize, protection: i32) {
         let at = ptr::with_exposed_provenance_mut(self.page(first));
         // SAFETY: the test's own mapping.
-        assert_eq!(unsafe { libc::mprotect(at, pages * PAGE, protection) }, 0);
+        let outcome = unsafe { libc::mprotect(at, pages * PAGE, protection) };
+        assert_eq!(outcome, 0);
     }
 
     fn unmap(&self, first: usize, pages: usize) {
         let at = ptr::with_exposed_provenance_mut(self.page(first));
         self.holes.lock().unwrap().push(first..first + pages);
         // SAFETY: the test's own mapping.
-        assert_eq!(unsafe { libc::munmap(at, pages * PAGE) }, 0);
+        let outcome = unsafe { libc::munmap(at, pages * PAGE) };
+        assert_eq!(outcome, 0);
     }
 }
 
@@ -210,7 +215,8 @@ fn in_child(child: impl FnOnce() -> bool) -> bool {
         pid => {
             let mut status = 0;
             // SAFETY: waits for the child just made.
-            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            let outcome = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            assert_eq!(outcome, pid);
             libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
         }
     }
@@ -230,7 +236,8 @@ fn temporary_file(len: usize) -> OwnedFd {
     // SAFETY: just opened, and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: a file of ours.
-    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) }, 0);
+    let outcome = unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) };
+    assert_eq!(outcome, 0);
     fd
 }
 
@@ -612,7 +619,8 @@ fn mixedmap() {
         // SAFETY: just opened.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: our own file.
-        assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), PAGE as i64) }, 0);
+        let outcome = unsafe { libc::ftruncate(fd.as_raw_fd(), PAGE as i64) };
+        assert_eq!(outcome, 0);
         let map = Map::with(
             PAGE,
             READ,
@@ -882,16 +890,14 @@ fn migrate_anon_huge_free() {
         assert_eq!(f.dev.migrate_to_dev(addr, &mut out), migrated(HUGE / PAGE));
         assert!(holds(&out, |k| k));
         // SAFETY: the test's own mapping.
-        assert_eq!(
-            unsafe {
-                libc::madvise(
-                    ptr::with_exposed_provenance_mut(addr),
-                    HUGE,
-                    libc::MADV_FREE,
-                )
-            },
-            0
-        );
+        let outcome = unsafe {
+            libc::madvise(
+                ptr::with_exposed_provenance_mut(addr),
+                HUGE,
+                libc::MADV_FREE,
+            )
+        };
+        assert_eq!(outcome, 0);
         // Freed on the device means zeros at once: nobody keeps what nobody may read.
         assert!(check(addr, HUGE, |_| 0), "{:?}", f.options);
     });

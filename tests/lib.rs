@@ -1,6 +1,10 @@
 //! What the integration tests share: a watchdog, and a small device written as a driver author would write one, against
 //! `svm::Device` and the public range API alone.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
 #![cfg(target_os = "linux")]
 
 pub mod device;

@@ -31,7 +31,8 @@ unsafe impl Sync for Table {}
 impl Table {
     fn page(&self, page: usize) -> *mut u8 {
         // SAFETY: the vector is never resized; the pointer is only used as said above.
-        unsafe { (*self.memory.get()).as_mut_ptr().add(page * PAGE) }
+        let memory = unsafe { &mut *self.memory.get() };
+        memory[page * PAGE..].as_mut_ptr()
     }
 }
 

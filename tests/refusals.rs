@@ -1,6 +1,10 @@
 //! What the kernel refuses, what a hanging kernel holds up, and what the runtime itself refuses: never silently, never for ever,
 //! and never more than it has to.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
 #![cfg(target_os = "linux")]
 
 use std::process::Command;
@@ -120,12 +124,15 @@ fn locked_memory_without_move_is_served_in_place() {
                 // SAFETY: the page is there for both, and nobody else uses it.
                 unsafe { at.write_volatile(42) };
                 // SAFETY: as above.
-                assert_eq!(unsafe { at.read_volatile() }, 42);
+                let outcome = unsafe { at.read_volatile() };
+                assert_eq!(outcome, 42);
                 mirror.close().unwrap();
                 // SAFETY: as above.
-                assert_eq!(unsafe { at.add(PAGE).read_volatile() }, 7);
+                let outcome = unsafe { at.add(PAGE).read_volatile() };
+                assert_eq!(outcome, 7);
                 // SAFETY: the mapping is the test's, and nobody uses it any more.
-                assert_eq!(unsafe { libc::munmap(at.cast(), PAGES * PAGE) }, 0);
+                let outcome = unsafe { libc::munmap(at.cast(), PAGES * PAGE) };
+                assert_eq!(outcome, 0);
             });
         },
     );
@@ -172,7 +179,8 @@ fn pages_beside_a_border_of_advice_migrate() {
         // SAFETY: the test's own mapping; nobody writes it.
         assert!((0..PAGES * PAGE).all(|i| unsafe { at.add(i).read_volatile() } == 7));
         // SAFETY: the mapping is the test's, and nobody uses it any more.
-        assert_eq!(unsafe { libc::munmap(at.cast(), PAGES * PAGE) }, 0);
+        let outcome = unsafe { libc::munmap(at.cast(), PAGES * PAGE) };
+        assert_eq!(outcome, 0);
     });
 }
 

@@ -390,7 +390,8 @@ fn gigabytes_that_are_hardly_used() {
         assert_eq!(mirror.stats().anomalies, 0);
         mirror.close().unwrap();
         // SAFETY: nobody uses it any more.
-        assert_eq!(unsafe { libc::munmap(start.cast(), BYTES) }, 0);
+        let outcome = unsafe { libc::munmap(start.cast(), BYTES) };
+        assert_eq!(outcome, 0);
     });
 }
 
@@ -401,7 +402,8 @@ fn memory_that_cannot_move_is_used_where_it_is() {
         // SAFETY: the name is a C string.
         let fd = unsafe { libc::memfd_create(c"slices".as_ptr(), libc::MFD_CLOEXEC) };
         // SAFETY: the descriptor is ours.
-        assert_eq!(unsafe { libc::ftruncate(fd, len as i64) }, 0);
+        let outcome = unsafe { libc::ftruncate(fd, len as i64) };
+        assert_eq!(outcome, 0);
         for sharing in [libc::MAP_SHARED, libc::MAP_PRIVATE] {
             // SAFETY: a fresh mapping of our own file.
             let at = unsafe {

@@ -196,23 +196,19 @@ impl Map {
     fn discard(&self) {
         let at = ptr::with_exposed_provenance_mut(self.addr);
         // SAFETY: the test's own mapping.
-        assert_eq!(
-            unsafe { libc::madvise(at, self.pages * PAGE, libc::MADV_DONTNEED) },
-            0
-        );
+        let outcome = unsafe { libc::madvise(at, self.pages * PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(outcome, 0);
     }
 
     fn unmap(self) {
         // SAFETY: the test's own mapping, which nobody uses any more.
-        assert_eq!(
-            unsafe {
-                libc::munmap(
-                    ptr::with_exposed_provenance_mut(self.addr),
-                    self.pages * PAGE,
-                )
-            },
-            0
-        );
+        let outcome = unsafe {
+            libc::munmap(
+                ptr::with_exposed_provenance_mut(self.addr),
+                self.pages * PAGE,
+            )
+        };
+        assert_eq!(outcome, 0);
     }
 }
 
@@ -362,7 +358,8 @@ fn memory_of_a_mirror_closed_beside_a_fork_is_inherited() {
             }
             let mut status = 0;
             // SAFETY: waits for the child just made.
-            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
+            let outcome = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+            assert_eq!(outcome, pid);
             status
         };
         std::thread::scope(|scope| {

@@ -1,5 +1,10 @@
 //! Threads of every kind on mirrored memory, and the ends that launches, accelerators and mirrors can come to.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
+
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -133,10 +138,8 @@ extern "C" fn foreign(job: *mut libc::c_void) -> *mut libc::c_void {
             ss_size: stack.len(),
         };
         // SAFETY: the memory stays until the stack is given up below.
-        assert_eq!(
-            unsafe { libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) },
-            0
-        );
+        let outcome = unsafe { libc::sigaltstack(&raw const alternate, std::ptr::null_mut()) };
+        assert_eq!(outcome, 0);
     }
     if let Some(options) = &job.own_stack {
         // Its own stack stays where it is: without an alternate one its handler has nowhere else to run.
@@ -194,10 +197,8 @@ fn threads_that_rust_has_not_made() {
             };
             assert_eq!(made, 0);
             // SAFETY: a thread just made, joined once.
-            assert_eq!(
-                unsafe { libc::pthread_join(thread, std::ptr::null_mut()) },
-                0
-            );
+            let outcome = unsafe { libc::pthread_join(thread, std::ptr::null_mut()) };
+            assert_eq!(outcome, 0);
             assert_eq!(mirror.stats().anomalies, 0);
             mirror.close().unwrap();
         }

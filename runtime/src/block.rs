@@ -284,8 +284,7 @@ impl BlockState {
         self.occupants().find(|&d| self.frames(d).contains(page))
     }
 
-    /// Whether no page is away and no window holds anything: the block is plain memory.
-    #[inline]
+    #[cfg(test)]
     pub(crate) fn is_home(&self) -> bool {
         self.away.is_empty() && self.occupied == 0
     }

@@ -350,14 +350,14 @@ impl<'a> Mover<'a> {
         }
         let arrived = self.state.frames(device.id()) & PageMask::range(run);
         for run in arrived.runs() {
-            device.copy_to_device(self.from_base(&run), self.frame(device, run.start));
+            device.copy_to_device(self.based(&run), self.frame(device, run.start));
             self.empty_window(device, run, scratch)?;
         }
         Ok(())
     }
 
     /// Page indices from the region's base.
-    fn from_base(&self, run: &Range<usize>) -> Range<usize> {
+    fn based(&self, run: &Range<usize>) -> Range<usize> {
         self.block * PAGES_PER_BLOCK + run.start..self.block * PAGES_PER_BLOCK + run.end
     }
 
@@ -402,7 +402,7 @@ impl<'a> Mover<'a> {
         let Some(mut bounce) = device.bounce() else {
             return Err(Stall::Lost(run.start));
         };
-        device.copy_to_bounce(self.from_base(&run), &mut bounce);
+        device.copy_to_bounce(self.based(&run), &mut bounce);
         let (buffer, start) = (bounce.as_ptr().expose_provenance(), run.start);
         self.copy_run(
             run,

@@ -146,8 +146,8 @@ pub(crate) unsafe fn atomic_load<T: Pod>(at: *const T) -> T {
         ($atomic:ident, $int:ty) => {
             for offset in (0..bytes).step_by(size_of::<$int>()) {
                 // SAFETY: inside the element, aligned for the word, atomic by the caller's promise.
-                let word =
-                    unsafe { $atomic::from_ptr(source.add(offset).cast()) }.load(Ordering::Relaxed);
+                let atomic = unsafe { $atomic::from_ptr(source.add(offset).cast()) };
+                let word = atomic.load(Ordering::Relaxed);
                 // SAFETY: `value` is a local of this size; the offset is aligned as the element is.
                 unsafe { target.add(offset).cast::<$int>().write(word) };
             }

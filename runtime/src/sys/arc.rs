@@ -138,8 +138,10 @@ impl<T: ?Sized> Drop for MapArc<T> {
         }
         fence(Ordering::Acquire);
         let bytes = self.shared().mapped_bytes;
+        // SAFETY: the pointer is to an initialised, mapped `Shared<T>`; only the field's address is taken.
+        let value = unsafe { &raw mut (*self.shared.as_ptr()).value };
         // SAFETY: the count is zero, so this was the last reference; the value is dropped once.
-        unsafe { core::ptr::drop_in_place(&raw mut (*self.shared.as_ptr()).value) };
+        unsafe { core::ptr::drop_in_place(value) };
         // SAFETY: `new` mapped exactly these bytes at this address, and nothing refers to them any more.
         unsafe { unmap(self.shared.as_ptr().expose_provenance(), bytes) };
     }

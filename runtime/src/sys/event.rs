@@ -61,12 +61,14 @@ impl Doorbell {
         Ok(Self(EventFd::from_value_and_flags(0, flags)?))
     }
 
+    #[cfg(test)]
     /// Rings. Fault path: one write(2). It stays rung until [`Doorbell::silence`].
     pub(crate) fn ring(&self) {
         // Fails only where it is rung 2^64 - 2 times already.
         let _ = self.0.write(1);
     }
 
+    #[cfg(test)]
     /// Stops the ringing, and tells whether there was any.
     pub(crate) fn silence(&self) -> bool {
         self.0.read().is_ok()
@@ -101,9 +103,9 @@ pub(crate) enum Event {
         len: usize,
     },
     /// The process forked; the child's descriptor.
-    Fork(OwnedFd),
+    Fork(#[allow(dead_code, reason = "owned, so that it is closed")] OwnedFd),
     /// A message this version does not know, or one that makes no sense.
-    Unknown(u8),
+    Unknown(#[allow(dead_code, reason = "for whoever debugs it")] u8),
 }
 
 /// A buffer of messages, and the iterator over them. Reading and decoding do not allocate.

@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use super::disable::Disabled;
-use super::{ioctl, iowr, reopen};
+use super::{ioctl, iowr};
 use crate::addr::{PAGE_SIZE, PageRange};
 
 /// What a mapping is made of.
@@ -112,15 +112,6 @@ impl Maps {
         maps.query = !Disabled::current().contains(Disabled::PROCMAP_QUERY)
             && matches!(maps.query_ioctl(0), Ok(Some(_)));
         Ok(maps)
-    }
-
-    /// In the child of a fork: makes it show this process's mappings. Async-signal-safe.
-    ///
-    /// # Errors
-    ///
-    /// As [`Maps::open`]; it then still shows the parent's.
-    pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
-        reopen(&self.file, PATH)
     }
 
     /// Whether PROCMAP_QUERY is in use.

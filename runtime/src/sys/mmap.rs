@@ -76,6 +76,7 @@ pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
 pub(crate) enum Advice {
     /// Back the range with transparent huge pages.
     HugePage,
+    #[cfg(test)]
     /// Never do.
     NoHugePage,
     /// Leave the range out of a forked child.
@@ -84,10 +85,9 @@ pub(crate) enum Advice {
     DoFork,
     /// Zero the range in a forked child (private anonymous memory only).
     WipeOnFork,
-    /// Fault every page in for reading.
-    PopulateRead,
     /// Fault every page in for writing: afterwards no page is shared copy-on-write.
     PopulateWrite,
+    #[cfg(test)]
     /// Make huge pages of what is there, now.
     Collapse,
 }
@@ -96,12 +96,13 @@ impl Advice {
     const fn number(self) -> libc::c_int {
         match self {
             Self::HugePage => libc::MADV_HUGEPAGE,
+            #[cfg(test)]
             Self::NoHugePage => libc::MADV_NOHUGEPAGE,
             Self::DontFork => libc::MADV_DONTFORK,
             Self::DoFork => libc::MADV_DOFORK,
             Self::WipeOnFork => libc::MADV_WIPEONFORK,
-            Self::PopulateRead => libc::MADV_POPULATE_READ,
             Self::PopulateWrite => libc::MADV_POPULATE_WRITE,
+            #[cfg(test)]
             Self::Collapse => libc::MADV_COLLAPSE,
         }
     }
@@ -191,6 +192,7 @@ impl Reservation {
         self.range
     }
 
+    #[cfg(test)]
     /// Its first byte, with provenance over all of it.
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         std::ptr::with_exposed_provenance_mut(self.range.start())

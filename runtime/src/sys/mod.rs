@@ -44,9 +44,8 @@ mod stack;
 pub(crate) mod testing;
 pub(crate) mod uffd;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 // Addresses go to the kernel as 64-bit numbers, and windows need room.
 const _: () = assert!(usize::BITS == 64);
@@ -107,10 +106,4 @@ fn replace_fd(old: BorrowedFd<'_>, new: BorrowedFd<'_>) -> io::Result<()> {
     // descriptor of that number.
     let fd = unsafe { libc::dup3(new.as_raw_fd(), old.as_raw_fd(), libc::O_CLOEXEC) };
     check(libc::c_long::from(fd)).map(drop)
-}
-
-/// Opens a file of /proc/self again where it was inherited from the parent, whose memory it shows. For
-/// the child handler of a fork.
-fn reopen(file: &File, path: &str) -> io::Result<()> {
-    replace_fd(file.as_fd(), File::open(path)?.as_fd())
 }

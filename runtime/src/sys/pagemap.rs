@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use super::disable::Disabled;
-use super::{check, iowr, reopen};
+use super::{check, iowr};
 use crate::addr::{PAGE_SHIFT, PageRange};
 
 bitflags::bitflags! {
@@ -119,15 +119,6 @@ impl Pagemap {
         Ok(pagemap)
     }
 
-    /// In the child of a fork: makes it show this process's page table. Async-signal-safe.
-    ///
-    /// # Errors
-    ///
-    /// As [`Pagemap::open`]; it then still shows the parent's.
-    pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
-        reopen(&self.file, PATH)
-    }
-
     /// Whether PAGEMAP_SCAN is in use. If not, ZERO and HUGE are never reported.
     pub(crate) fn has_scan(&self) -> bool {
         self.scan
@@ -167,6 +158,7 @@ impl Pagemap {
         Ok(state)
     }
 
+    #[cfg(test)]
     /// Whether every page of the range has nothing: neither a page nor a marker. Fault path.
     ///
     /// # Errors

@@ -7,6 +7,7 @@ use super::check;
 use super::disable::Disabled;
 
 /// The calling thread's kernel id. Fault path.
+#[cfg(any(test, not(any(target_arch = "x86_64", target_arch = "aarch64"))))]
 pub(crate) fn gettid() -> u32 {
     // SAFETY: no preconditions, can't fail.
     let tid = unsafe { libc::gettid() };

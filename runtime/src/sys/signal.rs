@@ -139,6 +139,7 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     check(libc::c_long::from(result)).map(drop)
 }
 
+#[cfg(test)]
 /// Whether our handler is the one that SIGBUS calls now. Another library may have replaced it since;
 /// it may call ours in turn, or not.
 pub(crate) fn is_installed() -> bool {
@@ -188,9 +189,9 @@ extern "C" fn on_sigbus(
         };
         match installed.resolving.enter(thread_pointer()) {
             Entered::Nested => abort_with_message(format_args!(
-                "a page fault at {addr:#x} inside the page-fault resolver (pc {:#x}): \
+                "a page fault at {addr:#x} inside the page-fault resolver (pc {:#x}, sp {:#x}): \
                  the runtime touched mirrored memory while it held its locks",
-                fault.pc
+                fault.pc, fault.sp
             )),
             Entered::As(slot) => {
                 let verdict = resolve();
@@ -519,14 +520,6 @@ impl AsyncSignalsBlocked {
         unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, &raw mut previous) };
         Self {
             previous: Some(previous),
-            _not_send: PhantomData,
-        }
-    }
-
-    /// In the resolver they are masked already: the fault is the proof. Costs nothing.
-    pub(crate) fn in_resolver(_fault: &BusFault) -> Self {
-        Self {
-            previous: None,
             _not_send: PhantomData,
         }
     }

@@ -139,6 +139,10 @@ pub(crate) enum Protect {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wake {
     Yes,
+    #[cfg_attr(
+        not(test),
+        allow(dead_code, reason = "what waking costs is measured against it")
+    )]
     No,
 }
 
@@ -376,6 +380,7 @@ fn handshake(fd: BorrowedFd<'_>, features: Features) -> io::Result<Features> {
 #[derive(Debug)]
 pub(crate) struct Uffd {
     inner: userfaultfd::Uffd,
+    #[cfg(test)]
     available: Features,
     enabled: Features,
     scope: FaultScope,
@@ -417,6 +422,7 @@ impl Uffd {
         let inner = unsafe { userfaultfd::Uffd::from_raw_fd(fd.into_raw_fd()) };
         Ok(Self {
             inner,
+            #[cfg(test)]
             available,
             enabled,
             scope,
@@ -450,6 +456,7 @@ impl Uffd {
         }
     }
 
+    #[cfg(test)]
     /// What the kernel has, whether enabled or not, less what `SVM_DISABLE` takes away.
     pub(crate) fn available(&self) -> Features {
         self.available

@@ -173,10 +173,6 @@ pub(crate) mod signal {
         pub(crate) fn new() -> Self {
             Self(PhantomData)
         }
-
-        pub(crate) fn in_resolver(_: &BusFault) -> Self {
-            Self::new()
-        }
     }
 
     pub(crate) fn async_signals_blocked() -> bool {
@@ -362,10 +358,6 @@ pub(crate) mod pagemap {
             unsupported()
         }
 
-        pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
-            match self.0 {}
-        }
-
         pub(crate) fn walk(
             &self,
             _: PageRange,
@@ -424,10 +416,6 @@ pub(crate) mod maps {
     impl Maps {
         pub(crate) fn open() -> io::Result<Self> {
             unsupported()
-        }
-
-        pub(crate) fn reopen_in_child(&self) -> io::Result<()> {
-            match self.0 {}
         }
 
         pub(crate) fn covering(&self, _: usize) -> io::Result<Option<Vma>> {
