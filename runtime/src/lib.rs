@@ -1,4 +1,87 @@
-//! Shared virtual memory in userspace.
+//! Shared virtual memory in userspace: mirror a slice, and a device works on the very same addresses.
+//!
+//! Pages move to a device when it touches them and come home when the CPU does, by page faults that this crate handles with
+//! Linux userfaultfd: no kernel module, no special hardware, no copy calls, no root. At any moment each page has one writer or
+//! many readers. It is the userspace twin of the kernel's HMM, with the same vocabulary.
+//!
+//! ```
+//! # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+//! let mut data = vec![1u32; 100_000];
+//! let mut mirror = svm::mirror(&mut data)?; // devices may use it from here on
+//! mirror.as_mut_slice()[0] = 2; //            so may the CPU, when no kernel has it
+//! mirror.close()?; //                         every page home again
+//! assert_eq!(data[0], 2);
+//! # Ok::<(), svm::Error>(())
+//! ```
+//!
+//! # For applications
+//! [`mirror`], [`mirror_ref`] and [`Buffer`] give views ([`View`], [`ViewMut`], [`SharedView`]) that a device's launches borrow; the
+//! package `accel-sim` has a device to launch kernels on. [`Options`] choose how faults are delivered ([`Delivery`]) and how much
+//! moves at a time ([`Granule`]); [`Mirror::pin`] guards system calls; [`Ptr`] links nodes that both sides follow;
+//! [`Capabilities`] says what this process may have of the kernel, and which fallback is in force for the rest.
+//!
+//! # For authors of devices
+//! Implement [`Device`] (a table of translations per region, and two callbacks that take translations away), [`attach`] it, and get
+//! translations in through a [`Range`], the only way there is:
+//!
+//! ```
+//! use std::time::Duration;
+//! use svm::{Access, Device, DeviceLock, Invalidation, Keep, MapInfo, PageBits, WouldBlock};
+//!
+//! #[derive(Default)]
+//! struct Minimal(DeviceLock);
+//!
+//! // SAFETY: accesses happen under the device lock (below), which `invalidate` takes: when it returns, none is in flight.
+//! unsafe impl Device for Minimal {
+//!     type Table = PageBits; // the pages that may be written
+//!
+//!     fn map(&self, map: &MapInfo) -> svm::Result<PageBits> {
+//!         PageBits::new(map.nr_pages)
+//!     }
+//!     fn lock(&self) -> &DeviceLock {
+//!         &self.0
+//!     }
+//!     fn invalidate(&self, table: &PageBits, inv: &Invalidation) -> Result<(), WouldBlock> {
+//!         let _guard = self.0.lock_for(inv.blocking())?;
+//!         table.remove(inv.block(), inv.pages());
+//!         Ok(())
+//!     }
+//!     fn quiesced(&self, _: &PageBits, _: &Invalidation) -> bool {
+//!         true
+//!     }
+//! }
+//!
+//! # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+//! let mut buffer = svm::Buffer::<u64>::zeroed(512)?;
+//! let device = svm::attach(Minimal::default(), svm::AttachOptions::new())?;
+//! let mapped = device.map(buffer.view_mut().region())?;
+//! let (mut range, first) = (device.range()?, buffer.view().addr());
+//! let page = (first - mapped.region().base()) / 4096;
+//! let _worker = svm::worker_thread();
+//! loop {
+//!     let mut update = range.start_update(&mapped, page..page + 1, Duration::from_secs(1))?;
+//!     update.fault(Access::Write)?; //                         the page moves; nothing is held afterwards
+//!     let guard = device.device().0.lock();
+//!     let Ok(valid) = update.end_update(&guard) else { continue }; // interrupted: start over
+//!     valid.iter().for_each(|v| mapped.table().insert(v.block(), v.writable()));
+//!     let word = std::ptr::with_exposed_provenance_mut::<u64>(first.wrapping_add_signed(mapped.offset()));
+//!     // SAFETY: the page is the device's, and the device lock, which is held, keeps it so.
+//!     unsafe { word.write(7) };
+//!     break;
+//! }
+//! assert_eq!(buffer.as_slice()[0], 7); //                      the CPU's touch brings the page home
+//! # Ok::<(), svm::Error>(())
+//! ```
+//!
+//! The protocol behind it, with its proofs and models, is in [`notifier`].
+//!
+//! # Limits
+//! - Linux 5.7 on x86-64; aarch64 is written with care and untested; elsewhere every entry point answers that it is unsupported.
+//! - A thread that blocks `SIGBUS` and touches a page that is away is killed by the kernel ([`Delivery::Inline`]).
+//! - A system call on a page that a device holds fails with `EFAULT` unless the page is pinned, or the process may handle faults of
+//!   the kernel and asked for it ([`Options::transparent_syscalls`]).
+//! - Without `UFFDIO_MOVE` (Linux < 6.8) a bare `madvise` that discards mirrored memory is not seen; see [`Capabilities`].
+//! - A raw `mprotect` is seen when the next fault is served, not before.
 
 pub mod addr;
 mod block;

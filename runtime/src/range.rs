@@ -476,10 +476,18 @@ fn unstick<D: Device>(
         }
         return Ok(());
     }
-    let _gate = AddressSpace::global().gate().enter();
-    region
-        .lock_block(info.block)
-        .set_unmovable(PageMask::page(page));
+    let mark = || {
+        let _gate = AddressSpace::global().gate().enter();
+        region
+            .lock_block(info.block)
+            .set_unmovable(PageMask::page(page));
+    };
+    // The CPU's alone and un-protected before devices use it there: a store in place to a page that is still shared would
+    // fault, and wait for the very worker that made it.
+    let own = PageRange::containing(addr, 1).and_then(|p| p.intersect(region.body()?));
+    if own.is_none_or(|pages| pin::with_pinned(region, pages, mark).is_err()) {
+        mark();
+    }
     Ok(())
 }
 
