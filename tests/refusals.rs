@@ -287,9 +287,10 @@ fn a_storm_of_cpu_faults_interrupts_no_round() {
                     .take_while(|_| !stop.load(Ordering::Relaxed))
                     .for_each(|i| shared.store(3, i));
             });
-            let end = Instant::now() + Duration::from_millis(1500);
+            // By count, not by time: on a busy machine each turn can take a scheduler's slice.
+            let end = Instant::now() + Duration::from_secs(20);
             let (mut rounds, mut worst) = (0, Duration::ZERO);
-            while Instant::now() < end {
+            while rounds < 400 && Instant::now() < end {
                 let start = Instant::now();
                 fault_in(&mut range, &mapped, page..page + 1, Access::Write).unwrap();
                 worst = worst.max(start.elapsed());

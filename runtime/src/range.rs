@@ -687,7 +687,8 @@ impl<D: Device> Round<'_, D> {
         } else {
             pages & state.frames(self.id())
         };
-        residency.release(needed - arrived.count());
+        // What stopped half-way may also have left stale copies: they are device memory too.
+        residency.release(needed - (pages & state.resident(self.id())).count());
         if arrived.contains_all(&self.want) {
             let writable = if self.region.is_writable() {
                 arrived
