@@ -521,8 +521,11 @@ fn mixedmap() {
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: our own file.
         assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), PAGE as i64) }, 0);
-        let map = Map::with(PAGE, READ, libc::MAP_PRIVATE | libc::MAP_POPULATE, fd.as_raw_fd()).unwrap();
+        let map = Map::with(PAGE, WRITE, libc::MAP_PRIVATE, fd.as_raw_fd()).unwrap();
+        assert_eq!(load(map.addr, 0), 0);
         assert_eq!(f.dev.snapshot(map.addr, 1).unwrap(), [prot::READ]);
+        store(map.addr, 0, 1);
+        assert_eq!(f.dev.snapshot(map.addr, 1).unwrap(), [prot::WRITE]);
     });
 }
 

@@ -12,6 +12,8 @@
 
 #![cfg(target_os = "linux")]
 
+mod heap;
+
 use std::ffi::{CStr, c_char, c_int, c_long, c_void};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, Ordering};
@@ -53,6 +55,8 @@ const _: () = assert!(READ == 0xC028_4800);
 /// The open devices of one process. One that has forked since leaves its parent's behind.
 struct State {
     pid: libc::pid_t,
+    /// Opens the door, with the threads and the memory that takes, before the program has anything to mirror.
+    _door: svm::Buffer<u8>,
     mm: Arc<Mm>,
     /// The descriptor of each open device, or -1: read in signal handlers.
     fds: [AtomicI32; MAX_DEVICES],
@@ -75,20 +79,22 @@ fn state() -> Option<&'static State> {
     (state.pid == getpid()).then_some(state)
 }
 
-fn make_state() -> &'static State {
+fn make_state() -> Result<&'static State, Errno> {
     static MAKING: Mutex<()> = Mutex::new(());
     let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(state) = state() {
-        return state;
+        return Ok(state);
     }
+    let options = options();
     let state = Box::leak(Box::new(State {
         pid: getpid(),
-        mm: Mm::new(&options()),
+        _door: svm::Buffer::with_options(1, &options)?,
+        mm: Mm::new(&options),
         fds: [const { AtomicI32::new(-1) }; MAX_DEVICES],
         devices: Mutex::default(),
     }));
     STATE.store(ptr::from_mut(state), Ordering::Release);
-    state
+    Ok(state)
 }
 
 fn options() -> Options {
@@ -112,7 +118,7 @@ impl State {
         self.devices.lock().unwrap_or_else(PoisonError::into_inner)[slot].clone()
     }
 
-    fn open(&self) -> Result<c_int, Errno> {
+    fn open_device(&self) -> Result<c_int, Errno> {
         let device = Dmirror::new(&self.mm)?;
         // SAFETY: the name is a C string.
         let fd = unsafe { libc::memfd_create(c"hmm_dmirror".as_ptr(), libc::MFD_CLOEXEC) };
@@ -207,7 +213,7 @@ fn is_node(path: *const c_char) -> bool {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int {
     if is_node(path) {
-        return make_state().open().unwrap_or_else(|Errno(errno)| fail(errno));
+        return make_state().and_then(State::open_device).unwrap_or_else(|Errno(errno)| fail(errno));
     }
     // SAFETY: the caller's arguments.
     unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, mode) as c_int }
@@ -269,16 +275,18 @@ pub unsafe extern "C" fn mmap(
     addr: *mut c_void,
     len: usize,
     protection: c_int,
-    mut flags: c_int,
+    flags: c_int,
     fd: c_int,
     offset: libc::off_t,
 ) -> *mut c_void {
-    if fd >= 0 && state().is_some_and(|state| state.slot_of(fd).is_some()) {
-        flags |= libc::MAP_POPULATE;
-    }
     // SAFETY: the caller's arguments.
     let at: c_long = unsafe { libc::syscall(libc::SYS_mmap, addr, len, protection, flags, fd, offset) };
-    ptr::with_exposed_provenance_mut(at as usize)
+    let at: *mut c_void = ptr::with_exposed_provenance_mut(at as usize);
+    if at != libc::MAP_FAILED && state().is_some_and(|state| state.slot_of(fd).is_some()) {
+        // SAFETY: the mapping just made; a read of it changes nothing. Where it fails the caller finds the page absent.
+        unsafe { libc::madvise(at, len, libc::MADV_POPULATE_READ) };
+    }
+    at
 }
 
 /// [`mmap`], as large-file programs call it.
