@@ -1,11 +1,6 @@
 //! Twins of the kernel's `tools/testing/selftests/mm/hmm-tests.c`, under the same names: real system calls on real memory, the
 //! test device of [`tests::mm`], both doors, every granule; and again under each forced fallback.
 
-#![allow(
-    clippy::multiple_unsafe_ops_per_block,
-    reason = "a pointer and its use, under one proof"
-)]
-
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::{Arc, Mutex};
@@ -53,14 +48,16 @@ impl Map {
         let map = Self::new(2 * HUGE, protection);
         let at = map.addr.next_multiple_of(HUGE);
         // SAFETY: inside the mapping; advice only.
-        let outcome = unsafe {
-            libc::madvise(
-                ptr::with_exposed_provenance_mut(at),
-                HUGE,
-                libc::MADV_HUGEPAGE,
-            )
-        };
-        assert_eq!(outcome, 0);
+        assert_eq!(
+            unsafe {
+                libc::madvise(
+                    ptr::with_exposed_provenance_mut(at),
+                    HUGE,
+                    libc::MADV_HUGEPAGE,
+                )
+            },
+            0
+        );
         (map, at)
     }
 
@@ -71,16 +68,14 @@ impl Map {
     fn protect(&self, first: usize, pages: usize, protection: i32) {
         let at = ptr::with_exposed_provenance_mut(self.page(first));
         // SAFETY: the test's own mapping.
-        let outcome = unsafe { libc::mprotect(at, pages * PAGE, protection) };
-        assert_eq!(outcome, 0);
+        assert_eq!(unsafe { libc::mprotect(at, pages * PAGE, protection) }, 0);
     }
 
     fn unmap(&self, first: usize, pages: usize) {
         let at = ptr::with_exposed_provenance_mut(self.page(first));
         self.holes.lock().unwrap().push(first..first + pages);
         // SAFETY: the test's own mapping.
-        let outcome = unsafe { libc::munmap(at, pages * PAGE) };
-        assert_eq!(outcome, 0);
+        assert_eq!(unsafe { libc::munmap(at, pages * PAGE) }, 0);
     }
 }
 
@@ -215,8 +210,7 @@ fn in_child(child: impl FnOnce() -> bool) -> bool {
         pid => {
             let mut status = 0;
             // SAFETY: waits for the child just made.
-            let outcome = unsafe { libc::waitpid(pid, &raw mut status, 0) };
-            assert_eq!(outcome, pid);
+            assert_eq!(unsafe { libc::waitpid(pid, &raw mut status, 0) }, pid);
             libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0
         }
     }
@@ -236,8 +230,7 @@ fn temporary_file(len: usize) -> OwnedFd {
     // SAFETY: just opened, and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: a file of ours.
-    let outcome = unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) };
-    assert_eq!(outcome, 0);
+    assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), len as i64) }, 0);
     fd
 }
 
@@ -591,20 +584,17 @@ fn anon_teardown() {
             let map = Map::new(SIZE, WRITE);
             init(map.addr, SIZE, |k| k + c);
             std::thread::scope(|scope| {
-                let reader = scope.spawn(|| {
-                    let mut out = vec![0; SIZE];
-                    for _ in 0..20 {
-                        match f.dev.read(map.addr, &mut out) {
-                            Ok(_) => assert!(holds(&out, |k| k + c)),
-                            Err(errno) => assert_eq!(errno, Errno(libc::EFAULT)),
-                        }
-                    }
+                let mut out = vec![0; SIZE];
+                scope.spawn(|| {
+                    std::thread::sleep(std::time::Duration::from_micros(
+                        u64::from(c.cast_unsigned()) * 300,
+                    ));
+                    map.unmap(NPAGES / 2, NPAGES / 2);
                 });
-                std::thread::sleep(std::time::Duration::from_millis(u64::from(
-                    c.cast_unsigned() % 4,
-                )));
-                map.unmap(0, NPAGES);
-                reader.join().unwrap();
+                match f.dev.read(map.addr, &mut out) {
+                    Ok(_) => assert!(holds(&out, |k| k + c)),
+                    Err(errno) => assert_eq!(errno, Errno(libc::EFAULT)),
+                }
             });
         }
     });
@@ -619,16 +609,12 @@ fn mixedmap() {
         // SAFETY: just opened.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         // SAFETY: our own file.
-        let outcome = unsafe { libc::ftruncate(fd.as_raw_fd(), PAGE as i64) };
-        assert_eq!(outcome, 0);
-        let map = Map::with(
-            PAGE,
-            READ,
-            libc::MAP_PRIVATE | libc::MAP_POPULATE,
-            fd.as_raw_fd(),
-        )
-        .unwrap();
+        assert_eq!(unsafe { libc::ftruncate(fd.as_raw_fd(), PAGE as i64) }, 0);
+        let map = Map::with(PAGE, WRITE, libc::MAP_PRIVATE, fd.as_raw_fd()).unwrap();
+        assert_eq!(load(map.addr, 0), 0);
         assert_eq!(f.dev.snapshot(map.addr, 1).unwrap(), [prot::READ]);
+        store(map.addr, 0, 1);
+        assert_eq!(f.dev.snapshot(map.addr, 1).unwrap(), [prot::WRITE]);
     });
 }
 
@@ -718,6 +704,11 @@ fn double_map() {
             "{:?}",
             f.options
         );
+        assert!(holds(&out, |k| k));
+        // Migrating to one device takes the pages from the other, which faults for them again.
+        assert_eq!(other.migrate_to_dev(map.addr, &mut out), migrated(NPAGES));
+        assert!(holds(&out, |k| k));
+        assert_eq!(f.dev.read(map.addr, &mut out), whole(NPAGES));
         assert!(holds(&out, |k| k));
         // Punch a hole after the first page address, as the kernel's does.
         map.unmap(1, 1);
@@ -890,14 +881,16 @@ fn migrate_anon_huge_free() {
         assert_eq!(f.dev.migrate_to_dev(addr, &mut out), migrated(HUGE / PAGE));
         assert!(holds(&out, |k| k));
         // SAFETY: the test's own mapping.
-        let outcome = unsafe {
-            libc::madvise(
-                ptr::with_exposed_provenance_mut(addr),
-                HUGE,
-                libc::MADV_FREE,
-            )
-        };
-        assert_eq!(outcome, 0);
+        assert_eq!(
+            unsafe {
+                libc::madvise(
+                    ptr::with_exposed_provenance_mut(addr),
+                    HUGE,
+                    libc::MADV_FREE,
+                )
+            },
+            0
+        );
         // Freed on the device means zeros at once: nobody keeps what nobody may read.
         assert!(check(addr, HUGE, |_| 0), "{:?}", f.options);
     });

@@ -49,8 +49,9 @@ impl From<Error> for Errno {
     fn from(error: Error) -> Self {
         Self(match error.kind() {
             ErrorKind::Device(fault) => errno_of(fault.kind),
-            ErrorKind::Invalid(_) | ErrorKind::Overlap => libc::EINVAL,
-            ErrorKind::Unmapped => libc::EFAULT,
+            ErrorKind::Invalid(_) => libc::EINVAL,
+            // Where the program has nothing mapped any more, a device's window may lie: not the program's memory.
+            ErrorKind::Unmapped | ErrorKind::Overlap => libc::EFAULT,
             ErrorKind::Protection => libc::EPERM,
             ErrorKind::OutOfMemory => libc::ENOMEM,
             ErrorKind::Timeout => libc::EBUSY,
@@ -226,7 +227,7 @@ impl Dmirror {
         let end = npages
             .checked_mul(PAGE)
             .and_then(|len| addr.checked_add(len));
-        end.filter(|&end| addr.is_multiple_of(PAGE) && end > addr)
+        end.filter(|&end| addr % PAGE == 0 && end > addr)
             .map(|end| addr..end)
             .ok_or(Errno(libc::EINVAL))
     }
@@ -247,7 +248,7 @@ impl Dmirror {
                         ptr::with_exposed_provenance(at),
                         mirror.as_mut_ptr().add(offset),
                         len,
-                    );
+                    )
                 }
             },
         )
@@ -269,7 +270,7 @@ impl Dmirror {
                         mirror.as_ptr().add(offset),
                         ptr::with_exposed_provenance_mut(at),
                         len,
-                    );
+                    )
                 }
             },
         )
@@ -298,7 +299,7 @@ impl Dmirror {
                 if part.contains(&at) {
                     let start = at - addr;
                     at += session.copy_translated(at..part.end, |host, offset, len| {
-                        bytes(host, start + offset, len);
+                        bytes(host, start + offset, len)
                     });
                 }
             }
@@ -410,7 +411,7 @@ impl Dmirror {
     }
 
     fn flags(&self, page: &svm::PageSnapshot) -> u8 {
-        let rights = if page.is_writable() {
+        let rights = if page.is_writable() && !page.is_copy_on_write() {
             prot::WRITE
         } else {
             prot::READ

@@ -6,7 +6,7 @@
 
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use crate::addr::PageRange;
+use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
@@ -123,6 +123,13 @@ impl Door {
     /// Whether a fault or an event waits to be read.
     pub(crate) fn has_message(&self) -> bool {
         self.uffd.has_message()
+    }
+
+    /// Whether a mapping has changed whose event is unread, or whose cause has not run since. `elsewhere` is a page of ours that
+    /// is registered with nobody.
+    pub(crate) fn is_changing(&self, elsewhere: usize) -> bool {
+        // The kernel looks for a change first, and only then finds that there is nothing to do.
+        self.unprotect(elsewhere, PAGE_SIZE) == Stop::Changing
     }
 
     /// Index of this door, below 2.

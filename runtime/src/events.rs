@@ -146,7 +146,7 @@ pub(crate) fn apply(
             let Some(range) = PageRange::new(from, from + len) else {
                 return;
             };
-            let mut moved: [Option<Place>; 9] = [const { None }; 9];
+            let mut moved: [Option<Place>; 16] = [const { None }; 16];
             let mut next = 0;
             for_each_part(space, closed, range, |place, part| {
                 give_up(
@@ -170,11 +170,29 @@ pub(crate) fn apply(
                     next += 1;
                 }
             });
-            let tail = grown_tail(space, closed, to, len, &moved[0]);
-            if next > 0
-                && let Some(slot) = moved.get_mut(next)
+            // What earlier moves have added goes along.
+            for place in space
+                .places(closed)
+                .iter()
+                .filter(|p| p.kind == PlaceKind::Tail)
             {
-                *slot = tail;
+                if let (Some(slot), Some(part)) =
+                    (moved.get_mut(next), place.range.intersect(range))
+                {
+                    let target = PageRange::from_pages(part.start() - from + to, part.nr_pages());
+                    *slot = target.map(|range| Place {
+                        range,
+                        kind: PlaceKind::Tail,
+                        region: place.region.clone(),
+                    });
+                    next += usize::from(slot.is_some());
+                }
+            }
+            if next > 0 {
+                let tail = grown_tail(space, closed, to, len, &moved[0]);
+                if let Some(slot) = moved.get_mut(next) {
+                    *slot = tail;
+                }
             }
             republish(space, closed, range, &moved);
         }

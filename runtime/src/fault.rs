@@ -179,6 +179,10 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
             return Attempt::Again;
         }
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
+        // Memory that has grown in place, of which the kernel tells nobody: the new part is registered like the old.
+        if stranger && let Some(region) = space.grown(&gate, fault.addr) {
+            return Attempt::Done(zero_fill_tail(region, fault));
+        }
         return Attempt::Done(if stranger {
             Verdict::NotOurs
         } else {

@@ -172,7 +172,7 @@ impl Raw {
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
             return Ok(open(region));
         };
-        leave_out_holes(space, &region, body);
+        space.settle();
         if space.publish_region(&region).is_err() {
             space.drain_events();
             space.publish_region(&region)?;

@@ -1023,6 +1023,8 @@ fn stopped<T>(moved: Result<(), Stall>) -> Outcome<T> {
 
 /// What an explicit migration does next with a block.
 enum Migration {
+    /// The other devices give up their copies of these pages, which the CPU has as well.
+    Release(PageMask),
     /// A round on these pages.
     Run(PageMask, Access),
     /// Nothing, before this was seen to.
@@ -1044,7 +1046,8 @@ impl<D: Device> Round<'_, D> {
         if state.pending().intersects(&self.want) {
             return Migration::Stop(Outcome::Again);
         }
-        let fixed = state.gone() | state.in_place() | state.held_by_devices(Some(self.id()));
+        let others = state.held_by_devices(Some(self.id()));
+        let fixed = state.gone() | state.in_place() | (others & state.away());
         let movable = match self.region.kind() {
             RegionKind::InPlace => PageMask::EMPTY,
             RegionKind::Managed | RegionKind::Input => {
@@ -1058,7 +1061,10 @@ impl<D: Device> Round<'_, D> {
         };
         let write = movable & (writable - state.exclusive_to(self.id()));
         let read = movable - writable - state.frames(self.id());
-        if !write.is_empty() {
+        let shared = movable & others - writable;
+        if !shared.is_empty() {
+            Migration::Release(shared)
+        } else if !write.is_empty() {
             Migration::Run(write, Access::Write)
         } else if !read.is_empty() {
             Migration::Run(read, Access::Read)
@@ -1143,8 +1149,8 @@ impl<D: Device> Update<'_, D> {
 
     /// Moves the pages to device memory, whatever the policy says and without an access: the kernel's `migrate_vma`.
     ///
-    /// What cannot move stays where it is: edges, pinned pages, memory of a kind that is served in place, and pages that another
-    /// device holds. `end_update` then gives those pages as in place, or not at all. Read-only pages are duplicated: the
+    /// What cannot move stays where it is: edges, pinned pages, memory of a kind that is served in place, and pages that are with
+    /// another device alone. `end_update` then gives those pages as in place, or not at all. Read-only pages are duplicated: the
     /// kernel would not move them.
     ///
     /// # Errors
@@ -1194,6 +1200,11 @@ impl<D: Device> Update<'_, D> {
                     continue;
                 }
                 Migration::Stop(outcome) => outcome,
+                Migration::Release(pages) => {
+                    self.release_others(&mapped, block, pages)
+                        .map_err(|_| fault(at, DeviceFaultKind::Lost))?;
+                    continue;
+                }
                 Migration::Run(want, access) => {
                     let round = Round {
                         want: appetite.of(want).0,
@@ -1217,6 +1228,30 @@ impl<D: Device> Update<'_, D> {
             )?;
             if self.deadline.has_passed() {
                 return Err(fault(at, DeviceFaultKind::Timeout));
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the other devices give up what they hold of `pages`.
+    fn release_others(
+        &mut self,
+        mapped: &MappedRef<D>,
+        block: usize,
+        pages: PageMask,
+    ) -> Result<()> {
+        let region = mapped.shared_region();
+        for slot in (0..crate::block::MAX_DEVICES).filter(|&slot| slot != mapped.id().index()) {
+            let other = region.devices(&AddressSpace::global().gate().enter())[slot].clone();
+            if let Some(other) = other {
+                evict::release_pages(
+                    &*other,
+                    region,
+                    block,
+                    pages,
+                    &mut self.range.scratch,
+                    Cause::Explicit,
+                )?;
             }
         }
         Ok(())

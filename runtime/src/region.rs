@@ -204,10 +204,20 @@ impl Region {
             .map_or(addr, |d| addr - d.from.start() + d.to)
     }
 
-    /// Records that the kernel moved `from` to `to`. False if there is no room to remember it.
+    /// Records that the kernel moved `from`, an original address, to `to`. False if there is no room to remember it.
     pub(crate) fn displace(&self, from: PageRange, to: usize) -> bool {
         let mut moved = self.displacements.lock();
-        let Some(slot) = moved.iter_mut().find(|d| d.is_none()) else {
+        // What lies wholly in `from` has moved on: only the newest place counts. The order of the others stays, for where two
+        // overlap the later one is right.
+        let mut kept = 0;
+        for at in 0..moved.len() {
+            if moved[at].is_some_and(|d| d.from.intersect(from) != Some(d.from)) {
+                moved.swap(kept, at);
+                kept += 1;
+            }
+        }
+        moved[kept..].fill(None);
+        let Some(slot) = moved.get_mut(kept) else {
             return false;
         };
         *slot = Some(Displacement { from, to });

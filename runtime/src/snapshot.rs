@@ -24,6 +24,7 @@ bitflags::bitflags! {
         const HUGE = 1 << 5;
         const MIRRORED = 1 << 6;
         const FILE = 1 << 7;
+        const SHARED = 1 << 8;
     }
 }
 
@@ -76,6 +77,12 @@ impl PageSnapshot {
     #[must_use]
     pub fn is_file(&self) -> bool {
         self.facts.contains(Facts::FILE)
+    }
+
+    /// Whether it is the file's own page in a private mapping: the first write makes a copy of it.
+    #[must_use]
+    pub fn is_copy_on_write(&self) -> bool {
+        self.facts.contains(Facts::FILE) && !self.facts.contains(Facts::SHARED)
     }
 
     /// Whether the page is mirrored and can move.
@@ -201,6 +208,7 @@ fn look_at_cpu(
         let mut facts = Facts::MAPPED;
         facts.set(Facts::READABLE, vma.readable);
         facts.set(Facts::WRITABLE, vma.writable);
+        facts.set(Facts::SHARED, vma.shared);
         each(vma.range, facts);
         ControlFlow::Continue(())
     })?;

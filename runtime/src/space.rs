@@ -332,6 +332,40 @@ impl AddressSpace {
             .any(|door| door.has_events() && door.has_message())
     }
 
+    /// The region whose memory `addr` has become part of, if it lies in no place itself: the kernel joins mappings, and lets one
+    /// grow, only where all of it is registered with the same userfaultfd.
+    pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
+        let mapping = self.vma(addr)?.range;
+        let inside = |place: &&Place| {
+            !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range)
+        };
+        self.places(gate)
+            .iter()
+            .find(inside)
+            .map(|place| &*place.region)
+    }
+
+    /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but
+    /// not read of yet shows in the answer of each call on the descriptor, even before there is a message to read.
+    ///
+    /// Memory that is to be mirrored may be where other memory was: an UNMAP of that which was read later would be taken for
+    /// one of this (hazards G7). Bounded, for others may go on changing mappings; what they change is not this memory.
+    pub(crate) fn settle(&self) {
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
+        for door in self
+            .doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .filter(|door| door.has_events())
+        {
+            while door.is_changing(self.zeros()) && std::time::Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+        }
+        // Read is not applied: the reader holds the gate closed until it is.
+        drop(self.gate.enter());
+    }
+
     /// All published ranges.
     pub(crate) fn places<'g>(&'g self, gate: &'g impl Inside) -> &'g [Place] {
         self.places.load(gate)
