@@ -227,7 +227,7 @@ impl Dmirror {
         let end = npages
             .checked_mul(PAGE)
             .and_then(|len| addr.checked_add(len));
-        end.filter(|&end| addr % PAGE == 0 && end > addr)
+        end.filter(|&end| addr.is_multiple_of(PAGE) && end > addr)
             .map(|end| addr..end)
             .ok_or(Errno(libc::EINVAL))
     }
@@ -248,7 +248,7 @@ impl Dmirror {
                         ptr::with_exposed_provenance(at),
                         mirror.as_mut_ptr().add(offset),
                         len,
-                    )
+                    );
                 }
             },
         )
@@ -270,7 +270,7 @@ impl Dmirror {
                         mirror.as_ptr().add(offset),
                         ptr::with_exposed_provenance_mut(at),
                         len,
-                    )
+                    );
                 }
             },
         )
@@ -299,7 +299,7 @@ impl Dmirror {
                 if part.contains(&at) {
                     let start = at - addr;
                     at += session.copy_translated(at..part.end, |host, offset, len| {
-                        bytes(host, start + offset, len)
+                        bytes(host, start + offset, len);
                     });
                 }
             }

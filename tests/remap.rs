@@ -133,7 +133,7 @@ fn memory_that_grew_in_place_is_memory() {
         (0..16).for_each(|page| assert_eq!(read(at, page), page as u64 + 1));
         mirror.close().unwrap();
         (0..32).for_each(|page| {
-            assert_eq!(read(at, page), if page < 16 { page as u64 + 1 } else { 9 })
+            assert_eq!(read(at, page), if page < 16 { page as u64 + 1 } else { 9 });
         });
         unmap(at, 32);
     });
