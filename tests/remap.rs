@@ -82,10 +82,8 @@ fn remap(from: usize, pages: usize, new_pages: usize, to: Option<usize>) -> usiz
 
 fn unmap(addr: usize, pages: usize) {
     // SAFETY: memory of the test's.
-    assert_eq!(
-        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(addr), pages * PAGE) },
-        0
-    );
+    let outcome = unsafe { libc::munmap(ptr::with_exposed_provenance_mut(addr), pages * PAGE) };
+    assert_eq!(outcome, 0);
 }
 
 /// A mirror of `pages` pages at `addr`, page *i* holding *i* + 1, all of them with the device.

@@ -155,7 +155,9 @@ fn errno() -> i32 {
 
 fn fail(errno: i32) -> c_int {
     // SAFETY: the calling thread's errno.
-    unsafe { *libc::__errno_location() = errno };
+    let location = unsafe { libc::__errno_location() };
+    // SAFETY: it is this thread's own.
+    unsafe { *location = errno };
     -1
 }
 

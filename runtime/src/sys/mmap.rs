@@ -62,13 +62,9 @@ pub(super) unsafe fn unmap(address: usize, len_bytes: usize) {
     }
 }
 
-/// Bytes of address space that `len_bytes` of the runtime's own state take: no less than 64 KiB, of which what is not touched
-/// costs nothing. The kernel fills holes first, and a page that a program unmapped in the midst of a mapping of its own is
-/// a hole: it may look for it, and unmaps it anew with the rest (the kernel's own hmm-tests does both).
+/// Bytes of address space that `len_bytes` of the runtime's own state take: whole pages.
 pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
-    len_bytes
-        .max(16 * PAGE_SIZE)
-        .checked_next_multiple_of(PAGE_SIZE)
+    len_bytes.checked_next_multiple_of(PAGE_SIZE)
 }
 
 /// Advice that changes cost, never contents.
