@@ -25,7 +25,16 @@ fn both_doors(name: &'static str, test: impl Fn(&Options)) {
 fn map_at(addr: usize, pages: usize, prot: i32, flags: i32) -> *mut libc::c_void {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags;
     // SAFETY: a fresh mapping, or one over what the test reserved.
-    unsafe { libc::mmap(ptr::with_exposed_provenance_mut(addr), pages * PAGE, prot, flags, -1, 0) }
+    unsafe {
+        libc::mmap(
+            ptr::with_exposed_provenance_mut(addr),
+            pages * PAGE,
+            prot,
+            flags,
+            -1,
+            0,
+        )
+    }
 }
 
 fn reserve(pages: usize) -> usize {
@@ -56,7 +65,13 @@ fn remap(from: usize, pages: usize, new_pages: usize, to: Option<usize>) -> usiz
         // SAFETY: memory of the test's, over what it reserved.
         Some(to) => unsafe {
             let to: *mut libc::c_void = ptr::with_exposed_provenance_mut(to);
-            libc::mremap(old, pages * PAGE, new_pages * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED, to)
+            libc::mremap(
+                old,
+                pages * PAGE,
+                new_pages * PAGE,
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                to,
+            )
         },
         // SAFETY: memory of the test's.
         None => unsafe { libc::mremap(old, pages * PAGE, new_pages * PAGE, 0) },
@@ -67,16 +82,26 @@ fn remap(from: usize, pages: usize, new_pages: usize, to: Option<usize>) -> usiz
 
 fn unmap(addr: usize, pages: usize) {
     // SAFETY: memory of the test's.
-    assert_eq!(unsafe { libc::munmap(ptr::with_exposed_provenance_mut(addr), pages * PAGE) }, 0);
+    assert_eq!(
+        unsafe { libc::munmap(ptr::with_exposed_provenance_mut(addr), pages * PAGE) },
+        0
+    );
 }
 
 /// A mirror of `pages` pages at `addr`, page *i* holding *i* + 1, all of them with the device.
-fn mirrored(addr: usize, pages: usize, device: &TestDevice, options: &Options) -> svm::Mirror<'static, u8> {
+fn mirrored(
+    addr: usize,
+    pages: usize,
+    device: &TestDevice,
+    options: &Options,
+) -> svm::Mirror<'static, u8> {
     (0..pages).for_each(|page| write(addr, page, page as u64 + 1));
     // SAFETY: memory of the test's; its changes are what the test is about.
     let mirror = unsafe { svm::mirror_raw(word(addr, 0).cast(), pages * PAGE, options) }.unwrap();
     let view = mirror.view();
-    device.fault_in(view.region(), view.addr(), view.len(), Access::Write).unwrap();
+    device
+        .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+        .unwrap();
     mirror
 }
 
@@ -89,7 +114,13 @@ fn memory_that_grew_in_place_is_memory() {
         assert_eq!(map_at(at, 16, READ_WRITE, libc::MAP_FIXED).addr(), at);
         let device = TestDevice::new().unwrap();
         let mirror = mirrored(at, 16, &device, options);
-        if map_at(at + 16 * PAGE, 1, libc::PROT_NONE, libc::MAP_FIXED_NOREPLACE) == libc::MAP_FAILED {
+        if map_at(
+            at + 16 * PAGE,
+            1,
+            libc::PROT_NONE,
+            libc::MAP_FIXED_NOREPLACE,
+        ) == libc::MAP_FAILED
+        {
             println!("SKIPPED: somebody else took the room to grow");
             return;
         }
@@ -101,7 +132,9 @@ fn memory_that_grew_in_place_is_memory() {
         }
         (0..16).for_each(|page| assert_eq!(read(at, page), page as u64 + 1));
         mirror.close().unwrap();
-        (0..32).for_each(|page| assert_eq!(read(at, page), if page < 16 { page as u64 + 1 } else { 9 }));
+        (0..32).for_each(|page| {
+            assert_eq!(read(at, page), if page < 16 { page as u64 + 1 } else { 9 })
+        });
         unmap(at, 32);
     });
 }
@@ -120,7 +153,11 @@ fn what_several_moves_added_is_memory() {
             pages *= 2;
         }
         for page in 0..pages {
-            assert_eq!(read(addr, page), if page < 16 { page as u64 + 1 } else { 0 }, "page {page}");
+            assert_eq!(
+                read(addr, page),
+                if page < 16 { page as u64 + 1 } else { 0 },
+                "page {page}"
+            );
             write(addr, page, 3);
         }
         mirror.close().unwrap();
@@ -160,7 +197,11 @@ fn an_unmapping_read_late_spares_what_was_mirrored_since() {
         let device = Idle::attach().unwrap();
         // Where nobody else maps anything: not where the kernel looks for room.
         let at = 0x1234_5670_0000;
-        let (stop, tries, taken) = (AtomicBool::new(false), AtomicUsize::new(0), AtomicUsize::new(0));
+        let (stop, tries, taken) = (
+            AtomicBool::new(false),
+            AtomicUsize::new(0),
+            AtomicUsize::new(0),
+        );
         // 1: mapped, to be unmapped by the first thread; 0: that is under way or over.
         let mapped = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -181,14 +222,16 @@ fn an_unmapping_read_late_spares_what_was_mirrored_since() {
                     continue;
                 }
                 // SAFETY: memory of the test's; the first thread unmaps it.
-                let first = unsafe { svm::mirror_raw(word(at, 0).cast(), 4 * PAGE, options) }.unwrap();
+                let first =
+                    unsafe { svm::mirror_raw(word(at, 0).cast(), 4 * PAGE, options) }.unwrap();
                 mapped.store(true, Ordering::SeqCst);
                 let until = Instant::now() + Duration::from_millis(50);
                 while Instant::now() < until {
                     let new = map_at(at + 16 * PAGE, 8, READ_WRITE, libc::MAP_FIXED_NOREPLACE);
                     if new.addr() == at + 16 * PAGE {
                         // SAFETY: memory of the test's.
-                        let second = unsafe { svm::mirror_raw(new.cast(), 8 * PAGE, options) }.unwrap();
+                        let second =
+                            unsafe { svm::mirror_raw(new.cast(), 8 * PAGE, options) }.unwrap();
                         (0..8).for_each(|page| write(at, 16 + page, 5));
                         let known = device.map(second.view().region()).unwrap();
                         let page = (at + 16 * PAGE - known.region().base()) / PAGE;
@@ -209,6 +252,9 @@ fn an_unmapping_read_late_spares_what_was_mirrored_since() {
             }
             stop.store(true, Ordering::SeqCst);
         });
-        assert!(taken.load(Ordering::SeqCst) > 20, "{tries:?} unmappings, {taken:?} taken anew");
+        assert!(
+            taken.load(Ordering::SeqCst) > 20,
+            "{tries:?} unmappings, {taken:?} taken anew"
+        );
     });
 }

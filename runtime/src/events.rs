@@ -143,7 +143,9 @@ pub(crate) fn apply(
             republish(space, closed, range, &[]);
         }
         Event::Remap { from, to, len } => {
-            let Some(range) = PageRange::new(from, from + len) else { return };
+            let Some(range) = PageRange::new(from, from + len) else {
+                return;
+            };
             let mut moved: [Option<Place>; 16] = [const { None }; 16];
             let mut next = 0;
             for_each_part(space, closed, range, |place, part| {
@@ -169,10 +171,20 @@ pub(crate) fn apply(
                 }
             });
             // What earlier moves have added goes along.
-            for place in space.places(closed).iter().filter(|p| p.kind == PlaceKind::Tail) {
-                if let (Some(slot), Some(part)) = (moved.get_mut(next), place.range.intersect(range)) {
+            for place in space
+                .places(closed)
+                .iter()
+                .filter(|p| p.kind == PlaceKind::Tail)
+            {
+                if let (Some(slot), Some(part)) =
+                    (moved.get_mut(next), place.range.intersect(range))
+                {
                     let target = PageRange::from_pages(part.start() - from + to, part.nr_pages());
-                    *slot = target.map(|range| Place { range, kind: PlaceKind::Tail, region: place.region.clone() });
+                    *slot = target.map(|range| Place {
+                        range,
+                        kind: PlaceKind::Tail,
+                        region: place.region.clone(),
+                    });
                     next += usize::from(slot.is_some());
                 }
             }

@@ -183,7 +183,11 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         if stranger && let Some(region) = space.grown(&gate, fault.addr) {
             return Attempt::Done(zero_fill_tail(region, fault));
         }
-        return Attempt::Done(if stranger { Verdict::NotOurs } else { Verdict::Resolved });
+        return Attempt::Done(if stranger {
+            Verdict::NotOurs
+        } else {
+            Verdict::Resolved
+        });
     };
     let region = &*place.region;
     let (block, page) = match place.kind {

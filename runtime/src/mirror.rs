@@ -173,6 +173,7 @@ impl Raw {
             return Ok(open(region));
         };
         space.settle();
+        leave_out_holes(space, &region, body);
         if space.publish_region(&region).is_err() {
             space.drain_events();
             space.publish_region(&region)?;

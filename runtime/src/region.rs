@@ -217,7 +217,9 @@ impl Region {
             }
         }
         moved[kept..].fill(None);
-        let Some(slot) = moved.get_mut(kept) else { return false };
+        let Some(slot) = moved.get_mut(kept) else {
+            return false;
+        };
         *slot = Some(Displacement { from, to });
         // Relaxed: under the closed gate, and read inside it.
         self.has_displacements.store(true, Ordering::Relaxed);

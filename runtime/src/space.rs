@@ -336,8 +336,13 @@ impl AddressSpace {
     /// grow, only where all of it is registered with the same userfaultfd.
     pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
         let mapping = self.vma(addr)?.range;
-        let inside = |place: &&Place| !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range);
-        self.places(gate).iter().find(inside).map(|place| &*place.region)
+        let inside = |place: &&Place| {
+            !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range)
+        };
+        self.places(gate)
+            .iter()
+            .find(inside)
+            .map(|place| &*place.region)
     }
 
     /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but
@@ -347,7 +352,12 @@ impl AddressSpace {
     /// one of this (hazards G7). Bounded, for others may go on changing mappings; what they change is not this memory.
     pub(crate) fn settle(&self) {
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(1);
-        for door in self.doors.iter().filter_map(OnceLock::get).filter(|door| door.has_events()) {
+        for door in self
+            .doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .filter(|door| door.has_events())
+        {
             while door.is_changing(self.zeros()) && std::time::Instant::now() < deadline {
                 std::thread::yield_now();
             }
