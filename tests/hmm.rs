@@ -32,7 +32,11 @@ impl Map {
     fn with(len: usize, protection: i32, flags: i32, fd: i32) -> Option<Self> {
         // SAFETY: a fresh mapping.
         let at = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
-        (at != libc::MAP_FAILED).then(|| Self { addr: at.expose_provenance(), len, holes: Mutex::default() })
+        (at != libc::MAP_FAILED).then(|| Self {
+            addr: at.expose_provenance(),
+            len,
+            holes: Mutex::default(),
+        })
     }
 
     fn new(len: usize, protection: i32) -> Self {
@@ -43,8 +47,7 @@ impl Map {
     fn huge(protection: i32) -> (Self, usize) {
         let map = Self::new(2 * HUGE, protection);
         let at = map.addr.next_multiple_of(HUGE);
-        // SAFETY: inside the mapping; advice only.
-        assert_eq!(unsafe { libc::madvise(ptr::with_exposed_provenance_mut(at), HUGE, libc::MADV_HUGEPAGE) }, 0);
+        advise(at, HUGE, libc::MADV_HUGEPAGE);
         (map, at)
     }
 
@@ -87,6 +90,12 @@ fn at(addr: usize, index: usize) -> *mut i32 {
     ptr::with_exposed_provenance_mut::<i32>(addr).wrapping_add(index)
 }
 
+fn advise(addr: usize, len: usize, advice: i32) {
+    let at = ptr::with_exposed_provenance_mut(addr);
+    // SAFETY: a mapping of the test's own.
+    assert_eq!(unsafe { libc::madvise(at, len, advice) }, 0);
+}
+
 fn load(addr: usize, index: usize) -> i32 {
     // SAFETY: tests load what is mapped and readable.
     unsafe { at(addr, index).read_volatile() }
@@ -108,11 +117,18 @@ fn check(addr: usize, len: usize, f: impl Fn(i32) -> i32) -> bool {
 
 /// The device's bounce buffer.
 fn mirror(len: usize, f: impl Fn(i32) -> i32) -> Vec<u8> {
-    (0..len / 4).flat_map(|k| f(k as i32).to_ne_bytes()).collect()
+    (0..len / 4)
+        .flat_map(|k| f(k as i32).to_ne_bytes())
+        .collect()
 }
 
 fn holds(mirror: &[u8], f: impl Fn(i32) -> i32) -> bool {
-    mirror.as_chunks::<4>().0.iter().zip(0..).all(|(bytes, k)| i32::from_ne_bytes(*bytes) == f(k))
+    mirror
+        .as_chunks::<4>()
+        .0
+        .iter()
+        .zip(0..)
+        .all(|(bytes, k)| i32::from_ne_bytes(*bytes) == f(k))
 }
 
 /// What `hmm` and `hmm2` set up: the memory, and up to two devices.
@@ -125,7 +141,11 @@ struct Fixture {
 impl Fixture {
     fn new(options: &Options) -> Self {
         let mm = Mm::new(options);
-        Self { dev: Dmirror::new(&mm).unwrap(), options: options.clone(), mm }
+        Self {
+            dev: Dmirror::new(&mm).unwrap(),
+            options: options.clone(),
+            mm,
+        }
     }
 
     fn second(&self) -> Dmirror {
@@ -156,11 +176,17 @@ fn each(name: &'static str, test: impl Fn(&Fixture)) {
 
 /// One round for all of it, as the kernel's suite demands.
 fn whole(pages: usize) -> Result<Done, Errno> {
-    Ok(Done { cpages: pages, faults: 1 })
+    Ok(Done {
+        cpages: pages,
+        faults: 1,
+    })
 }
 
 fn migrated(pages: usize) -> Result<Done, Errno> {
-    Ok(Done { cpages: pages, faults: 0 })
+    Ok(Done {
+        cpages: pages,
+        faults: 0,
+    })
 }
 
 fn error(errno: i32) -> Result<Done, Errno> {
@@ -189,7 +215,13 @@ fn in_child(child: impl FnOnce() -> bool) -> bool {
 /// A file that is gone when it is closed.
 fn temporary_file(len: usize) -> OwnedFd {
     // SAFETY: the path is a C string.
-    let fd = unsafe { libc::open(c"/tmp".as_ptr(), libc::O_TMPFILE | libc::O_EXCL | libc::O_RDWR, 0o600) };
+    let fd = unsafe {
+        libc::open(
+            c"/tmp".as_ptr(),
+            libc::O_TMPFILE | libc::O_EXCL | libc::O_RDWR,
+            0o600,
+        )
+    };
     assert!(fd >= 0, "{}", std::io::Error::last_os_error());
     // SAFETY: just opened, and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -213,9 +245,18 @@ fn anon_read() {
         map.protect(0, NPAGES, READ);
         assert_eq!(load(map.page(1), 0), 0);
         let mut out = mirror(SIZE, |_| -1);
-        assert_eq!(f.dev.read(map.addr, &mut out), whole(NPAGES), "{:?}", f.options);
+        assert_eq!(
+            f.dev.read(map.addr, &mut out),
+            whole(NPAGES),
+            "{:?}",
+            f.options
+        );
         assert!(holds(&out, |k| if (k as usize) < first { 0 } else { k }));
-        assert!(check(map.addr, SIZE, |k| if (k as usize) < first { 0 } else { k }));
+        assert!(check(map.addr, SIZE, |k| if (k as usize) < first {
+            0
+        } else {
+            k
+        }));
     });
 }
 
@@ -253,7 +294,12 @@ fn anon_write_prot() {
         assert_eq!(f.dev.write(map.addr, &data), error(libc::EPERM));
         assert!(check(map.addr, SIZE, |_| 0));
         map.protect(0, NPAGES, WRITE);
-        assert_eq!(f.dev.write(map.addr, &data), whole(NPAGES), "{:?}", f.options);
+        assert_eq!(
+            f.dev.write(map.addr, &data),
+            whole(NPAGES),
+            "{:?}",
+            f.options
+        );
         assert!(check(map.addr, SIZE, |k| k));
     });
 }
@@ -284,7 +330,10 @@ fn anon_write_child() {
                 let wrote = own.dev.write(addr, &data) == whole(len / PAGE);
                 same && wrote && check(addr, len, |k| -k)
             }));
-            assert!(check(addr, len, |k| k), "the child's device wrote to the parent");
+            assert!(
+                check(addr, len, |k| k),
+                "the child's device wrote to the parent"
+            );
             drop(map);
         }
     });
@@ -298,7 +347,8 @@ fn anon_write_child_shared() {
         assert!(in_child(|| {
             let same = check(map.addr, SIZE, |k| k);
             let own = Fixture::new(&f.options);
-            same && own.dev.write(map.addr, &mirror(SIZE, |k| -k)) == whole(NPAGES) && check(map.addr, SIZE, |k| -k)
+            same && own.dev.write(map.addr, &mirror(SIZE, |k| -k)) == whole(NPAGES)
+                && check(map.addr, SIZE, |k| -k)
         }));
         assert!(check(map.addr, SIZE, |k| -k));
     });
@@ -330,7 +380,10 @@ fn anon_write_hugetlbfs() {
             println!("SKIPPED: no huge pages are reserved");
             return;
         };
-        assert_eq!(f.dev.write(map.addr, &mirror(HUGE, |k| k)), whole(HUGE / PAGE));
+        assert_eq!(
+            f.dev.write(map.addr, &mirror(HUGE, |k| k)),
+            whole(HUGE / PAGE)
+        );
         assert!(check(map.addr, HUGE, |k| k));
     });
 }
@@ -375,7 +428,11 @@ fn migrate() {
         assert_eq!(f.dev.migrate_to_dev(map.addr, &mut out), migrated(NPAGES));
         assert!(holds(&out, |k| k));
         let snapshot = f.dev.snapshot(map.addr, NPAGES).unwrap();
-        assert!(snapshot.iter().all(|&m| m & !prot::PMD == prot::DEV_PRIVATE_LOCAL | prot::WRITE));
+        assert!(
+            snapshot
+                .iter()
+                .all(|&m| m & !prot::PMD == prot::DEV_PRIVATE_LOCAL | prot::WRITE)
+        );
     });
 }
 
@@ -387,7 +444,10 @@ fn migrate_file_private() {
         let map = Map::with(SIZE, WRITE, libc::MAP_PRIVATE, file.as_raw_fd()).unwrap();
         init(map.addr, SIZE, |k| k);
         let mut out = vec![0; SIZE];
-        assert_eq!(f.dev.migrate_to_dev(map.addr, &mut out), error(libc::ENOENT));
+        assert_eq!(
+            f.dev.migrate_to_dev(map.addr, &mut out),
+            error(libc::ENOENT)
+        );
         assert_eq!(f.dev.read(map.addr, &mut out), whole(NPAGES));
         assert!(holds(&out, |k| k));
         assert_eq!(f.dev.write(map.addr, &mirror(SIZE, |k| -k)), whole(NPAGES));
@@ -421,7 +481,13 @@ fn migrate_release() {
         assert!(holds(&out, |k| k));
         f.dev.release().unwrap();
         assert_eq!(f.dev.device().attachment().resident_bytes(), 0);
-        assert!(f.dev.snapshot(map.addr, NPAGES).unwrap().iter().all(|&m| m & !prot::PMD == prot::WRITE));
+        assert!(
+            f.dev
+                .snapshot(map.addr, NPAGES)
+                .unwrap()
+                .iter()
+                .all(|&m| m & !prot::PMD == prot::WRITE)
+        );
         assert!(check(map.addr, SIZE / 2, |k| k));
     });
 }
@@ -430,7 +496,10 @@ fn migrate_release() {
 fn migrate_shared() {
     each("migrate_shared", |f| {
         let map = Map::with(SIZE, WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1).unwrap();
-        assert_eq!(f.dev.migrate_to_dev(map.addr, &mut vec![0; SIZE]), error(libc::ENOENT));
+        assert_eq!(
+            f.dev.migrate_to_dev(map.addr, &mut vec![0; SIZE]),
+            error(libc::ENOENT)
+        );
     });
 }
 
@@ -440,9 +509,17 @@ fn migrate_mixed() {
         let map = Map::new(6 * PAGE, libc::PROT_NONE);
         let other = f.second();
         let mut out = vec![0; 6 * PAGE];
-        assert_eq!(other.migrate_to_dev(map.addr, &mut out), error(libc::EINVAL), "no access");
+        assert_eq!(
+            other.migrate_to_dev(map.addr, &mut out),
+            error(libc::EINVAL),
+            "no access"
+        );
         map.unmap(1, 1);
-        assert_eq!(other.migrate_to_dev(map.addr, &mut out[..3 * PAGE]), error(libc::EINVAL), "a hole");
+        assert_eq!(
+            other.migrate_to_dev(map.addr, &mut out[..3 * PAGE]),
+            error(libc::EINVAL),
+            "a hole"
+        );
         // Page 2: read-only zeros. Page 3: read-only. Pages 4 and 5: read-write.
         map.protect(2, 1, READ);
         assert_eq!(load(map.page(2), 0), 0);
@@ -452,11 +529,17 @@ fn migrate_mixed() {
         map.protect(4, 2, WRITE);
         store(map.page(4), 0, 4);
         store(map.page(5), 0, 5);
-        assert_eq!(other.migrate_to_dev(map.page(2), &mut out[..4 * PAGE]), migrated(4));
+        assert_eq!(
+            other.migrate_to_dev(map.page(2), &mut out[..4 * PAGE]),
+            migrated(4)
+        );
         let first = |page: usize| i32::from_ne_bytes(*out[page * PAGE..].first_chunk().unwrap());
         assert_eq!([first(0), first(1), first(2), first(3)], [0, 3, 4, 5]);
         // What another device has is not taken from it.
-        assert_eq!(f.dev.migrate_to_dev(map.page(5), &mut [0; PAGE]), error(libc::ENOENT));
+        assert_eq!(
+            f.dev.migrate_to_dev(map.page(5), &mut [0; PAGE]),
+            error(libc::ENOENT)
+        );
         assert_eq!((load(map.page(3), 0), load(map.page(5), 0)), (3, 5));
     });
 }
@@ -499,7 +582,9 @@ fn anon_teardown() {
             std::thread::scope(|scope| {
                 let mut out = vec![0; SIZE];
                 scope.spawn(|| {
-                    std::thread::sleep(std::time::Duration::from_micros(u64::from(c.cast_unsigned()) * 300));
+                    std::thread::sleep(std::time::Duration::from_micros(
+                        u64::from(c.cast_unsigned()) * 300,
+                    ));
                     map.unmap(NPAGES / 2, NPAGES / 2);
                 });
                 match f.dev.read(map.addr, &mut out) {
@@ -542,10 +627,28 @@ fn snapshot() {
         map.protect(3, 1, READ);
         map.protect(4, 3, WRITE);
         (4..7).for_each(|page| store(map.page(page), 0, page as i32));
-        assert_eq!(f.dev.migrate_to_dev(map.page(5), &mut [0; PAGE]), migrated(1));
-        assert_eq!(other.migrate_to_dev(map.page(6), &mut [0; PAGE]), migrated(1));
-        let zero = if sees_zero_pages() { prot::ZERO | prot::READ } else { prot::READ };
-        let want = [prot::ERROR, prot::ERROR, zero, prot::READ, prot::WRITE, prot::DEV_PRIVATE_LOCAL | prot::WRITE, prot::NONE];
+        assert_eq!(
+            f.dev.migrate_to_dev(map.page(5), &mut [0; PAGE]),
+            migrated(1)
+        );
+        assert_eq!(
+            other.migrate_to_dev(map.page(6), &mut [0; PAGE]),
+            migrated(1)
+        );
+        let zero = if sees_zero_pages() {
+            prot::ZERO | prot::READ
+        } else {
+            prot::READ
+        };
+        let want = [
+            prot::ERROR,
+            prot::ERROR,
+            zero,
+            prot::READ,
+            prot::WRITE,
+            prot::DEV_PRIVATE_LOCAL | prot::WRITE,
+            prot::NONE,
+        ];
         assert_eq!(f.dev.snapshot(map.addr, 7).unwrap(), want);
         assert_eq!((load(map.page(5), 0), load(map.page(6), 0)), (5, 6));
     });
@@ -566,10 +669,18 @@ fn compound() {
         init(map.addr, HUGE, |k| k);
         let pmd = if sees_zero_pages() { prot::PMD } else { 0 };
         let snapshot = f.dev.snapshot(map.addr, HUGE / PAGE).unwrap();
-        assert!(snapshot.iter().all(|&m| m == prot::WRITE | pmd), "{:x}", snapshot[0]);
+        assert!(
+            snapshot.iter().all(|&m| m == prot::WRITE | pmd),
+            "{:x}",
+            snapshot[0]
+        );
         map.protect(0, HUGE / PAGE, READ);
         let snapshot = f.dev.snapshot(map.addr, HUGE / PAGE).unwrap();
-        assert!(snapshot.iter().all(|&m| m == prot::READ | pmd), "{:x}", snapshot[0]);
+        assert!(
+            snapshot.iter().all(|&m| m == prot::READ | pmd),
+            "{:x}",
+            snapshot[0]
+        );
     });
 }
 
@@ -583,7 +694,12 @@ fn double_map() {
         let mut out = vec![0; SIZE];
         assert_eq!(f.dev.read(map.addr, &mut out), whole(NPAGES));
         assert!(holds(&out, |k| k));
-        assert_eq!(other.read(map.addr, &mut out), whole(NPAGES), "{:?}", f.options);
+        assert_eq!(
+            other.read(map.addr, &mut out),
+            whole(NPAGES),
+            "{:?}",
+            f.options
+        );
         assert!(holds(&out, |k| k));
         // Migrating to one device takes the pages from the other, which faults for them again.
         assert_eq!(other.migrate_to_dev(map.addr, &mut out), migrated(NPAGES));
@@ -593,7 +709,10 @@ fn double_map() {
         // Punch a hole after the first page address, as the kernel's does.
         map.unmap(1, 1);
         drop(out);
-        assert_eq!(other.read(map.addr, &mut vec![0; SIZE]), error(libc::EFAULT));
+        assert_eq!(
+            other.read(map.addr, &mut vec![0; SIZE]),
+            error(libc::EFAULT)
+        );
         assert!(check(map.page(2), SIZE - 2 * PAGE, |k| k + 2 * PAGE as i32 / 4));
     });
 }
@@ -606,7 +725,11 @@ fn exclusive() {
         let mut out = vec![0; SIZE];
         assert_eq!(f.dev.exclusive(map.addr, &mut out), migrated(NPAGES));
         assert!(holds(&out, |k| k));
-        assert_eq!(f.dev.check_exclusive(map.addr, NPAGES), error(libc::EPERM), "still the device's");
+        assert_eq!(
+            f.dev.check_exclusive(map.addr, NPAGES),
+            error(libc::EPERM),
+            "still the device's"
+        );
         for k in 0..SIZE / 4 {
             assert_eq!(load(map.addr, k), k as i32);
             store(map.addr, k, k as i32 + 1);
@@ -656,15 +779,33 @@ fn hmm_gup_test() {
         init(map.addr, 4 * PAGE, |k| k);
         let mut out = vec![0; 4 * PAGE];
         // SAFETY: the test's own mapping.
-        let whole = unsafe { svm::mirror_raw(ptr::with_exposed_provenance_mut(map.addr), 4 * PAGE, &f.options) }.unwrap();
+        let whole = unsafe {
+            svm::mirror_raw(
+                ptr::with_exposed_provenance_mut(map.addr),
+                4 * PAGE,
+                &f.options,
+            )
+        }
+        .unwrap();
         let device = f.dev.device();
         let (region, addr) = (whole.view().region(), whole.view().addr());
         assert!(device.migrate_to_device(region, addr, 4).unwrap());
         let pin = whole.pin(..).unwrap();
         let file = temporary_file(4 * PAGE);
         // SAFETY: the pages are the test's, and pinned.
-        let wrote = unsafe { libc::write(file.as_raw_fd(), ptr::with_exposed_provenance(map.addr), 4 * PAGE) };
-        assert_eq!(wrote, 4 * PAGE as isize, "{}", std::io::Error::last_os_error());
+        let wrote = unsafe {
+            libc::write(
+                file.as_raw_fd(),
+                ptr::with_exposed_provenance(map.addr),
+                4 * PAGE,
+            )
+        };
+        assert_eq!(
+            wrote,
+            4 * PAGE as isize,
+            "{}",
+            std::io::Error::last_os_error()
+        );
         // A pinned page does not migrate; the device works on it in place, and the system call sees that.
         assert!(!device.migrate_to_device(region, addr, 4).unwrap());
         device.write(region, addr, &7i32.to_ne_bytes()).unwrap();
@@ -694,7 +835,12 @@ fn hmm_cow_in_device() {
         }));
         // The pages that were shared with the child still migrate.
         init(map.addr, SIZE, |k| k + 2);
-        assert_eq!(f.dev.migrate_to_dev(map.addr, &mut out), migrated(NPAGES), "{:?}", f.options);
+        assert_eq!(
+            f.dev.migrate_to_dev(map.addr, &mut out),
+            migrated(NPAGES),
+            "{:?}",
+            f.options
+        );
         assert!(holds(&out, |k| k + 2));
     });
 }
@@ -730,8 +876,7 @@ fn migrate_anon_huge_free() {
         let mut out = vec![0; HUGE];
         assert_eq!(f.dev.migrate_to_dev(addr, &mut out), migrated(HUGE / PAGE));
         assert!(holds(&out, |k| k));
-        // SAFETY: the test's own mapping.
-        assert_eq!(unsafe { libc::madvise(ptr::with_exposed_provenance_mut(addr), HUGE, libc::MADV_FREE) }, 0);
+        advise(addr, HUGE, libc::MADV_FREE);
         // Freed on the device means zeros at once: nobody keeps what nobody may read.
         assert!(check(addr, HUGE, |_| 0), "{:?}", f.options);
     });
@@ -746,8 +891,17 @@ fn migrate_anon_huge_fault() {
         assert_eq!(f.dev.migrate_to_dev(addr, &mut out), migrated(HUGE / PAGE));
         assert!(holds(&out, |k| k));
         let snapshot = f.dev.snapshot(addr, HUGE / PAGE).unwrap();
-        assert!(snapshot.iter().all(|&m| m & !prot::PMD == prot::DEV_PRIVATE_LOCAL | prot::WRITE));
-        assert!(svm::snapshot(addr, HUGE / PAGE).unwrap().iter().all(|page| !page.is_present()));
+        assert!(
+            snapshot
+                .iter()
+                .all(|&m| m & !prot::PMD == prot::DEV_PRIVATE_LOCAL | prot::WRITE)
+        );
+        assert!(
+            svm::snapshot(addr, HUGE / PAGE)
+                .unwrap()
+                .iter()
+                .all(|page| !page.is_present())
+        );
         assert!(check(addr, HUGE, |k| k));
     });
 }
@@ -766,7 +920,11 @@ fn under_failures(f: &Fixture, failures: usize, touch: bool) {
         assert_eq!(done, migrated(HUGE / PAGE));
         assert!(holds(&out, want));
     } else {
-        assert_eq!(done, error(libc::ENOENT), "a page that got no frame is not migrated");
+        assert_eq!(
+            done,
+            error(libc::ENOENT),
+            "a page that got no frame is not migrated"
+        );
         assert_eq!(f.dev.read(addr, &mut out).unwrap().cpages, HUGE / PAGE);
         assert!(holds(&out, want));
     }
@@ -794,7 +952,11 @@ fn migrate_anon_huge_zero_err() {
 fn bad_ranges() {
     each("bad_ranges", |f| {
         let map = Map::new(PAGE, WRITE);
-        for (addr, len) in [(map.addr + 8, PAGE), (map.addr, 0), (usize::MAX - PAGE + 1, PAGE)] {
+        for (addr, len) in [
+            (map.addr + 8, PAGE),
+            (map.addr, 0),
+            (usize::MAX - PAGE + 1, PAGE),
+        ] {
             let mut out = vec![0; len];
             assert_eq!(f.dev.read(addr, &mut out), error(libc::EINVAL));
             assert_eq!(f.dev.write(addr, &out), error(libc::EINVAL));
@@ -805,7 +967,10 @@ fn bad_ranges() {
         // Nothing is mapped at the bottom of the address space.
         assert_eq!(f.dev.read(PAGE, &mut [0; PAGE]), error(libc::EFAULT));
         assert_eq!(f.dev.write(PAGE, &[0; PAGE]), error(libc::EFAULT));
-        assert_eq!(f.dev.migrate_to_dev(PAGE, &mut [0; PAGE]), error(libc::EINVAL));
+        assert_eq!(
+            f.dev.migrate_to_dev(PAGE, &mut [0; PAGE]),
+            error(libc::EINVAL)
+        );
     });
 }
 
@@ -815,10 +980,23 @@ fn fallbacks() {
     if std::env::var_os("SVM_DISABLE").is_some() {
         return;
     }
-    for words in ["move", "sigbus", "pagemap_scan", "procmap_query", "membarrier", "thread_id,exact_address"] {
+    for words in [
+        "move",
+        "sigbus",
+        "pagemap_scan",
+        "procmap_query",
+        "membarrier",
+        "thread_id,exact_address",
+    ] {
         let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.env("SVM_DISABLE", words).args(["--skip", "fallbacks", "--test-threads", "2"]);
+        command
+            .env("SVM_DISABLE", words)
+            .args(["--skip", "fallbacks", "--test-threads", "2"]);
         let out = command.output().unwrap();
-        assert!(out.status.success(), "SVM_DISABLE={words}:\n{}", String::from_utf8_lossy(&out.stdout));
+        assert!(
+            out.status.success(),
+            "SVM_DISABLE={words}:\n{}",
+            String::from_utf8_lossy(&out.stdout)
+        );
     }
 }

@@ -69,7 +69,9 @@ impl From<svm::DeviceFault> for Errno {
 
 fn errno_of(kind: DeviceFaultKind) -> i32 {
     match kind {
-        DeviceFaultKind::Unmapped | DeviceFaultKind::NoAccess | DeviceFaultKind::OutOfViews => libc::EFAULT,
+        DeviceFaultKind::Unmapped | DeviceFaultKind::NoAccess | DeviceFaultKind::OutOfViews => {
+            libc::EFAULT
+        }
         DeviceFaultKind::Protection => libc::EPERM,
         DeviceFaultKind::OutOfMemory => libc::ENOMEM,
         DeviceFaultKind::Timeout => libc::EBUSY,
@@ -91,14 +93,19 @@ impl Mm {
     /// No mirror yet; those to come are made with `options`.
     #[must_use]
     pub fn new(options: &Options) -> Arc<Self> {
-        Arc::new(Self { mirrors: Mutex::default(), options: options.clone() })
+        Arc::new(Self {
+            mirrors: Mutex::default(),
+            options: options.clone(),
+        })
     }
 
     /// Sums of the counters of all mirrors that exist.
     #[must_use]
     pub fn stats(&self) -> svm::Stats {
         let mirrors = self.mirrors.lock().unwrap_or_else(PoisonError::into_inner);
-        mirrors.iter().fold(svm::Stats::default(), |sum, mirror| sum + mirror.stats())
+        mirrors
+            .iter()
+            .fold(svm::Stats::default(), |sum, mirror| sum + mirror.stats())
     }
 
     /// The mirrors of `range`, in order; each part of it that has none gets one.
@@ -113,11 +120,19 @@ impl Mm {
             let mirror = match live {
                 Some(mirror) => mirror,
                 None => {
-                    let free = (at..range.end).step_by(PAGE).take_while(|&page| !mirrors.iter().any(|m| is_live(m, page)));
+                    let free = (at..range.end)
+                        .step_by(PAGE)
+                        .take_while(|&page| !mirrors.iter().any(|m| is_live(m, page)));
                     let end = end_of_kind(at).min(at + free.count() * PAGE);
                     // SAFETY: the process's memory, which it changes by system calls, and which is not accessed by it while
                     // an operation of a test device is writing it.
-                    let new = unsafe { svm::mirror_raw(ptr::with_exposed_provenance_mut(at), end - at, &self.options) }?;
+                    let new = unsafe {
+                        svm::mirror_raw(
+                            ptr::with_exposed_provenance_mut(at),
+                            end - at,
+                            &self.options,
+                        )
+                    }?;
                     let new = Arc::new(new);
                     if is_live(&new, at) {
                         mirrors.push(Arc::clone(&new));
@@ -130,7 +145,9 @@ impl Mm {
                     new
                 }
             };
-            let live = (at..span(&mirror).end.min(range.end)).step_by(PAGE).take_while(|&page| is_live(&mirror, page));
+            let live = (at..span(&mirror).end.min(range.end))
+                .step_by(PAGE)
+                .take_while(|&page| is_live(&mirror, page));
             let end = at + live.count() * PAGE;
             pieces.push((mirror, at..end));
             at = end;
@@ -155,8 +172,13 @@ fn end_of_kind(addr: usize) -> usize {
     let mut first = None;
     for line in maps.lines() {
         let mut words = line.split_ascii_whitespace();
-        let (Some(range), Some(perms), Some(inode)) = (words.next(), words.next(), words.nth(2)) else { continue };
-        let Some((low, high)) = range.split_once('-') else { continue };
+        let (Some(range), Some(perms), Some(inode)) = (words.next(), words.next(), words.nth(2))
+        else {
+            continue;
+        };
+        let Some((low, high)) = range.split_once('-') else {
+            continue;
+        };
         let parse = |n| usize::from_str_radix(n, 16).unwrap_or(0);
         let (low, high) = (parse(low), parse(high));
         if high <= end {
@@ -189,7 +211,10 @@ impl Dmirror {
     /// # Errors
     /// As [`svm::attach`].
     pub fn new(mm: &Arc<Mm>) -> Result<Self, Error> {
-        Ok(Self { device: TestDevice::with_options(AttachOptions::new())?, mm: Arc::clone(mm) })
+        Ok(Self {
+            device: TestDevice::with_options(AttachOptions::new())?,
+            mm: Arc::clone(mm),
+        })
     }
 
     /// The device underneath.
@@ -199,8 +224,12 @@ impl Dmirror {
     }
 
     fn range(addr: usize, npages: usize) -> Result<Range<usize>, Errno> {
-        let end = npages.checked_mul(PAGE).and_then(|len| addr.checked_add(len));
-        end.filter(|&end| addr % PAGE == 0 && end > addr).map(|end| addr..end).ok_or(Errno(libc::EINVAL))
+        let end = npages
+            .checked_mul(PAGE)
+            .and_then(|len| addr.checked_add(len));
+        end.filter(|&end| addr.is_multiple_of(PAGE) && end > addr)
+            .map(|end| addr..end)
+            .ok_or(Errno(libc::EINVAL))
     }
 
     /// Reads the pages into `mirror`.
@@ -208,10 +237,21 @@ impl Dmirror {
     /// # Errors
     /// EFAULT where nothing is mapped or no access permitted; nothing was copied then. EINVAL for a bad range.
     pub fn read(&self, addr: usize, mirror: &mut [u8]) -> Result<Done, Errno> {
-        self.copy(addr, mirror.len() / PAGE, Access::Read, |at, offset, len| {
-            // SAFETY: the table says the page is readable, and the device lock keeps it so; `mirror` has room.
-            unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance(at), mirror.as_mut_ptr().add(offset), len) }
-        })
+        self.copy(
+            addr,
+            mirror.len() / PAGE,
+            Access::Read,
+            |at, offset, len| {
+                // SAFETY: the table says the page is readable, and the device lock keeps it so; `mirror` has room.
+                unsafe {
+                    ptr::copy_nonoverlapping(
+                        ptr::with_exposed_provenance(at),
+                        mirror.as_mut_ptr().add(offset),
+                        len,
+                    );
+                }
+            },
+        )
     }
 
     /// Writes `mirror` to the pages.
@@ -219,23 +259,48 @@ impl Dmirror {
     /// # Errors
     /// As [`read`](Self::read), and EPERM where the mapping is read-only.
     pub fn write(&self, addr: usize, mirror: &[u8]) -> Result<Done, Errno> {
-        self.copy(addr, mirror.len() / PAGE, Access::Write, |at, offset, len| {
-            // SAFETY: the table says the page is writable, and the device lock keeps it so.
-            unsafe { ptr::copy_nonoverlapping(mirror.as_ptr().add(offset), ptr::with_exposed_provenance_mut(at), len) }
-        })
+        self.copy(
+            addr,
+            mirror.len() / PAGE,
+            Access::Write,
+            |at, offset, len| {
+                // SAFETY: the table says the page is writable, and the device lock keeps it so.
+                unsafe {
+                    ptr::copy_nonoverlapping(
+                        mirror.as_ptr().add(offset),
+                        ptr::with_exposed_provenance_mut(at),
+                        len,
+                    );
+                }
+            },
+        )
     }
 
-    fn copy(&self, addr: usize, npages: usize, access: Access, mut bytes: impl FnMut(usize, usize, usize)) -> Result<Done, Errno> {
+    fn copy(
+        &self,
+        addr: usize,
+        npages: usize,
+        access: Access,
+        mut bytes: impl FnMut(usize, usize, usize),
+    ) -> Result<Done, Errno> {
         let range = Self::range(addr, npages)?;
         let pieces = self.mm.pieces(range.clone())?;
-        let begin = |(mirror, part): &Piece| Ok((self.device.begin(mirror.view().region(), access)?, part.clone()));
-        let mut sessions: Vec<(Session<'_>, Range<usize>)> = pieces.iter().map(begin).collect::<Result<_, Error>>()?;
+        let begin = |(mirror, part): &Piece| {
+            Ok((
+                self.device.begin(mirror.view().region(), access)?,
+                part.clone(),
+            ))
+        };
+        let mut sessions: Vec<(Session<'_>, Range<usize>)> =
+            pieces.iter().map(begin).collect::<Result<_, Error>>()?;
         let (mut at, mut faults) = (range.start, 0);
         while at < range.end {
             for (session, part) in &mut sessions {
                 if part.contains(&at) {
                     let start = at - addr;
-                    at += session.copy_translated(at..part.end, |host, offset, len| bytes(host, start + offset, len));
+                    at += session.copy_translated(at..part.end, |host, offset, len| {
+                        bytes(host, start + offset, len);
+                    });
                 }
             }
             if at < range.end {
@@ -250,7 +315,10 @@ impl Dmirror {
         for (session, _) in sessions {
             session.finish()?;
         }
-        Ok(Done { cpages: npages, faults })
+        Ok(Done {
+            cpages: npages,
+            faults,
+        })
     }
 
     /// Moves the pages to the device, and gives what it has then.
@@ -265,7 +333,11 @@ impl Dmirror {
         }
         let mut all = true;
         for (mirror, part) in self.mm.pieces(range.clone())? {
-            all &= self.device.migrate_to_device(mirror.view().region(), part.start, part.len() / PAGE)?;
+            all &= self.device.migrate_to_device(
+                mirror.view().region(),
+                part.start,
+                part.len() / PAGE,
+            )?;
         }
         if !all {
             return Err(Errno(libc::ENOENT));
@@ -281,9 +353,13 @@ impl Dmirror {
     pub fn migrate_to_sys(&self, addr: usize, npages: usize) -> Result<Done, Errno> {
         let range = Self::range(addr, npages)?;
         for (mirror, part) in self.mm.pieces(range)? {
-            self.device.migrate_to_system(mirror.view().region(), part.start, part.len() / PAGE)?;
+            self.device
+                .migrate_to_system(mirror.view().region(), part.start, part.len() / PAGE)?;
         }
-        Ok(Done { cpages: npages, faults: 0 })
+        Ok(Done {
+            cpages: npages,
+            faults: 0,
+        })
     }
 
     /// Takes the pages for atomics, and gives their contents.
@@ -293,7 +369,10 @@ impl Dmirror {
     pub fn exclusive(&self, addr: usize, mirror: &mut [u8]) -> Result<Done, Errno> {
         let range = Self::range(addr, mirror.len() / PAGE)?;
         for (mirror, part) in self.mm.pieces(range)? {
-            if !self.device.make_exclusive(mirror.view().region(), part.start, part.len() / PAGE)? {
+            if !self
+                .device
+                .make_exclusive(mirror.view().region(), part.start, part.len() / PAGE)?
+            {
                 return Err(Errno(libc::EBUSY));
             }
         }
@@ -308,11 +387,18 @@ impl Dmirror {
     pub fn check_exclusive(&self, addr: usize, npages: usize) -> Result<Done, Errno> {
         let range = Self::range(addr, npages)?;
         for (mirror, part) in self.mm.pieces(range)? {
-            if self.device.nr_exclusive(mirror.view().region(), part.start, part.len() / PAGE)? > 0 {
+            if self
+                .device
+                .nr_exclusive(mirror.view().region(), part.start, part.len() / PAGE)?
+                > 0
+            {
                 return Err(Errno(libc::EPERM));
             }
         }
-        Ok(Done { cpages: npages, faults: 0 })
+        Ok(Done {
+            cpages: npages,
+            faults: 0,
+        })
     }
 
     /// Per page, what is there: flags of [`prot`].
@@ -325,7 +411,11 @@ impl Dmirror {
     }
 
     fn flags(&self, page: &svm::PageSnapshot) -> u8 {
-        let rights = if page.is_writable() && !page.is_copy_on_write() { prot::WRITE } else { prot::READ };
+        let rights = if page.is_writable() && !page.is_copy_on_write() {
+            prot::WRITE
+        } else {
+            prot::READ
+        };
         let huge = if page.is_huge() { prot::PMD } else { 0 };
         if !page.is_readable() {
             prot::ERROR

@@ -1052,7 +1052,7 @@ impl<D: Device> Round<'_, D> {
         };
         let write = movable & (writable - state.exclusive_to(self.id()));
         let read = movable - writable - state.frames(self.id());
-        let shared = movable & others - writable;
+        let shared = (movable & others) - writable;
         if !shared.is_empty() {
             Migration::Release(shared)
         } else if !write.is_empty() {
@@ -1192,7 +1192,8 @@ impl<D: Device> Update<'_, D> {
                 }
                 Migration::Stop(outcome) => outcome,
                 Migration::Release(pages) => {
-                    self.release_others(&mapped, block, pages).map_err(|_| fault(at, DeviceFaultKind::Lost))?;
+                    self.release_others(&mapped, block, pages)
+                        .map_err(|_| fault(at, DeviceFaultKind::Lost))?;
                     continue;
                 }
                 Migration::Run(want, access) => {
@@ -1224,12 +1225,24 @@ impl<D: Device> Update<'_, D> {
     }
 
     /// Has the other devices give up what they hold of `pages`.
-    fn release_others(&mut self, mapped: &MappedRef<D>, block: usize, pages: PageMask) -> Result<()> {
+    fn release_others(
+        &mut self,
+        mapped: &MappedRef<D>,
+        block: usize,
+        pages: PageMask,
+    ) -> Result<()> {
         let region = mapped.shared_region();
         for slot in (0..crate::block::MAX_DEVICES).filter(|&slot| slot != mapped.id().index()) {
             let other = region.devices(&AddressSpace::global().gate().enter())[slot].clone();
             if let Some(other) = other {
-                evict::release_pages(&*other, region, block, pages, &mut self.range.scratch, Cause::Explicit)?;
+                evict::release_pages(
+                    &*other,
+                    region,
+                    block,
+                    pages,
+                    &mut self.range.scratch,
+                    Cause::Explicit,
+                )?;
             }
         }
         Ok(())

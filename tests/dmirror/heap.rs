@@ -11,7 +11,12 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 #[global_allocator]
-static HEAP: Heap = Heap { locked: AtomicBool::new(false), free: UnsafeCell::new(Free { lists: [ptr::null_mut(); CLASSES] }) };
+static HEAP: Heap = Heap {
+    locked: AtomicBool::new(false),
+    free: UnsafeCell::new(Free {
+        lists: [ptr::null_mut(); CLASSES],
+    }),
+};
 
 const SMALLEST: usize = 16;
 const LARGE: usize = 64 << 10;
@@ -35,7 +40,11 @@ unsafe impl Sync for Heap {}
 impl Heap {
     fn with<R>(&self, f: impl FnOnce(&mut Free) -> R) -> R {
         // Acquire pairs with the Release below.
-        while self.locked.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        while self
+            .locked
+            .compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed)
+            .is_err()
+        {
             std::thread::yield_now();
         }
         // SAFETY: the lock is held, and `f` does not allocate.
@@ -47,15 +56,32 @@ impl Heap {
 
 /// The size a layout takes, if that is not a mapping of its own.
 fn class_of(layout: Layout) -> Option<usize> {
-    let size = layout.size().max(layout.align()).max(SMALLEST).next_power_of_two();
+    let size = layout
+        .size()
+        .max(layout.align())
+        .max(SMALLEST)
+        .next_power_of_two();
     (size < LARGE).then(|| (size / SMALLEST).ilog2() as usize)
 }
 
 fn map(len: usize) -> *mut u8 {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     // SAFETY: a fresh mapping.
-    let at = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
-    if at == libc::MAP_FAILED { ptr::null_mut() } else { at.cast() }
+    let at = unsafe {
+        libc::mmap(
+            ptr::null_mut(),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        )
+    };
+    if at == libc::MAP_FAILED {
+        ptr::null_mut()
+    } else {
+        at.cast()
+    }
 }
 
 // SAFETY: pieces are as large as their class says, aligned to their size (chunks are aligned to a page, and pieces to their size
@@ -65,7 +91,9 @@ unsafe impl GlobalAlloc for Heap {
         if layout.align() > 4096 {
             return ptr::null_mut();
         }
-        let Some(class) = class_of(layout) else { return map(layout.size()) };
+        let Some(class) = class_of(layout) else {
+            return map(layout.size());
+        };
         self.with(|free| {
             if free.lists[class].is_null() {
                 let size = SMALLEST << class;

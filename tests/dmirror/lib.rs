@@ -99,7 +99,11 @@ fn make_state() -> Result<&'static State, Errno> {
 
 fn options() -> Options {
     let word = |name| std::env::var(name).unwrap_or_default();
-    let delivery = if word("SVM_DMIRROR_DELIVERY") == "thread" { Delivery::Thread } else { Delivery::Inline };
+    let delivery = if word("SVM_DMIRROR_DELIVERY") == "thread" {
+        Delivery::Thread
+    } else {
+        Delivery::Inline
+    };
     let granule = match word("SVM_DMIRROR_GRANULE").as_str() {
         "page" => Granule::Page,
         "huge" => Granule::Huge,
@@ -110,7 +114,9 @@ fn options() -> Options {
 
 impl State {
     fn slot_of(&self, fd: c_int) -> Option<usize> {
-        self.fds.iter().position(|slot| fd >= 0 && slot.load(Ordering::Relaxed) == fd)
+        self.fds
+            .iter()
+            .position(|slot| fd >= 0 && slot.load(Ordering::Relaxed) == fd)
     }
 
     fn device(&self, fd: c_int) -> Option<Arc<Dmirror>> {
@@ -127,7 +133,9 @@ impl State {
             return Err(Errno(errno()));
         }
         let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(slot) = devices.iter().position(Option::is_none) else { return Err(Errno(libc::EMFILE)) };
+        let Some(slot) = devices.iter().position(Option::is_none) else {
+            return Err(Errno(libc::EMFILE));
+        };
         devices[slot] = Some(Arc::new(device));
         self.fds[slot].store(fd, Ordering::Relaxed);
         Ok(fd)
@@ -146,8 +154,10 @@ fn errno() -> i32 {
 }
 
 fn fail(errno: i32) -> c_int {
-    // SAFETY: the calling thread's errno.
-    unsafe { *libc::__errno_location() = errno };
+    // SAFETY: no preconditions.
+    let location = unsafe { libc::__errno_location() };
+    // SAFETY: the calling thread's errno, valid while the thread lives.
+    unsafe { location.write(errno) };
     -1
 }
 
@@ -179,7 +189,10 @@ fn run(device: &Dmirror, request: u32, command: &mut Command) -> Result<(), Errn
             let flags = device.snapshot(addr, npages)?;
             filled = npages;
             bounce[..npages].copy_from_slice(&flags);
-            Done { cpages: npages, faults: 0 }
+            Done {
+                cpages: npages,
+                faults: 0,
+            }
         }
         EXCLUSIVE => {
             filled = bounce.len();
@@ -188,7 +201,10 @@ fn run(device: &Dmirror, request: u32, command: &mut Command) -> Result<(), Errn
         CHECK_EXCLUSIVE => device.check_exclusive(addr, npages)?,
         RELEASE => {
             device.release()?;
-            Done { cpages: npages, faults: 0 }
+            Done {
+                cpages: npages,
+                faults: 0,
+            }
         }
         _ => return Err(Errno(libc::EINVAL)),
     };
@@ -213,7 +229,9 @@ fn is_node(path: *const c_char) -> bool {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn open(path: *const c_char, flags: c_int, mode: libc::mode_t) -> c_int {
     if is_node(path) {
-        return make_state().and_then(State::open_device).unwrap_or_else(|Errno(errno)| fail(errno));
+        return make_state()
+            .and_then(State::open_device)
+            .unwrap_or_else(|Errno(errno)| fail(errno));
     }
     // SAFETY: the caller's arguments.
     unsafe { libc::syscall(libc::SYS_openat, libc::AT_FDCWD, path, flags, mode) as c_int }
@@ -249,7 +267,9 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, request: libc::c_ulong, argument: *mut c_void) -> c_int {
     if state().is_some_and(|state| state.slot_of(fd).is_some()) {
-        let Some(device) = state().and_then(|state| state.device(fd)) else { return fail(libc::EBADF) };
+        let Some(device) = state().and_then(|state| state.device(fd)) else {
+            return fail(libc::EBADF);
+        };
         let command: *mut Command = argument.cast();
         // SAFETY: the caller passes a command, which is its own.
         let mut copy = unsafe { command.read() };
@@ -280,7 +300,8 @@ pub unsafe extern "C" fn mmap(
     offset: libc::off_t,
 ) -> *mut c_void {
     // SAFETY: the caller's arguments.
-    let at: c_long = unsafe { libc::syscall(libc::SYS_mmap, addr, len, protection, flags, fd, offset) };
+    let at: c_long =
+        unsafe { libc::syscall(libc::SYS_mmap, addr, len, protection, flags, fd, offset) };
     let at: *mut c_void = ptr::with_exposed_provenance_mut(at as usize);
     if at != libc::MAP_FAILED && state().is_some_and(|state| state.slot_of(fd).is_some()) {
         // SAFETY: the mapping just made; a read of it changes nothing. Where it fails the caller finds the page absent.
