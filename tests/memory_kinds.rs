@@ -62,7 +62,7 @@ fn exercise(mirror: &mut Mirror<'_, u8>, expected: Expected) {
         let stats = device.attachment().stats();
         match expected {
             Expected::Migrates => {
-                assert!(stats.to_device_pages() > 0 && device.attachment().resident_bytes() > 0)
+                assert!(stats.to_device_pages() > 0 && device.attachment().resident_bytes() > 0);
             }
             Expected::InPlace => {
                 assert_eq!(
@@ -95,6 +95,18 @@ fn check(addr: usize, len: usize, options: &Options, expected: Expected) {
 fn unmap(addr: usize, len: usize) {
     // SAFETY: the test's own mapping.
     unsafe { libc::munmap(ptr::with_exposed_provenance_mut(addr), len) };
+}
+
+fn ask_for_huge_pages(addr: usize) {
+    let at = ptr::with_exposed_provenance_mut(addr);
+    // SAFETY: advice on the test's own mapping.
+    assert_eq!(unsafe { libc::madvise(at, HUGE, libc::MADV_HUGEPAGE) }, 0);
+}
+
+fn protect(addr: usize, protection: i32) {
+    let at = ptr::with_exposed_provenance_mut(addr);
+    // SAFETY: the test's own mapping.
+    assert_eq!(unsafe { libc::mprotect(at, LEN, protection) }, 0);
 }
 
 fn file() -> OwnedFd {
@@ -132,11 +144,7 @@ fn transparent_huge_pages_migrate() {
         let start = map(2 * HUGE, WRITE, ANONYMOUS, -1).unwrap();
         let addr = start.next_multiple_of(HUGE);
         let at = ptr::with_exposed_provenance_mut::<u8>(addr);
-        // SAFETY: advice on the test's own mapping.
-        assert_eq!(
-            unsafe { libc::madvise(at.cast(), HUGE, libc::MADV_HUGEPAGE) },
-            0
-        );
+        ask_for_huge_pages(addr);
         // SAFETY: inside the mapping.
         unsafe { at.write_volatile(0) };
         check(addr, HUGE, options, Expected::Migrates);
@@ -150,11 +158,7 @@ fn the_huge_zero_page_migrates() {
         let start = map(2 * HUGE, WRITE, ANONYMOUS, -1).unwrap();
         let addr = start.next_multiple_of(HUGE);
         let at = ptr::with_exposed_provenance_mut::<u8>(addr);
-        // SAFETY: advice on the test's own mapping.
-        assert_eq!(
-            unsafe { libc::madvise(at.cast(), HUGE, libc::MADV_HUGEPAGE) },
-            0
-        );
+        ask_for_huge_pages(addr);
         // SAFETY: inside the mapping.
         assert_eq!(unsafe { at.read_volatile() }, 0);
         check(addr, HUGE, options, Expected::Migrates);
@@ -170,13 +174,9 @@ fn read_only_anonymous_memory_is_duplicated() {
         let at = ptr::with_exposed_provenance_mut::<u8>(addr);
         for page in (0..LEN).step_by(PAGE) {
             // SAFETY: inside the mapping.
-            unsafe { at.add(page).write_volatile(page.ilog2().max(1) as u8) };
+            unsafe { at.wrapping_add(page).write_volatile((page / PAGE) as u8) };
         }
-        // SAFETY: the test's own mapping.
-        assert_eq!(
-            unsafe { libc::mprotect(at.cast(), LEN, libc::PROT_READ) },
-            0
-        );
+        protect(addr, libc::PROT_READ);
         // SAFETY: as above.
         let mirror = unsafe { svm::mirror_raw(at, LEN, options) }.unwrap();
         assert!(!mirror.is_in_place());
@@ -193,8 +193,7 @@ fn read_only_anonymous_memory_is_duplicated() {
                 .all(|p| p.is_present() && p.is_on_a_device())
         );
         // Made writable, of which nobody is told, and written: the device does not see the old contents.
-        // SAFETY: as above.
-        assert_eq!(unsafe { libc::mprotect(at.cast(), LEN, WRITE) }, 0);
+        protect(addr, WRITE);
         // SAFETY: inside the mapping.
         unsafe { at.write_volatile(99) };
         device.read(view.region(), addr, &mut out[..1]).unwrap();
@@ -264,8 +263,9 @@ fn the_stack_is_served_in_place() {
 fn initialised_statics_are_served_in_place() {
     each("data", |options| {
         static mut DATA: [u8; 16 * PAGE] = [1; 16 * PAGE];
+        let data = &raw mut DATA;
         // SAFETY: this test is its one user, and runs its variants one after another.
-        let data = unsafe { &mut *(&raw mut DATA) };
+        let data: &mut [u8] = unsafe { &mut *data };
         let before = data[0];
         let mut mirror = svm::mirror_with(data, options).unwrap();
         exercise(&mut mirror, Expected::InPlace);
