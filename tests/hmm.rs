@@ -47,17 +47,7 @@ impl Map {
     fn huge(protection: i32) -> (Self, usize) {
         let map = Self::new(2 * HUGE, protection);
         let at = map.addr.next_multiple_of(HUGE);
-        // SAFETY: inside the mapping; advice only.
-        assert_eq!(
-            unsafe {
-                libc::madvise(
-                    ptr::with_exposed_provenance_mut(at),
-                    HUGE,
-                    libc::MADV_HUGEPAGE,
-                )
-            },
-            0
-        );
+        advise(at, HUGE, libc::MADV_HUGEPAGE);
         (map, at)
     }
 
@@ -98,6 +88,12 @@ impl Drop for Map {
 
 fn at(addr: usize, index: usize) -> *mut i32 {
     ptr::with_exposed_provenance_mut::<i32>(addr).wrapping_add(index)
+}
+
+fn advise(addr: usize, len: usize, advice: i32) {
+    let at = ptr::with_exposed_provenance_mut(addr);
+    // SAFETY: a mapping of the test's own.
+    assert_eq!(unsafe { libc::madvise(at, len, advice) }, 0);
 }
 
 fn load(addr: usize, index: usize) -> i32 {
@@ -880,17 +876,7 @@ fn migrate_anon_huge_free() {
         let mut out = vec![0; HUGE];
         assert_eq!(f.dev.migrate_to_dev(addr, &mut out), migrated(HUGE / PAGE));
         assert!(holds(&out, |k| k));
-        // SAFETY: the test's own mapping.
-        assert_eq!(
-            unsafe {
-                libc::madvise(
-                    ptr::with_exposed_provenance_mut(addr),
-                    HUGE,
-                    libc::MADV_FREE,
-                )
-            },
-            0
-        );
+        advise(addr, HUGE, libc::MADV_FREE);
         // Freed on the device means zeros at once: nobody keeps what nobody may read.
         assert!(check(addr, HUGE, |_| 0), "{:?}", f.options);
     });

@@ -10,6 +10,24 @@
 //! 3. `T: Pod`: a device may leave any bits.
 //! 4. A page that is away is not unmapped memory: touching it faults and brings it home. So a leaked mirror stays correct
 //!    memory for loads and stores.
+//!
+//! # Which memory moves
+//! | memory | what devices do with it |
+//! |---|---|
+//! | private anonymous: the heap, `mmap`, zeroed statics; 4 KiB pages, transparent huge pages, the huge zero page | pages migrate and are duplicated |
+//! | the same, read-only (`mprotect`) | duplicated; the kernel would not move the CPU's page, which stays, write-protected |
+//! | the same, `PROT_NONE` | faults with [`NoAccess`](crate::DeviceFaultKind::NoAccess) |
+//! | holes in a mirrored range | faults with [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something is mapped there later |
+//! | reserved huge pages (hugetlb) | in place |
+//! | shared anonymous memory, memfd, shared file mappings | in place |
+//! | private file mappings, initialised statics, a private memfd | in place: userfaultfd cannot register them, or would not move their pages |
+//! | the stack that the calling thread runs on | in place: a thread whose own stack is away may not be able to fault it in |
+//! | what another userfaultfd has registered, mappings locked in memory | in place |
+//!
+//! *In place* means that devices access it at the host's address: it is one memory, nothing moves and nothing is counted as
+//! device memory. [`Mirror::is_in_place`] tells, and [`snapshot`](crate::snapshot()) tells page by page. A range that holds several
+//! kinds is in place as a whole. Protection is looked up at every device fault; `mprotect` tells nobody, so translations that
+//! exist last until the next launch begins.
 
 use core::fmt;
 use core::marker::PhantomData;

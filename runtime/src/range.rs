@@ -1061,7 +1061,7 @@ impl<D: Device> Round<'_, D> {
         };
         let write = movable & (writable - state.exclusive_to(self.id()));
         let read = movable - writable - state.frames(self.id());
-        let shared = movable & (others - writable);
+        let shared = (movable & others) - writable;
         if !shared.is_empty() {
             Migration::Release(shared)
         } else if !write.is_empty() {

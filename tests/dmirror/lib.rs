@@ -154,10 +154,10 @@ fn errno() -> i32 {
 }
 
 fn fail(errno: i32) -> c_int {
-    // SAFETY: the calling thread's errno.
+    // SAFETY: no preconditions.
     let location = unsafe { libc::__errno_location() };
-    // SAFETY: it is this thread's own.
-    unsafe { *location = errno };
+    // SAFETY: the calling thread's errno, valid while the thread lives.
+    unsafe { location.write(errno) };
     -1
 }
 
