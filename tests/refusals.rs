@@ -301,7 +301,7 @@ fn a_storm_of_cpu_faults_interrupts_no_round() {
         });
         let stats = buffer.stats();
         assert!(
-            rounds > 100 && stats.cpu_write_faults > 100,
+            rounds > 100 && stats.cpu_write_faults > 10,
             "no storm: {rounds} rounds, {stats:?}"
         );
         assert_eq!(

@@ -681,23 +681,32 @@ impl<D: Device> Round<'_, D> {
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
         );
-        // All of them, unless the movement stopped half-way.
-        let arrived = if moved.is_ok() {
-            pages
+        // All of them, unless the movement stopped half-way. Then the CPU may still hold some, and others may be stale already.
+        let (resident, readable, owned) = if moved.is_ok() {
+            (pages, pages, pages)
         } else {
-            pages & state.frames(self.id())
+            let id = self.id();
+            let readable = pages & state.frames(id);
+            (
+                pages & state.resident(id),
+                readable,
+                pages & state.exclusive_to(id),
+            )
         };
-        // What stopped half-way may also have left stale copies: they are device memory too.
-        residency.release(needed - (pages & state.resident(self.id())).count());
-        if arrived.contains_all(&self.want) {
-            let writable = if self.region.is_writable() {
-                arrived
-            } else {
-                PageMask::EMPTY
-            };
+        residency.release(needed - resident.count());
+        let writable = if self.region.is_writable() {
+            owned
+        } else {
+            PageMask::EMPTY
+        };
+        let served = match self.access {
+            Access::Read => &readable,
+            Access::Write => &writable,
+        };
+        if served.contains_all(&self.want) {
             return Ok(Valid {
                 block: self.block,
-                readable: arrived,
+                readable,
                 writable,
                 in_place: PageMask::EMPTY,
             });
