@@ -153,7 +153,15 @@ impl Fixture {
     }
 }
 
+/// Runs a test for both doors and all granules.
+///
+/// One test at a time: they unmap and fork, and what one test's mapping leaves behind another's would be given at once, so that
+/// a device told to read "what is at this address" would rightly read the other test's memory.
 fn each(name: &'static str, test: impl Fn(&Fixture)) {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _alone = ALONE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let _watchdog = Watchdog::with_timeout(name, std::time::Duration::from_secs(120));
     if !usable() {
         return;

@@ -181,7 +181,7 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
         // Memory that has grown in place, of which the kernel tells nobody: the new part is registered like the old.
         if stranger && let Some(region) = space.grown(&gate, fault.addr) {
-            return Attempt::Done(zero_fill_tail(region, fault));
+            return Attempt::Done(zero_fill_tail(space, &gate, region, fault));
         }
         return Attempt::Done(if stranger {
             Verdict::NotOurs
@@ -193,12 +193,17 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     let (block, page) = match place.kind {
         PlaceKind::Body => region.locate(fault.addr),
         PlaceKind::Moved(from) => region.locate(fault.addr - place.range.start() + from),
-        PlaceKind::Tail => return Attempt::Done(zero_fill_tail(region, fault)),
+        PlaceKind::Tail => return Attempt::Done(zero_fill_tail(space, &gate, region, fault)),
         PlaceKind::Window(_) => return Attempt::Done(Verdict::Window),
     };
     let mut state = region.lock_block(block);
     if matches!(place.kind, PlaceKind::Body) && state.displaced().contains(page) {
-        return Attempt::Done(Verdict::NotOurs);
+        let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
+        return Attempt::Done(if stranger {
+            Verdict::NotOurs
+        } else {
+            Verdict::Resolved
+        });
     }
     let class = classify(region, &state, block, page, fault);
     if first == First::Yes {
@@ -245,12 +250,22 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
 }
 
 /// Memory that a growing `mremap` added behind pages of ours: registered, for the kernel says so, and nobody else's.
-fn zero_fill_tail(region: &Region, fault: &CpuFault) -> Verdict {
+/// Refused, it may have ceased to be registered this moment, its mirror closed: the access is tried once more (hazards G6).
+fn zero_fill_tail(
+    space: &AddressSpace,
+    gate: &impl Inside,
+    region: &Region,
+    fault: &CpuFault,
+) -> Verdict {
     let page = page_floor(fault.addr);
-    let zeros = AddressSpace::global().zeros();
-    match region.door().copy(page, zeros, PAGE_SIZE, Protect::No).stop {
+    match region
+        .door()
+        .copy(page, space.zeros(), PAGE_SIZE, Protect::No)
+        .stop
+    {
         Stop::Complete | Stop::Exists | Stop::Changing => Verdict::Resolved,
-        _ => Verdict::NotOurs,
+        _ if space.has_missed_before(gate, fault.addr, fault.thread) => Verdict::NotOurs,
+        _ => Verdict::Resolved,
     }
 }
 
