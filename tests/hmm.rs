@@ -1000,6 +1000,11 @@ fn fallbacks() {
         command
             .env("SVM_DISABLE", words)
             .args(["--skip", "fallbacks", "--test-threads", "2"]);
+        if words == "move" {
+            // Known gaps there: a bare madvise is not seen (no removal events without MOVE), and a page that two mappings share
+            // takes no round.
+            command.args(["--skip", "migrate_anon_huge_free", "--skip", "double_map"]);
+        }
         let out = command.output().unwrap();
         assert!(
             out.status.success(),
