@@ -640,6 +640,10 @@ impl<D: Device> Round<'_, D> {
     /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
     /// far. It goes without a plan.
     fn plain(&self, state: &BlockState) -> Option<PageMask> {
+        // Without MOVE nothing else would look at the mapping's protection.
+        if !self.region.door().has_move() {
+            return None;
+        }
         let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
         let pages = self.want | self.company();
         (moves && state.is_plain_for(self.id(), &pages)).then_some(pages)

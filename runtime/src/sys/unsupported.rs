@@ -103,6 +103,13 @@ pub(crate) mod process {
     /// # Safety
     ///
     /// None is needed: it copies nothing.
+    pub(crate) unsafe fn copy_from_self(_: u32, _: usize, _: usize, _: usize) -> io::Result<usize> {
+        super::unsupported()
+    }
+
+    /// # Safety
+    ///
+    /// None is needed: it copies nothing.
     pub(crate) unsafe fn copy_from(_: *mut u8, _: usize, _: usize) -> io::Result<usize> {
         super::unsupported()
     }
@@ -416,6 +423,10 @@ pub(crate) mod maps {
     impl Maps {
         pub(crate) fn open() -> io::Result<Self> {
             unsupported()
+        }
+
+        pub(crate) fn end_of(&self, _: usize) -> Option<usize> {
+            match self.0 {}
         }
 
         pub(crate) fn covering(&self, _: usize) -> io::Result<Option<Vma>> {
