@@ -3,11 +3,11 @@
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use svm::{Delivery, Granule, Options};
+use tests::Watchdog;
 use tests::mm::{Dmirror, Done, Errno, Mm, prot};
-use tests::{Watchdog, usable};
 
 const PAGE: usize = 4096;
 const HUGE: usize = 2 << 20;
@@ -153,17 +153,27 @@ impl Fixture {
     }
 }
 
+/// A fork brings every page of the process home, and so disturbs what a test counts: tests that fork run alone.
+static FORKS: RwLock<()> = RwLock::new(());
+
 fn each(name: &'static str, test: impl Fn(&Fixture)) {
+    let _others_do_not_fork = FORKS.read().unwrap_or_else(PoisonError::into_inner);
+    each_variant(name, test);
+}
+
+fn each_forking(name: &'static str, test: impl Fn(&Fixture)) {
+    let _alone = FORKS.write().unwrap_or_else(PoisonError::into_inner);
+    each_variant(name, test);
+}
+
+fn each_variant(name: &'static str, test: impl Fn(&Fixture)) {
     let _watchdog = Watchdog::with_timeout(name, std::time::Duration::from_secs(120));
-    if !usable() {
-        return;
-    }
     for delivery in [Delivery::Inline, Delivery::Thread] {
         for granule in [Granule::Page, Granule::Big, Granule::Huge] {
             let options = Options::new().delivery(delivery).granule(granule);
-            let probe = svm::Buffer::<u8>::with_options(1, &options);
-            if probe.is_err_and(|e| e.is_unsupported()) {
-                println!("SKIPPED: {delivery:?}");
+            if let Err(error) = svm::Buffer::<u8>::with_options(1, &options) {
+                assert!(error.is_unsupported(), "{error}");
+                println!("SKIPPED: {error}");
                 continue;
             }
             let fixture = Fixture::new(&options);
@@ -306,7 +316,7 @@ fn anon_write_prot() {
 
 #[test]
 fn anon_write_child() {
-    each("anon_write_child", |f| {
+    each_forking("anon_write_child", |f| {
         for (migrate, thp) in [(false, false), (false, true), (true, false), (true, true)] {
             let (map, addr, len) = if thp {
                 let (map, addr) = Map::huge(WRITE);
@@ -341,7 +351,7 @@ fn anon_write_child() {
 
 #[test]
 fn anon_write_child_shared() {
-    each("anon_write_child_shared", |f| {
+    each_forking("anon_write_child_shared", |f| {
         let map = Map::with(SIZE, WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1).unwrap();
         init(map.addr, SIZE, |k| k);
         assert!(in_child(|| {
@@ -755,7 +765,7 @@ fn exclusive_mprotect() {
 
 #[test]
 fn exclusive_cow() {
-    each("exclusive_cow", |f| {
+    each_forking("exclusive_cow", |f| {
         let map = Map::new(SIZE, WRITE);
         init(map.addr, SIZE, |k| k);
         let mut out = vec![0; SIZE];
@@ -824,7 +834,7 @@ fn hmm_gup_test() {
 
 #[test]
 fn hmm_cow_in_device() {
-    each("hmm_cow_in_device", |f| {
+    each_forking("hmm_cow_in_device", |f| {
         let map = Map::new(SIZE, WRITE);
         init(map.addr, SIZE, |k| k);
         let mut out = vec![0; SIZE];
