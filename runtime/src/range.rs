@@ -640,7 +640,10 @@ impl<D: Device> Round<'_, D> {
     /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
     /// far. It goes without a plan.
     fn plain(&self, state: &BlockState) -> Option<PageMask> {
-        let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        // The kernel's MOVE looks at the protection itself, before it looks at pages; a copy would not.
+        let checked = self.region.door().has_move();
+        let moves =
+            checked && (self.access == Access::Write || self.region.on_read() == OnRead::Migrate);
         let pages = self.want | self.company();
         (moves && state.is_plain_for(self.id(), &pages)).then_some(pages)
     }
@@ -1056,7 +1059,8 @@ impl<D: Device> Round<'_, D> {
             return Migration::Stop(Outcome::Again);
         }
         let others = state.held_by_devices(Some(self.id()));
-        let fixed = state.gone() | state.in_place() | (others & state.away());
+        let fixed =
+            state.gone() | state.in_place() | ((others & state.away()) - state.frames(self.id()));
         let movable = match self.region.kind() {
             RegionKind::InPlace => PageMask::EMPTY,
             RegionKind::Managed | RegionKind::Input => {
