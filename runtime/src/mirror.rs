@@ -191,12 +191,19 @@ impl Raw {
             return Ok(open(region));
         };
         space.settle();
-        leave_out_holes(space, &region, body);
-        if space.publish_region(&region).is_err() {
+        let mapped = mapped_runs(space, body);
+        leave_out_holes(space, &region, body, &mapped);
+        if space.publish_region(&region, &mapped).is_err() {
             space.drain_events();
-            space.publish_region(&region)?;
+            space.publish_region(&region, &mapped)?;
         }
         match door.register(body, Role::Body) {
+            // Unmapped, or mapped, by another thread between the look and the registration, of which no event tells: look again.
+            Ok(()) if mapped_runs(space, body) != mapped => {
+                door.unregister(body);
+                space.unpublish_region(&region);
+                Self::new(operation, addr, len_bytes, options)
+            }
             Ok(()) => {
                 fork::keep_from_children(space, body);
                 Ok(open(region))
@@ -315,11 +322,31 @@ impl Raw {
     }
 }
 
+/// The parts of `body` where something is mapped, in order.
+fn mapped_runs(space: &AddressSpace, body: PageRange) -> Vec<PageRange> {
+    let mut runs: Vec<PageRange> = Vec::new();
+    // A walk that fails has seen a part; the rest is left out.
+    let _ = space.maps().walk(body, |vma| {
+        if let Some(part) = vma.range.intersect(body) {
+            let before = runs.pop_if(|run| run.end() == part.start());
+            let start = before.map_or(part.start(), PageRange::start);
+            runs.extend(PageRange::new(start, part.end()));
+        }
+        ControlFlow::Continue(())
+    });
+    runs
+}
+
 /// Where nothing is mapped there is nothing to mirror: what is mapped there later is not registered, and must not be moved.
-fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange) {
-    let leave = |start: usize, end: usize| {
+fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange, mapped: &[PageRange]) {
+    let ends = mapped.iter().map(|run| run.end());
+    let starts = mapped.iter().map(|run| run.start());
+    for (start, end) in core::iter::once(body.start())
+        .chain(ends)
+        .zip(starts.chain([body.end()]))
+    {
         let Some(hole) = PageRange::new(start, end) else {
-            return;
+            continue;
         };
         for part in hole.blocks() {
             let (block, first) = region.locate(part.start());
@@ -328,14 +355,7 @@ fn leave_out_holes(space: &AddressSpace, region: &Region, body: PageRange) {
                 .lock_block(block)
                 .left(PageMask::range(first..first + part.nr_pages()));
         }
-    };
-    let mut end = body.start();
-    let _ = space.maps().walk(body, |vma| {
-        leave(end, vma.range.start());
-        end = vma.range.end();
-        ControlFlow::Continue(())
-    });
-    leave(end, body.end());
+    }
 }
 
 /// Makes pages ordinary memory again.

@@ -1060,7 +1060,8 @@ impl<D: Device> Round<'_, D> {
             return Migration::Stop(Outcome::Again);
         }
         let others = state.held_by_devices(Some(self.id()));
-        let fixed = state.gone() | state.in_place() | (others & state.away());
+        let fixed =
+            state.gone() | state.in_place() | ((others & state.away()) - state.frames(self.id()));
         let movable = match self.region.kind() {
             RegionKind::InPlace => PageMask::EMPTY,
             RegionKind::Managed | RegionKind::Input => {

@@ -391,19 +391,22 @@ impl AddressSpace {
         })
     }
 
-    /// Makes `region` known to faults.
-    pub(crate) fn publish_region(&self, region: &MapArc<Region>) -> Result<()> {
-        let Some(body) = region.body() else {
-            return Ok(());
-        };
-        self.publish(
-            "mirror",
-            Place {
-                range: body,
+    /// Makes those parts of `region` known to faults where something is mapped: all of them, or none.
+    pub(crate) fn publish_region(
+        &self,
+        region: &MapArc<Region>,
+        mapped: &[PageRange],
+    ) -> Result<()> {
+        for &range in mapped {
+            let place = Place {
+                range,
                 kind: PlaceKind::Body,
                 region: region.clone(),
-            },
-        )
+            };
+            self.publish("mirror", place)
+                .inspect_err(|_| self.unpublish_region(region))?;
+        }
+        Ok(())
     }
 
     /// Makes a window known to faults.
