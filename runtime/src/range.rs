@@ -560,7 +560,12 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
         let plain = self.plain(&state);
-        if plain.is_none() {
+        let stale = if plain.is_none() {
+            self.stale(&state)
+        } else {
+            None
+        };
+        if plain.is_none() && stale.is_none() {
             if let Some(gone) = (self.want & state.gone()).first_from(0) {
                 return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
             }
@@ -581,6 +586,14 @@ impl<D: Device> Round<'_, D> {
                 Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
                 Err(Some(outcome)) => return outcome,
                 // Not as plain as it looked: the mapping is protected, or of another kind.
+                Err(None) => {}
+            }
+        }
+        if let Some(pages) = stale {
+            match self.copy_over_stale(&mut state, pages) {
+                Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+                Err(Some(outcome)) => return outcome,
+                // Something is missing or may not be read: that is for a round with a plan.
                 Err(None) => {}
             }
         }
@@ -741,6 +754,48 @@ impl<D: Device> Round<'_, D> {
             Err(Stall::Refused(_)) => Err(None),
             moved => Err(Some(stopped(moved))),
         }
+    }
+
+    /// The wanted pages and what lies beside them, if they are the CPU's alone and to be duplicated, and the window has a
+    /// stale copy of each: the round of a device that reads again what the CPU has written again.
+    fn stale(&self, state: &BlockState) -> Option<PageMask> {
+        let duplicates = self.access == Access::Read && self.region.on_read() == OnRead::Duplicate;
+        if !duplicates || self.region.kind() != RegionKind::Managed {
+            return None;
+        }
+        let pages = self.want | self.company();
+        state.is_stale_for(self.id(), &pages).then_some(pages)
+    }
+
+    /// The round on such pages, without a plan, and without a look at the mappings: the copy itself shows that they may be read.
+    /// `Err(None)` if it does not come to all of them; what it came to is recorded.
+    fn copy_over_stale<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let bounds = pages.bounds().unwrap_or(0..1);
+        let interval = self.region.interval(self.block, bounds);
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            return Err(Some(Outcome::Again));
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        for run in pages.runs() {
+            let done = match mover.duplicate_over_junk(&**self.mapped, run.clone()) {
+                Ok(done) => done,
+                Err(stall) => return Err(Some(stopped(Err(stall)))),
+            };
+            self.count_arrival(&(run.start..done));
+            if done < run.end {
+                return Err(None);
+            }
+        }
+        Ok(Valid {
+            block: self.block,
+            readable: pages,
+            writable: PageMask::EMPTY,
+            in_place: PageMask::EMPTY,
+        })
     }
 
     /// The round on `nr` whole blocks at once, from this one on, by one movement: where both sides are huge the system call is
