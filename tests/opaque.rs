@@ -244,3 +244,49 @@ fn an_opaque_and_a_mapped_device_share_memory_and_small_memories_evict() {
         assert_eq!(buffer.stats().anomalies, 0);
     });
 }
+
+#[test]
+fn an_update_of_many_huge_blocks_reaches_the_device() {
+    let _watchdog = Watchdog::new("opaque blocks");
+    if !usable() {
+        return;
+    }
+    const NR_PAGES: usize = 3 * 512;
+    let options = Options::new().granule(Granule::Huge).huge_pages(true);
+    let mut buffer = svm::Buffer::<u64>::with_options(NR_PAGES * PAGE / 8, &options).unwrap();
+    buffer
+        .as_mut_slice()
+        .iter_mut()
+        .step_by(PAGE / 8)
+        .zip(0..)
+        .for_each(|(x, i)| *x = i);
+    let rig = Rig::new(None);
+    {
+        let _worker = svm::worker_thread();
+        let view = buffer.view_mut();
+        let region = view.region();
+        let mapped = rig.0.map(region).unwrap();
+        let mut range = rig.0.range().unwrap();
+        let first = (region.addr() - region.base()) / PAGE;
+        let mut update = range
+            .start_update(&mapped, first..first + NR_PAGES, Duration::from_secs(10))
+            .unwrap();
+        update.fault(Access::Write).unwrap();
+        let guard = rig.0.device().lock.lock();
+        for valid in update.end_update(&guard).unwrap().iter() {
+            mapped
+                .table()
+                .readable
+                .insert(valid.block(), valid.readable());
+            mapped
+                .table()
+                .writable
+                .insert(valid.block(), valid.writable());
+        }
+    }
+    let seen = rig.add(buffer.view_mut().region(), 0..NR_PAGES, 5);
+    assert!(seen.iter().zip(0..).all(|(&x, i)| x == i));
+    assert!(words(&buffer).iter().zip(0..).all(|(&x, i)| x == i + 5));
+    drop(rig);
+    assert_eq!(buffer.stats().anomalies, 0);
+}

@@ -19,8 +19,10 @@ extern "C" fn on_bus(
     info: *mut libc::siginfo_t,
     _context: *mut libc::c_void,
 ) {
-    // SAFETY: with SA_SIGINFO the kernel passes a siginfo_t; for SIGBUS it has an address.
-    let addr = unsafe { (*info).si_addr() }.addr();
+    // SAFETY: with SA_SIGINFO the kernel passes a siginfo_t that lives as long as this frame.
+    let info = unsafe { &*info };
+    // SAFETY: for SIGBUS the kernel fills in the address.
+    let addr = unsafe { info.si_addr() }.addr();
     let bytes = BYTES.load(Relaxed);
     let job = if JOB.load(Relaxed) == 0 {
         Job::Unprotect

@@ -217,7 +217,17 @@ impl BlockState {
     /// else's window holds anything of the block, and this one's nothing of these pages.
     #[inline]
     pub(crate) fn is_plain_for(&self, device: DeviceId, pages: &PageMask) -> bool {
-        let Holding { frames, junk } = &self.holdings[device.index()];
+        self.is_only_with_cpu(device, pages) && !self.junk(device).intersects(pages)
+    }
+
+    /// As [`is_plain_for`](Self::is_plain_for), but that `device`'s window still holds a stale copy of each of `pages`.
+    #[inline]
+    pub(crate) fn is_stale_for(&self, device: DeviceId, pages: &PageMask) -> bool {
+        self.is_only_with_cpu(device, pages) && self.junk(device).contains_all(pages)
+    }
+
+    #[inline]
+    fn is_only_with_cpu(&self, device: DeviceId, pages: &PageMask) -> bool {
         let exceptional = [
             &self.gone,
             &self.pinned,
@@ -228,8 +238,7 @@ impl BlockState {
         !exceptional.into_iter().any(|mask| mask.intersects(pages))
             && self.occupied & !(1 << device.0) == 0
             && !self.away.intersects(pages)
-            && !frames.intersects(pages)
-            && !junk.intersects(pages)
+            && !self.frames(device).intersects(pages)
     }
 
     #[inline]

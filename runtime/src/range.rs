@@ -29,7 +29,7 @@ use core::ops::{Deref, Range as Pages};
 use core::sync::atomic::Ordering;
 use core::time::Duration;
 
-use crate::addr::{PAGES_PER_BLOCK, PageRange};
+use crate::addr::{BLOCK_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::{BlockState, DeviceId, OnRead, Plan};
 use crate::device::{
     AnyMapped, Attached, Device, DeviceGuard, Invalidation, Keep, Mapped, MappedRef,
@@ -50,6 +50,9 @@ use crate::sync::Deadline;
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::{clock, process};
+
+/// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
+const MAX_BLOCKS_AT_ONCE: usize = 32;
 
 /// Pages of one block that a device may establish translations to, and with which rights.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -229,7 +232,8 @@ impl<D: Device> Range<D> {
         );
         let at = self.subscription(region);
         let covered = interval_of(region, &covered_by_granules(region, &pages));
-        let mut deadline = Deadline::after(timeout);
+        // Set at the first wait: a round that has nothing to wait for does not ask what time it is.
+        let mut deadline = None;
         let mut retries = 0;
         let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         let mut is_first = true;
@@ -240,9 +244,8 @@ impl<D: Device> Range<D> {
             // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
             // the commit.
             if !core::mem::take(&mut is_first) {
-                let _ = subscription
-                    .begin(deadline)
-                    .map_err(|e| fault(kind_of(e)))?;
+                let until = *deadline.get_or_insert_with(|| Deadline::after(timeout));
+                let _ = subscription.begin(until).map_err(|e| fault(kind_of(e)))?;
             }
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
@@ -283,11 +286,14 @@ impl<D: Device> Range<D> {
                     if self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?
                         == Progress::Made
                     {
-                        deadline = Deadline::after(timeout);
+                        deadline = None;
                     }
                 }
             }
-            if deadline.has_passed() {
+            if deadline
+                .get_or_insert_with(|| Deadline::after(timeout))
+                .has_passed()
+            {
                 return Err(fault(DeviceFaultKind::Timeout));
             }
             if retries > 0 {
@@ -548,16 +554,26 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Again;
         };
         let commit = |valid: &Valid| commit(valid, begun);
-        if let Some(outside) = (self.want - self.servable()).first_from(0) {
+        let is_whole =
+            self.region.is_whole(self.block) && self.region.kind() != RegionKind::InPlace;
+        if !is_whole && let Some(outside) = (self.want - self.servable()).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
-        if let Some(gone) = (self.want & state.gone()).first_from(0) {
-            return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
-        }
-        // Pages at which the kernel or a pin is at work: a pin marks its pages, lets go of the lock while accesses end, and
-        // only then brings them home; until it has, they can be used neither in place nor elsewhere.
-        if (state.pending() | state.pins_in_progress()).intersects(&self.want) {
-            return Outcome::Again;
+        let plain = self.plain(&state);
+        let stale = if plain.is_none() {
+            self.stale(&state)
+        } else {
+            None
+        };
+        if plain.is_none() && stale.is_none() {
+            if let Some(gone) = (self.want & state.gone()).first_from(0) {
+                return Outcome::Fault(gone, DeviceFaultKind::Unmapped);
+            }
+            // Pages at which the kernel or a pin is at work: a pin marks its pages, lets go of the lock while accesses end, and
+            // only then brings them home; until it has, they can be used neither in place nor elsewhere.
+            if (state.pending() | state.pins_in_progress()).intersects(&self.want) {
+                return Outcome::Again;
+            }
         }
         if let Some(until) = lease_of_cpu(&mut state) {
             return Outcome::WaitUntil(until);
@@ -565,11 +581,19 @@ impl<D: Device> Round<'_, D> {
         if self.region.kind() == RegionKind::Input {
             return self.run_input(&mut state, scratch, commit);
         }
-        if let Some(pages) = self.plain(&state) {
+        if let Some(pages) = plain {
             match self.take_plain(&mut state, pages, scratch) {
                 Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
                 Err(Some(outcome)) => return outcome,
                 // Not as plain as it looked: the mapping is protected, or of another kind.
+                Err(None) => {}
+            }
+        }
+        if let Some(pages) = stale {
+            match self.copy_over_stale(&mut state, pages) {
+                Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+                Err(Some(outcome)) => return outcome,
+                // Something is missing or may not be read: that is for a round with a plan.
                 Err(None) => {}
             }
         }
@@ -645,8 +669,11 @@ impl<D: Device> Round<'_, D> {
             return None;
         }
         let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        if !moves || self.region.kind() != RegionKind::Managed {
+            return None;
+        }
         let pages = self.want | self.company();
-        (moves && state.is_plain_for(self.id(), &pages)).then_some(pages)
+        state.is_plain_for(self.id(), &pages).then_some(pages)
     }
 
     /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone. `Err(None)` if the kernel would not
@@ -665,22 +692,32 @@ impl<D: Device> Round<'_, D> {
         if !residency.reserve(needed) {
             return Err(Some(Outcome::Full(needed)));
         }
-        let interval = self
-            .region
-            .interval(self.block, pages.bounds().unwrap_or(0..1));
+        let bounds = pages.bounds().unwrap_or(0..1);
+        let interval = self.region.interval(self.block, bounds.clone());
         let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
             residency.release(needed);
             return Err(Some(Outcome::Again));
         };
         let mut mover = Mover::new(self.region, self.block, state);
-        let mut moved = Ok(());
-        for run in pages.runs() {
-            moved = mover.take(&**self.mapped, run.clone(), self.access, scratch);
-            if moved.is_err() {
-                break;
+        let moved = if bounds.len() == needed {
+            // One run, as nearly always.
+            let moved = mover.take(&**self.mapped, bounds, self.access, scratch);
+            if moved.is_ok() {
+                let demand = self.want.count();
+                self.mapped.counters().to_device(
+                    self.cause,
+                    demand as u64,
+                    (needed - demand) as u64,
+                );
             }
-            self.count_arrival(&run);
-        }
+            moved
+        } else {
+            pages.runs().try_for_each(|run| {
+                mover.take(&**self.mapped, run.clone(), self.access, scratch)?;
+                self.count_arrival(&run);
+                Ok(())
+            })
+        };
         debug_assert!(
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
@@ -697,7 +734,9 @@ impl<D: Device> Round<'_, D> {
                 pages & state.exclusive_to(id),
             )
         };
-        residency.release(needed - resident.count());
+        if moved.is_err() {
+            residency.release(needed - resident.count());
+        }
         let writable = if self.region.is_writable() {
             owned
         } else {
@@ -719,6 +758,138 @@ impl<D: Device> Round<'_, D> {
             Err(Stall::Refused(_)) => Err(None),
             moved => Err(Some(stopped(moved))),
         }
+    }
+
+    /// The wanted pages and what lies beside them, if they are the CPU's alone and to be duplicated, and the window has a
+    /// stale copy of each: the round of a device that reads again what the CPU has written again.
+    fn stale(&self, state: &BlockState) -> Option<PageMask> {
+        let duplicates = self.access == Access::Read && self.region.on_read() == OnRead::Duplicate;
+        if !duplicates || self.region.kind() != RegionKind::Managed {
+            return None;
+        }
+        let pages = self.want | self.company();
+        state.is_stale_for(self.id(), &pages).then_some(pages)
+    }
+
+    /// The round on such pages, without a plan, and without a look at the mappings: the copy itself shows that they may be read.
+    /// `Err(None)` if it does not come to all of them; what it came to is recorded.
+    fn copy_over_stale<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let bounds = pages.bounds().unwrap_or(0..1);
+        let interval = self.region.interval(self.block, bounds);
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            return Err(Some(Outcome::Again));
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        for run in pages.runs() {
+            let done = match mover.duplicate_over_junk(&**self.mapped, run.clone()) {
+                Ok(done) => done,
+                Err(stall) => return Err(Some(stopped(Err(stall)))),
+            };
+            self.count_arrival(&(run.start..done));
+            if done < run.end {
+                return Err(None);
+            }
+        }
+        Ok(Valid {
+            block: self.block,
+            readable: pages,
+            writable: PageMask::EMPTY,
+            in_place: PageMask::EMPTY,
+        })
+    }
+
+    /// The round on `nr` whole blocks at once, from this one on, by one movement: where both sides are huge the system call is
+    /// most of what a block costs. Takes as many as nothing stands in the way of, pushes what became valid to `valid`, which
+    /// has room, and says how many. None is no failure: everything else is for rounds on single blocks.
+    ///
+    /// Several block locks are held, and none was waited for: all are tried (hazards W3).
+    fn take_blocks(&self, nr: usize, scratch: &mut Scratch, valid: &mut Vec<Valid>) -> usize {
+        let (space, region, id) = (AddressSpace::global(), self.region, self.id());
+        let moves = self.access == Access::Write || region.on_read() == OnRead::Migrate;
+        // Opaque memory is filled from the window, in rounds.
+        let is_opaque = self.mapped.bounce().is_some();
+        if !moves || is_opaque || region.kind() != RegionKind::Managed || !region.door().has_move()
+        {
+            return 0;
+        }
+        let _gate = space.gate().enter();
+        if space.forking().load(Ordering::SeqCst) != 0 || self.is_over() {
+            return 0;
+        }
+        let mut states = [const { None }; MAX_BLOCKS_AT_ONCE];
+        let mut n = 0;
+        for slot in states.iter_mut().take(nr) {
+            let block = self.block + n;
+            let Some(mut state) = region.try_lock_block(block) else {
+                break;
+            };
+            let is_plain = region.is_whole(block) && state.is_plain_for(id, &PageMask::FULL);
+            if !is_plain || lease_of_cpu(&mut state).is_some() {
+                break;
+            }
+            *slot = Some(state);
+            n += 1;
+        }
+        let needed = n * PAGES_PER_BLOCK;
+        let residency = self.mapped.residency();
+        if n < 2 || residency.take_failure() || !residency.reserve(needed) {
+            return 0;
+        }
+        let addr = region.addr_of(self.block, 0);
+        let interval = crate::notifier::Interval::new(addr as u64, (addr + n * BLOCK_SIZE) as u64);
+        let Ok(_bracket) = region.hub().start(interval, self.key) else {
+            self.mapped.residency().release(needed);
+            return 0;
+        };
+        count(&region.counters().move_calls, 1);
+        let moved = region.door().move_pages(
+            self.mapped.window().addr_of(self.block, 0),
+            addr,
+            n * BLOCK_SIZE,
+        );
+        let nr_moved = moved.bytes / crate::addr::PAGE_SIZE;
+        let mut nr_arrived = 0;
+        let mut nr_complete = 0;
+        for (i, state) in states.iter_mut().flatten().enumerate() {
+            let here = nr_moved
+                .saturating_sub(i * PAGES_PER_BLOCK)
+                .min(PAGES_PER_BLOCK);
+            if here > 0 {
+                state.moved_out(id, PageMask::range(0..here));
+            }
+            if i == nr_moved / PAGES_PER_BLOCK {
+                // Where it stopped: to find out why, page by page, under the same hold of the lock (D4). What that leaves is
+                // the single round's.
+                let mut mover = Mover::new(region, self.block + i, state);
+                let _ = mover.take(&**self.mapped, here..PAGES_PER_BLOCK, self.access, scratch);
+            }
+            nr_arrived += state.resident(id).count();
+            if nr_complete == i && state.exclusive_to(id) == PageMask::FULL {
+                nr_complete += 1;
+                self.mapped.touch(self.block + i);
+                let writable = if region.is_writable() {
+                    PageMask::FULL
+                } else {
+                    PageMask::EMPTY
+                };
+                let block = self.block + i;
+                valid.push(Valid {
+                    block,
+                    readable: PageMask::FULL,
+                    writable,
+                    in_place: PageMask::EMPTY,
+                });
+            }
+        }
+        self.mapped.residency().release(needed - nr_arrived);
+        self.mapped
+            .counters()
+            .to_device(self.cause, nr_arrived as u64, 0);
+        nr_complete
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -756,7 +927,12 @@ impl<D: Device> Round<'_, D> {
         if self.alone {
             return PageMask::EMPTY;
         }
-        granules_of(self.want, granule) & self.region.body_mask(self.block)
+        let granules = granules_of(self.want, granule);
+        if self.region.is_whole(self.block) {
+            granules
+        } else {
+            granules & self.region.body_mask(self.block)
+        }
     }
 
     fn invalidations(&self, plan: &Plan) -> [Invalidation; 2] {
@@ -1139,6 +1315,15 @@ impl<D: Device> Update<'_, D> {
                 alone,
                 cause: Cause::Demand,
             };
+            let nr_whole = (self.pages.end - at) / PAGES_PER_BLOCK;
+            if at == origin && nr_whole > 1 && !alone && region.options().huge_pages {
+                let Range { scratch, valid, .. } = &mut *self.range;
+                let nr_taken = round.take_blocks(nr_whole.min(MAX_BLOCKS_AT_ONCE), scratch, valid);
+                if nr_taken > 0 {
+                    at += nr_taken * PAGES_PER_BLOCK;
+                    continue;
+                }
+            }
             match round.run(&mut self.range.scratch, Valid::clone) {
                 Outcome::Done(valid) => {
                     self.range.valid.push(valid);

@@ -232,6 +232,14 @@ impl Region {
         (page / PAGES_PER_BLOCK, page % PAGES_PER_BLOCK)
     }
 
+    /// Whether every page of `block` belongs to the body, as of all blocks but the first and the last.
+    #[inline]
+    pub(crate) fn is_whole(&self, block: usize) -> bool {
+        let start = self.base + block * BLOCK_SIZE;
+        self.body
+            .is_some_and(|body| body.start() <= start && start + BLOCK_SIZE <= body.end())
+    }
+
     /// The pages of `block` that belong to the body.
     pub(crate) fn body_mask(&self, block: usize) -> PageMask {
         let Some(body) = self.body else {
