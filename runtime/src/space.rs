@@ -93,6 +93,8 @@ pub(crate) struct AddressSpace {
     gate: Gate,
     places: Gated<Places>,
     doors: [OnceLock<Door>; 2],
+    /// Which doors are served: their handler is installed, and their reader runs.
+    served: [AtomicBool; 2],
     /// Serialises set-up; never taken on the fault path.
     control: StdMutex<()>,
     devices: AtomicU8,
@@ -122,6 +124,7 @@ impl AddressSpace {
             gate: Gate::new(),
             places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
             doors: [const { OnceLock::new() }; 2],
+            served: [const { AtomicBool::new(false) }; 2],
             control: StdMutex::new(()),
             devices: AtomicU8::new(0),
             forked: AtomicBool::new(false),
@@ -278,19 +281,35 @@ impl AddressSpace {
         transparent: bool,
     ) -> Result<&'static Door> {
         let slot = &self.doors[index_of(delivery)];
-        if let Some(door) = slot.get() {
-            return check_transparent(operation, door, transparent);
+        // Acquire pairs with the Release below: whoever gets a door gets one that is served.
+        if !self.served[index_of(delivery)].load(Ordering::Acquire) {
+            self.open_door(operation, delivery)?;
         }
+        let door = slot.get().expect("a door that is served is open");
+        check_transparent(operation, door, transparent)
+    }
+
+    /// Opens a door and has it served; goes on where an earlier attempt has failed.
+    fn open_door(&'static self, operation: &'static str, delivery: Delivery) -> Result<()> {
+        let slot = &self.doors[index_of(delivery)];
+        let served = &self.served[index_of(delivery)];
         let _control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(door) = slot.get() {
-            return check_transparent(operation, door, transparent);
+        // Relaxed: it is written under this lock.
+        if served.load(Ordering::Relaxed) {
+            return Ok(());
         }
-        let door = Door::open(operation, delivery)?;
-        let door = slot.get_or_init(|| door);
+        let door = match slot.get() {
+            Some(door) => door,
+            None => {
+                let door = Door::open(operation, delivery)?;
+                slot.get_or_init(|| door)
+            }
+        };
         // Windows fault by SIGBUS handling too where a span was overrun, so the handler serves both doors.
         inline::install(operation)?;
         monitor::spawn(operation, self, door)?;
-        check_transparent(operation, door, transparent)
+        served.store(true, Ordering::Release);
+        Ok(())
     }
 
     /// The place that `addr` lies in.

@@ -34,7 +34,10 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 
 use bytemuck::Zeroable;
 
@@ -93,6 +96,9 @@ struct Installed {
 
 static INSTALLED: OnceLock<Installed> = OnceLock::new();
 
+/// Whether the kernel calls the handler: a fork may come between that and [`INSTALLED`], and its child has to go on from there.
+static ARMED: AtomicBool = AtomicBool::new(false);
+
 /// Installs the handler. Control path. Idempotent: a second call must name the same resolver.
 ///
 /// # Errors
@@ -101,7 +107,7 @@ static INSTALLED: OnceLock<Installed> = OnceLock::new();
 pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     if let Some(installed) = INSTALLED.get() {
         return if std::ptr::fn_addr_eq(installed.resolver, resolver) {
-            Ok(())
+            arm()
         } else {
             Err(io::ErrorKind::AlreadyExists.into())
         };
@@ -126,8 +132,14 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
             stacks,
         }
     });
-    if !first {
-        return install(resolver);
+    if first { arm() } else { install(resolver) }
+}
+
+/// Has the kernel call the handler, once.
+fn arm() -> io::Result<()> {
+    // Acquire pairs with the Release below. Two threads that both find it false install the same handler.
+    if ARMED.load(Acquire) {
+        return Ok(());
     }
     let mut action = zeroed_action();
     action.sa_sigaction = on_sigbus as *const () as libc::sighandler_t;
@@ -136,7 +148,9 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     // SAFETY: `action` is initialised and outlives the call. The handler keeps the rules in the module
     // documentation: it is async-signal-safe if its resolver is, which `Resolver` demands.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
-    check(libc::c_long::from(result)).map(drop)
+    check(libc::c_long::from(result))?;
+    ARMED.store(true, Release);
+    Ok(())
 }
 
 #[cfg(test)]
