@@ -9,8 +9,9 @@
 use core::ops::Range;
 
 use crate::addr::PAGE_SIZE;
-use crate::device::{Device, Mapped, MappedRef};
+use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
+use crate::mapped::{Mapped, MappedRef};
 use crate::region::RegionKind;
 use crate::sync::Mutex;
 use crate::sys::process;

@@ -110,7 +110,7 @@ fn for_each_device(
     space: &AddressSpace,
     door: &Door,
     closed: &Closed<'_>,
-    mut f: impl FnMut(&dyn crate::device::AnyMapped),
+    mut f: impl FnMut(&dyn crate::mapped::AnyMapped),
 ) {
     let mut seen = DeviceSet::default();
     for place in space.places(closed) {

@@ -5,10 +5,12 @@
 //! access in flight is passed over. Stale pages go first: they cost one move and nobody misses them.
 
 use crate::addr::PAGES_PER_BLOCK;
+use crate::attachment::Attached;
 use crate::block::{BlockState, DeviceSet};
-use crate::device::{AnyMapped, Attached, Device, Invalidation, Keep};
+use crate::device::{Device, Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fault::{self, Flight};
+use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
 use crate::region::Region;
@@ -55,7 +57,7 @@ pub(crate) fn make_room<D: Device>(
 fn next_victim<D: Device>(
     attached: &Attached<D>,
 ) -> Option<(
-    crate::sys::arc::MapArc<crate::device::Mapped<D>>,
+    crate::sys::arc::MapArc<crate::mapped::Mapped<D>>,
     usize,
     bool,
 )> {

@@ -84,6 +84,7 @@
 //! - A raw `mprotect` is seen when the next fault is served, not before.
 
 pub mod addr;
+mod attachment;
 mod block;
 mod buffer;
 pub mod capabilities;
@@ -96,17 +97,20 @@ mod evict;
 mod fault;
 mod fork;
 mod inline;
+mod mapped;
 mod mask;
 mod mirror;
 mod monitor;
 mod movement;
 pub mod notifier;
 mod options;
+mod page_bits;
 mod pin;
 mod ptr;
 mod range;
 mod region;
 mod rights;
+mod round;
 mod scratch;
 mod share;
 mod snapshot;
@@ -122,21 +126,25 @@ mod view;
 mod window;
 mod worker;
 
+pub use attachment::{AttachOptions, Attachment, attach};
 pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
-    AttachOptions, Attachment, Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory,
-    Invalidation, Keep, MapInfo, Mapped, MappedRef, PageBits, RegionRef, WouldBlock, attach,
+    Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo,
+    WouldBlock,
 };
 pub use edge::UseGuard;
 pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
+pub use mapped::{Mapped, MappedRef, RegionRef};
 pub use mask::{PageMask, Runs};
 pub use mirror::{Mirror, MirrorRef, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with};
 pub use options::{Delivery, Granule, Options};
+pub use page_bits::PageBits;
 pub use pin::Pin;
 pub use ptr::Ptr;
-pub use range::{Committed, Interrupted, Range, Update, Valid};
+pub use range::{Committed, Interrupted, Range, Update};
+pub use round::Valid;
 pub use share::Shared;
 pub use snapshot::{PageSnapshot, snapshot};
 pub use stats::{Cause, Stats};

@@ -312,7 +312,7 @@ impl Raw {
             device.unmap();
         }
         if devices.iter().any(Option::is_some) {
-            crate::device::retry_no_memory(|| {
+            crate::attachment::retry_no_memory(|| {
                 region.devices_cell().update(space.gate(), |_| {
                     Ok([const { None }; crate::block::MAX_DEVICES])
                 })

@@ -37,8 +37,8 @@ use core::ops::Range;
 
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::{BlockState, DeviceId};
-use crate::device::AnyMapped;
 use crate::error::Access;
+use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::region::Region;
 use crate::scratch::Scratch;

@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::{Block, BlockState, DeviceId, MAX_DEVICES, OnRead};
-use crate::device::AnyMapped;
 use crate::error::{Error, ErrorKind, Result};
+use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::notifier::Hub;
 use crate::options::Options;

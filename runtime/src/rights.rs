@@ -9,9 +9,10 @@ use core::ops::ControlFlow;
 
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::block::DeviceSet;
-use crate::device::{AnyMapped, Device, Invalidation, Keep, MappedRef};
+use crate::device::{Device, Invalidation, Keep};
 use crate::error::{Access, DeviceFaultKind};
 use crate::fault::{self, Flight};
+use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
 use crate::region::{Region, RegionKind};
 use crate::space::AddressSpace;

@@ -5,8 +5,9 @@
 use core::ops::ControlFlow;
 
 use crate::addr::{PAGE_SIZE, PageRange};
+use crate::attachment::Attachment;
 use crate::block::DeviceId;
-use crate::device::{Attachment, Device};
+use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::region::RegionKind;
 use crate::space::{AddressSpace, PlaceKind};

@@ -10,7 +10,7 @@ use core::marker::PhantomData;
 
 use bytemuck::Pod;
 
-use crate::device::RegionRef;
+use crate::mapped::RegionRef;
 use crate::region::Region;
 use crate::sys::arc::MapArc;
 

@@ -1,0 +1,258 @@
+//! The short ways of a [`Round`]: pages that are the CPU's alone, pages that the device held before, and many whole blocks at
+//! once. Each does what the planned round would do, for the directory shows that nobody else has to be told.
+
+use core::sync::atomic::Ordering;
+
+use crate::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
+use crate::block::{BlockState, OnRead};
+use crate::device::Device;
+use crate::error::Access;
+use crate::mapped::AnyMapped;
+use crate::mask::PageMask;
+use crate::movement::{Mover, Stall};
+use crate::region::RegionKind;
+use crate::round::{Outcome, Round, Valid, lease_of_cpu, stopped};
+use crate::scratch::Scratch;
+use crate::space::AddressSpace;
+use crate::stats::count;
+
+/// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
+const MAX_BLOCKS_AT_ONCE: usize = 32;
+
+impl<D: Device> Round<'_, D> {
+    /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
+    /// far. It goes without a plan.
+    pub(super) fn plain(&self, state: &BlockState) -> Option<PageMask> {
+        // Without MOVE nothing else would look at the mapping's protection.
+        if !self.region.door().has_move() {
+            return None;
+        }
+        let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        if !moves || self.region.kind() != RegionKind::Managed {
+            return None;
+        }
+        let pages = self.want | self.company();
+        state.is_plain_for(self.id(), &pages).then_some(pages)
+    }
+
+    /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone. `Err(None)` if the kernel would not
+    /// move them: they are not what they seemed, and the round is to be planned.
+    pub(super) fn take_plain<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+        scratch: &mut Scratch,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let needed = pages.count();
+        let residency = self.mapped.residency();
+        if residency.take_failure() {
+            return Err(Some(Outcome::NoFrames));
+        }
+        if !residency.reserve(needed) {
+            return Err(Some(Outcome::Full(needed)));
+        }
+        let bounds = pages.bounds().unwrap_or(0..1);
+        let interval = self.region.interval(self.block, bounds.clone());
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            residency.release(needed);
+            return Err(Some(Outcome::Again));
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        let moved = if bounds.len() == needed {
+            // One run, as nearly always.
+            let moved = mover.take(&**self.mapped, bounds, self.access, scratch);
+            if moved.is_ok() {
+                let demand = self.want.count();
+                self.mapped.counters().to_device(
+                    self.cause,
+                    demand as u64,
+                    (needed - demand) as u64,
+                );
+            }
+            moved
+        } else {
+            pages.runs().try_for_each(|run| {
+                mover.take(&**self.mapped, run.clone(), self.access, scratch)?;
+                self.count_arrival(&run);
+                Ok(())
+            })
+        };
+        debug_assert!(
+            state.is_consistent(),
+            "the directory lost a holder: {state:?}"
+        );
+        // All of them, unless the movement stopped half-way. Then the CPU may still hold some, and others may be stale already.
+        let (resident, readable, owned) = if moved.is_ok() {
+            (pages, pages, pages)
+        } else {
+            let id = self.id();
+            let readable = pages & state.frames(id);
+            (
+                pages & state.resident(id),
+                readable,
+                pages & state.exclusive_to(id),
+            )
+        };
+        if moved.is_err() {
+            residency.release(needed - resident.count());
+        }
+        let writable = if self.region.is_writable() {
+            owned
+        } else {
+            PageMask::EMPTY
+        };
+        let served = match self.access {
+            Access::Read => &readable,
+            Access::Write => &writable,
+        };
+        if served.contains_all(&self.want) {
+            return Ok(Valid {
+                block: self.block,
+                readable,
+                writable,
+                in_place: PageMask::EMPTY,
+            });
+        }
+        match moved {
+            Err(Stall::Refused(_)) => Err(None),
+            moved => Err(Some(stopped(moved))),
+        }
+    }
+
+    /// The wanted pages and what lies beside them, if they are the CPU's alone and to be duplicated, and the window has a
+    /// stale copy of each: the round of a device that reads again what the CPU has written again.
+    pub(super) fn stale(&self, state: &BlockState) -> Option<PageMask> {
+        let duplicates = self.access == Access::Read && self.region.on_read() == OnRead::Duplicate;
+        if !duplicates || self.region.kind() != RegionKind::Managed {
+            return None;
+        }
+        let pages = self.want | self.company();
+        state.is_stale_for(self.id(), &pages).then_some(pages)
+    }
+
+    /// The round on such pages, without a plan, and without a look at the mappings: the copy itself shows that they may be read.
+    /// `Err(None)` if it does not come to all of them; what it came to is recorded.
+    pub(super) fn copy_over_stale<T>(
+        &self,
+        state: &mut BlockState,
+        pages: PageMask,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let bounds = pages.bounds().unwrap_or(0..1);
+        let interval = self.region.interval(self.block, bounds);
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            return Err(Some(Outcome::Again));
+        };
+        let mut mover = Mover::new(self.region, self.block, state);
+        for run in pages.runs() {
+            let done = match mover.duplicate_over_junk(&**self.mapped, run.clone()) {
+                Ok(done) => done,
+                Err(stall) => return Err(Some(stopped(Err(stall)))),
+            };
+            self.count_arrival(&(run.start..done));
+            if done < run.end {
+                return Err(None);
+            }
+        }
+        Ok(Valid {
+            block: self.block,
+            readable: pages,
+            writable: PageMask::EMPTY,
+            in_place: PageMask::EMPTY,
+        })
+    }
+
+    /// The round on `nr` whole blocks at once, from this one on, by one movement: where both sides are huge the system call is
+    /// most of what a block costs. Takes as many as nothing stands in the way of, pushes what became valid to `valid`, which
+    /// has room, and says how many. None is no failure: everything else is for rounds on single blocks.
+    ///
+    /// Several block locks are held, and none was waited for: all are tried (hazards W3).
+    pub(crate) fn take_blocks(
+        &self,
+        nr: usize,
+        scratch: &mut Scratch,
+        valid: &mut Vec<Valid>,
+    ) -> usize {
+        let (space, region, id) = (AddressSpace::global(), self.region, self.id());
+        let moves = self.access == Access::Write || region.on_read() == OnRead::Migrate;
+        // Opaque memory is filled from the window, in rounds.
+        let is_opaque = self.mapped.bounce().is_some();
+        if !moves || is_opaque || region.kind() != RegionKind::Managed || !region.door().has_move()
+        {
+            return 0;
+        }
+        let _gate = space.gate().enter();
+        if space.forking().load(Ordering::SeqCst) != 0 || self.is_over() {
+            return 0;
+        }
+        let mut states = [const { None }; MAX_BLOCKS_AT_ONCE];
+        let mut n = 0;
+        for slot in states.iter_mut().take(nr) {
+            let block = self.block + n;
+            let Some(mut state) = region.try_lock_block(block) else {
+                break;
+            };
+            let is_plain = region.is_whole(block) && state.is_plain_for(id, &PageMask::FULL);
+            if !is_plain || lease_of_cpu(&mut state).is_some() {
+                break;
+            }
+            *slot = Some(state);
+            n += 1;
+        }
+        let needed = n * PAGES_PER_BLOCK;
+        let residency = self.mapped.residency();
+        if n < 2 || residency.take_failure() || !residency.reserve(needed) {
+            return 0;
+        }
+        let addr = region.addr_of(self.block, 0);
+        let interval = crate::notifier::Interval::new(addr as u64, (addr + n * BLOCK_SIZE) as u64);
+        let Ok(_bracket) = region.hub().start(interval, self.key) else {
+            self.mapped.residency().release(needed);
+            return 0;
+        };
+        count(&region.counters().move_calls, 1);
+        let moved = region.door().move_pages(
+            self.mapped.window().addr_of(self.block, 0),
+            addr,
+            n * BLOCK_SIZE,
+        );
+        let nr_moved = moved.bytes / crate::addr::PAGE_SIZE;
+        let mut nr_arrived = 0;
+        let mut nr_complete = 0;
+        for (i, state) in states.iter_mut().flatten().enumerate() {
+            let here = nr_moved
+                .saturating_sub(i * PAGES_PER_BLOCK)
+                .min(PAGES_PER_BLOCK);
+            if here > 0 {
+                state.moved_out(id, PageMask::range(0..here));
+            }
+            if i == nr_moved / PAGES_PER_BLOCK {
+                // Where it stopped: to find out why, page by page, under the same hold of the lock (D4). What that leaves is
+                // the single round's.
+                let mut mover = Mover::new(region, self.block + i, state);
+                let _ = mover.take(&**self.mapped, here..PAGES_PER_BLOCK, self.access, scratch);
+            }
+            nr_arrived += state.resident(id).count();
+            if nr_complete == i && state.exclusive_to(id) == PageMask::FULL {
+                nr_complete += 1;
+                self.mapped.touch(self.block + i);
+                let writable = if region.is_writable() {
+                    PageMask::FULL
+                } else {
+                    PageMask::EMPTY
+                };
+                let block = self.block + i;
+                valid.push(Valid {
+                    block,
+                    readable: PageMask::FULL,
+                    writable,
+                    in_place: PageMask::EMPTY,
+                });
+            }
+        }
+        self.mapped.residency().release(needed - nr_arrived);
+        self.mapped
+            .counters()
+            .to_device(self.cause, nr_arrived as u64, 0);
+        nr_complete
+    }
+}
