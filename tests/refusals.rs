@@ -487,3 +487,29 @@ fn a_fault_aside_does_not_wait_for_the_others() {
     }
     assert_eq!(buffer.stats().anomalies, 0);
 }
+
+/// Who asks for no door in particular gets the one that is there; who asks for the other is told.
+#[test]
+fn without_sigbus_delivery_the_monitor_serves() {
+    without(
+        "without_sigbus_delivery_the_monitor_serves",
+        "sigbus",
+        || {
+            let _watchdog = Watchdog::new("without SIGBUS");
+            let asked = Options::new().delivery(Delivery::Inline);
+            let refused = svm::Buffer::<u8>::with_options(1, &asked).map(drop);
+            assert!(refused.is_err_and(|error| error.is_unsupported()));
+            let mut words = vec![1_u64; 10_000];
+            let mut mirror = match svm::mirror(&mut words) {
+                Ok(mirror) => mirror,
+                Err(error) if error.is_unsupported() => return println!("SKIPPED: {error}"),
+                Err(error) => panic!("{error}"),
+            };
+            let accel = accel_sim::Accelerator::new().unwrap();
+            accel.run(mirror.view_mut(), |words| words.fill(2)).unwrap();
+            assert!(mirror.as_slice().iter().all(|&word| word == 2));
+            let stats = mirror.stats();
+            assert!(stats.to_host_pages() > 0, "{stats:?}");
+        },
+    );
+}

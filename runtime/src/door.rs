@@ -5,6 +5,7 @@
 //! moved safely within one userfaultfd (hazards M1).
 
 use core::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +33,15 @@ pub(crate) enum Role {
 }
 
 impl Door {
+    /// Inline, unless the kernel does not deliver faults that way.
+    pub(crate) fn usual_delivery() -> Delivery {
+        static USUAL: OnceLock<Delivery> = OnceLock::new();
+        *USUAL.get_or_init(|| match Uffd::probe(FaultScope::UserMode) {
+            Ok(has) if !has.contains(Features::SIGBUS) => Delivery::Thread,
+            _ => Delivery::Inline,
+        })
+    }
+
     /// Opens a userfaultfd for `delivery`, with faults of the kernel where this process may have them.
     pub(crate) fn open(operation: &'static str, delivery: Delivery) -> Result<Self> {
         let mut wanted = Features::PAGEFAULT_FLAG_WP | Features::MOVE | Features::POISON;

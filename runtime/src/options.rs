@@ -1,11 +1,10 @@
 //! [`Options`]: how a range is mirrored.
 
 /// How CPU faults on mirrored memory are delivered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Delivery {
     /// In the faulting thread, by `SIGBUS`: the fastest, and the same for root and for a plain user. A system call on a
     /// page that a device holds fails with `EFAULT`; [`pin`](crate::Mirror::pin) guards against that.
-    #[default]
     Inline,
     /// By a monitor thread that reads the userfaultfd.
     Thread,
@@ -51,8 +50,8 @@ impl Granule {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Options {
-    /// How CPU faults are delivered.
-    pub delivery: Delivery,
+    /// How CPU faults are delivered. `None`: [`Delivery::Inline`] where the kernel can, else [`Delivery::Thread`].
+    pub delivery: Option<Delivery>,
     /// How many pages one fault moves.
     pub granule: Granule,
     /// Whether windows (and `Buffer`s) ask for transparent huge pages. Such a `Buffer` is populated when it is made.
@@ -64,16 +63,16 @@ pub struct Options {
 }
 
 impl Options {
-    /// The defaults: inline delivery, 64 KiB granule.
+    /// The defaults: inline delivery where the kernel can, 64 KiB granule.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Chooses the door for CPU faults.
+    /// Chooses the door for CPU faults: this one, or mirroring fails.
     #[must_use]
     pub fn delivery(mut self, delivery: Delivery) -> Self {
-        self.delivery = delivery;
+        self.delivery = Some(delivery);
         self
     }
 
@@ -104,7 +103,7 @@ impl Options {
     pub fn transparent_syscalls(mut self, yes: bool) -> Self {
         self.transparent_syscalls = yes;
         if yes {
-            self.delivery = Delivery::Thread;
+            self.delivery = Some(Delivery::Thread);
         }
         self
     }

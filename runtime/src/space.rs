@@ -277,9 +277,10 @@ impl AddressSpace {
     pub(crate) fn door(
         &'static self,
         operation: &'static str,
-        delivery: Delivery,
+        delivery: Option<Delivery>,
         transparent: bool,
     ) -> Result<&'static Door> {
+        let delivery = delivery.unwrap_or_else(Door::usual_delivery);
         let slot = &self.doors[index_of(delivery)];
         // Acquire pairs with the Release below: whoever gets a door gets one that is served.
         if !self.served[index_of(delivery)].load(Ordering::Acquire) {
