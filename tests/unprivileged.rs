@@ -9,6 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, fs, io, thread};
 
@@ -58,6 +59,9 @@ fn as_plain_user(test: &'static str, body: fn()) {
         }
         return;
     }
+    // One at a time: a process forked while a copy is written would hold it open for writing, and then nobody can run it.
+    static SPAWNING: Mutex<()> = Mutex::new(());
+    let spawning = SPAWNING.lock().unwrap_or_else(PoisonError::into_inner);
     let copy = Binary::new(test).expect("a copy of this binary");
     let mut child = Command::new(copy.path())
         .args(["--exact", test, "--nocapture"])
@@ -69,6 +73,7 @@ fn as_plain_user(test: &'static str, body: fn()) {
         .stdout(Stdio::piped())
         .spawn()
         .expect("nobody can run the copy");
+    drop(spawning);
     let start = Instant::now();
     while child.try_wait().expect("it can be waited for").is_none() {
         if start.elapsed() > DEADLINE {

@@ -50,7 +50,7 @@ impl DeviceId {
     }
 
     #[inline]
-    pub(crate) fn all() -> impl Iterator<Item = DeviceId> {
+    pub(crate) fn all() -> impl Iterator<Item = DeviceId> + Clone {
         (0..MAX_DEVICES as u8).map(DeviceId)
     }
 }
@@ -93,7 +93,7 @@ impl DeviceSet {
     }
 
     #[inline]
-    pub(crate) fn iter(self) -> impl Iterator<Item = DeviceId> {
+    pub(crate) fn iter(self) -> impl Iterator<Item = DeviceId> + Clone {
         DeviceId::all().filter(move |d| self.0 >> d.0 & 1 == 1)
     }
 }

@@ -56,6 +56,12 @@ pub unsafe trait Device: Send + Sync + 'static {
     /// [`WouldBlock`] if `inv.blocking()` is [`Blocking::No`] and the device lock is taken. Nothing may have changed then.
     fn invalidate(&self, table: &Self::Table, inv: &Invalidation) -> Result<(), WouldBlock>;
 
+    /// The invalidation, which this device had been told of, will not take place: another one refused. What was removed comes
+    /// back by faults.
+    fn cancel(&self, table: &Self::Table, inv: &Invalidation) {
+        let _ = (table, inv);
+    }
+
     /// Second pass: whether every access through a removed translation has ended.
     fn quiesced(&self, table: &Self::Table, inv: &Invalidation) -> bool;
 
@@ -187,6 +193,14 @@ impl Invalidation {
             pages,
             keep,
             blocking: Blocking::Yes,
+        }
+    }
+
+    /// The same, of a caller that will not wait for a device's lock.
+    pub(crate) fn without_waiting(self) -> Self {
+        Self {
+            blocking: Blocking::No,
+            ..self
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! Victims are whole blocks, found by a clock over the device's regions: a block that was faulted on since the hand last
 //! passed is spared once. A victim's lock is only ever *tried*, and none is held meanwhile (hazards W3); a victim with an
-//! access in flight is passed over. Stale pages go first: they cost one move and nobody misses them.
+//! access in flight, or whose device is busy with its table, is passed over. Stale pages go first: they cost one move and nobody misses them.
 
 use crate::addr::PAGES_PER_BLOCK;
 use crate::attachment::Attached;
@@ -110,11 +110,9 @@ fn evict_block(
         return Ok(0);
     };
     let inv = Invalidation::new(block, victims & state.frames(device.id()), Keep::Nothing);
-    if !inv.pages().is_empty() {
-        let _ = device.invalidate(&inv);
-        if !device.quiesced(&inv) {
-            return Ok(0);
-        }
+    let inv = inv.without_waiting();
+    if !inv.pages().is_empty() && (device.invalidate(&inv).is_err() || !device.quiesced(&inv)) {
+        return Ok(0);
     }
     // A stall ends this victim early; what was freed until then counts.
     let _ = give_up(

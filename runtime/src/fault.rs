@@ -22,9 +22,10 @@ use crate::addr::{PAGE_SIZE, page_floor};
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
 use crate::error::Access;
+use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granule_around};
-use crate::notifier::Bracket;
+use crate::notifier::{self, Bracket};
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
@@ -355,12 +356,8 @@ pub(crate) fn invalidate(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
-    for id in holders.iter() {
-        if let Some(device) = region.device(gate, id) {
-            // Blocking invalidations are not refused.
-            let _ = device.invalidate(inv);
-        }
-    }
+    // Blocking invalidations are not refused.
+    let _ = notifier::invalidate_all(listeners(region, gate, holders), inv);
     quiesced(region, gate, holders, inv)
 }
 
@@ -371,11 +368,16 @@ pub(crate) fn quiesced(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
-    holders.iter().all(|id| {
-        region
-            .device(gate, id)
-            .is_none_or(|device| device.quiesced(inv))
-    })
+    notifier::all_quiesced(listeners(region, gate, holders), inv)
+}
+
+/// Those of `holders` that know the region.
+fn listeners<'g>(
+    region: &'g Region,
+    gate: &'g impl Inside,
+    holders: DeviceSet,
+) -> impl Iterator<Item = &'g dyn AnyMapped> + Clone {
+    holders.iter().filter_map(move |id| region.device(gate, id))
 }
 
 /// Waits until `holders` are done with the pages, or the deadline for stuck spans has passed. No lock is held.

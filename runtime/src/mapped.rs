@@ -9,6 +9,7 @@ use crate::attachment::{Attached, Residency};
 use crate::block::DeviceId;
 use crate::device::{Device, DeviceMemory, Invalidation, MapInfo, WouldBlock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::notifier::Listener;
 use crate::region::{Region, RegionKind};
 use crate::space::AddressSpace;
 use crate::stats::Counters;
@@ -33,13 +34,11 @@ pub struct Mapped<D: Device> {
 }
 
 /// [`Mapped`] without the device's type: what the CPU's side needs of it.
-pub(crate) trait AnyMapped: Send + Sync {
+pub(crate) trait AnyMapped: Listener<Invalidation> + Send + Sync {
     fn id(&self) -> DeviceId;
     fn window(&self) -> &Window;
     fn counters(&self) -> &Counters;
     fn residency(&self) -> &Residency;
-    fn invalidate(&self, inv: &Invalidation) -> Result<(), WouldBlock>;
-    fn quiesced(&self, inv: &Invalidation) -> bool;
     fn pause(&self);
     fn is_paused(&self) -> bool;
     fn resume(&self);
@@ -51,6 +50,22 @@ pub(crate) trait AnyMapped: Send + Sync {
     fn copy_to_bounce(&self, pages: Range<usize>, bounce: &mut MapArray<u8>);
     /// The region is going: forget it.
     fn unmap(&self);
+}
+
+impl<D: Device> Listener<Invalidation> for Mapped<D> {
+    fn invalidate(&self, inv: &Invalidation) -> Result<(), WouldBlock> {
+        self.attached.device.invalidate(&self.table, inv)?;
+        crate::stats::count(&self.counters.invalidations, 1);
+        Ok(())
+    }
+
+    fn quiesced(&self, inv: &Invalidation) -> bool {
+        self.attached.device.quiesced(&self.table, inv)
+    }
+
+    fn cancel(&self, inv: &Invalidation) {
+        self.attached.device.cancel(&self.table, inv);
+    }
 }
 
 impl<D: Device> AnyMapped for Mapped<D> {
@@ -68,15 +83,6 @@ impl<D: Device> AnyMapped for Mapped<D> {
 
     fn residency(&self) -> &Residency {
         &self.attached.residency
-    }
-
-    fn invalidate(&self, inv: &Invalidation) -> Result<(), WouldBlock> {
-        crate::stats::count(&self.counters.invalidations, 1);
-        self.attached.device.invalidate(&self.table, inv)
-    }
-
-    fn quiesced(&self, inv: &Invalidation) -> bool {
-        self.attached.device.quiesced(&self.table, inv)
     }
 
     fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>> {

@@ -12,17 +12,7 @@
 //! A device that may not block and would have to refuses, and then the invalidation does not take place: those told
 //! before it are told that it is off (I7).
 
-use super::interval::Interval;
 use crate::sync::mutation::{Mutation, mutated};
-
-/// What the invalidation takes away from a device's translations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// The page goes, or is replaced: translations are removed.
-    Remove,
-    /// The page loses its exclusive writer: translations stay for reading.
-    Downgrade,
-}
 
 /// Whether the caller may be made to wait for a device's lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,37 +35,26 @@ impl core::fmt::Display for WouldBlock {
 
 impl core::error::Error for WouldBlock {}
 
-/// What is told to every listener.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Invalidation {
-    /// Where.
-    pub interval: Interval,
-    /// What.
-    pub change: Change,
-    /// Whether the listener may make the caller wait for its lock.
-    pub blocking: Blocking,
-}
-
 /// Somebody who holds translations: a device.
 ///
 /// The functions run on the fault path, perhaps in a signal handler: no allocation, no panic, no lock that a thread touching
-/// mirrored memory can hold.
-pub trait Listener {
+/// mirrored memory can hold. `I` is what they are told: where, what goes, and whether the caller may be made to wait.
+pub trait Listener<I> {
     /// Removes (or downgrades) the translations in the interval, under the lock under which they are established, and begins
     /// to flush what caches them. Does not wait for accesses under way.
     ///
     /// # Errors
     ///
     /// [`WouldBlock`] if it would have had to wait and may not; nothing has been done then.
-    fn invalidate(&self, invalidation: &Invalidation) -> Result<(), WouldBlock>;
+    fn invalidate(&self, invalidation: &I) -> Result<(), WouldBlock>;
 
     /// Whether no access through a translation that `invalidate` removed is under way any more. Does not wait. Once true,
     /// true until the invalidation ends.
-    fn quiesced(&self, invalidation: &Invalidation) -> bool;
+    fn quiesced(&self, invalidation: &I) -> bool;
 
     /// The invalidation, which this listener had taken part in, will not take place. Translations that were removed stay so:
     /// they come back by faults.
-    fn cancel(&self, invalidation: &Invalidation);
+    fn cancel(&self, invalidation: &I);
 }
 
 /// The first pass: tells every listener.
@@ -86,11 +65,10 @@ pub trait Listener {
 ///
 /// [`WouldBlock`] if one refused. Those told before it have been told that the invalidation is off; the caller ends the
 /// bracket without having changed anything.
-pub fn invalidate_all<'a, I>(listeners: I, invalidation: &Invalidation) -> Result<(), WouldBlock>
-where
-    I: IntoIterator<Item = &'a dyn Listener>,
-    I::IntoIter: Clone,
-{
+pub fn invalidate_all<'a, I, L: Listener<I> + ?Sized + 'a>(
+    listeners: impl IntoIterator<Item = &'a L, IntoIter: Clone>,
+    invalidation: &I,
+) -> Result<(), WouldBlock> {
     let listeners = listeners.into_iter();
     for (nr_told, listener) in listeners.clone().enumerate() {
         if let Err(refusal) = listener.invalidate(invalidation) {
@@ -111,9 +89,9 @@ where
 /// One step of the second pass: whether every listener is quiet.
 ///
 /// `false`: let go of every lock, keep the bracket open, wait a little, ask again.
-pub fn all_quiesced<'a>(
-    listeners: impl IntoIterator<Item = &'a dyn Listener>,
-    invalidation: &Invalidation,
+pub fn all_quiesced<'a, I, L: Listener<I> + ?Sized + 'a>(
+    listeners: impl IntoIterator<Item = &'a L>,
+    invalidation: &I,
 ) -> bool {
     listeners
         .into_iter()

@@ -204,6 +204,4 @@ mod wrong;
 
 pub use hub::{BeginError, Bracket, Counters, Full, Hub, RangeKey, Subscription, Token};
 pub use interval::Interval;
-pub use listener::{
-    Blocking, Change, Invalidation, Listener, WouldBlock, all_quiesced, invalidate_all,
-};
+pub use listener::{Blocking, Listener, WouldBlock, all_quiesced, invalidate_all};

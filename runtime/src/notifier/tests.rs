@@ -286,6 +286,11 @@ fn churn_elsewhere_costs_no_wait_and_no_retry() {
     assert!(counters.starts > 0);
 }
 
+/// What the listeners of these tests are told.
+struct Invalidation {
+    blocking: Blocking,
+}
+
 struct Recorder<'a> {
     name: &'a str,
     refuses: bool,
@@ -299,7 +304,7 @@ impl Recorder<'_> {
     }
 }
 
-impl Listener for Recorder<'_> {
+impl Listener<Invalidation> for Recorder<'_> {
     fn invalidate(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
         if self.refuses && invalidation.blocking == Blocking::No {
             return Err(WouldBlock);
@@ -331,11 +336,9 @@ fn all_are_told_before_any_is_asked() {
         log: &log,
     };
     let (a, b) = (device("a", 1), device("b", 0));
-    let listeners: [&dyn Listener; 2] = [&a, &b];
+    let listeners: [&dyn Listener<Invalidation>; 2] = [&a, &b];
     let all = || listeners.iter().copied();
     let invalidation = Invalidation {
-        interval: pages(0, 1),
-        change: Change::Remove,
         blocking: Blocking::No,
     };
     assert_eq!(invalidate_all(all(), &invalidation), Ok(()));
@@ -362,10 +365,8 @@ fn a_refusal_undoes_those_told_before_it() {
         device("c", true),
         device("d", false),
     );
-    let listeners: [&dyn Listener; 4] = [&a, &b, &c, &d];
+    let listeners: [&dyn Listener<Invalidation>; 4] = [&a, &b, &c, &d];
     let mut invalidation = Invalidation {
-        interval: pages(0, 1),
-        change: Change::Remove,
         blocking: Blocking::No,
     };
     assert_eq!(

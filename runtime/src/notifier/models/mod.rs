@@ -21,6 +21,12 @@ use std::sync::Arc;
 
 const PAGES: usize = 2;
 
+/// What the listeners of these models are told.
+pub(super) struct Invalidation {
+    interval: Interval,
+    blocking: Blocking,
+}
+
 /// A device: what `Listener` and a driver's commit share.
 pub(super) struct Device {
     /// The real lock, not loom's: loom sees no lock held by another when it tries one, for it does not switch threads between
@@ -39,7 +45,7 @@ struct Table {
     taking_part: i32,
 }
 
-impl Listener for Device {
+impl Listener<Invalidation> for Device {
     fn invalidate(&self, invalidation: &Invalidation) -> Result<(), WouldBlock> {
         let mut table = match invalidation.blocking {
             Blocking::Yes => self.table.lock(),
@@ -98,10 +104,10 @@ impl World {
         })
     }
 
-    fn listeners(&self) -> impl Iterator<Item = &dyn Listener> + Clone {
+    fn listeners(&self) -> impl Iterator<Item = &dyn Listener<Invalidation>> + Clone {
         self.devices
             .iter()
-            .map(|device| -> &dyn Listener { device })
+            .map(|device| -> &dyn Listener<Invalidation> { device })
     }
 
     /// A device fault: the loop of the seed. Returns the version committed.
@@ -160,11 +166,7 @@ impl World {
 
     /// Both passes.
     fn tell(&self, lane: Lane, interval: Interval, blocking: Blocking) -> Result<(), WouldBlock> {
-        let invalidation = Invalidation {
-            interval,
-            change: Change::Remove,
-            blocking,
-        };
+        let invalidation = Invalidation { interval, blocking };
         invalidate_all(self.listeners(), &invalidation)?;
         lane.did("callback: wipe translations");
         assert!(all_quiesced(self.listeners(), &invalidation));
