@@ -143,7 +143,7 @@ pub use options::{Delivery, Granule, Options};
 pub use page_bits::PageBits;
 pub use pin::Pin;
 pub use ptr::Ptr;
-pub use range::{Committed, Interrupted, Range, Update};
+pub use range::{Committed, Interrupted, NotMapped, PageMapper, Range, Update};
 pub use round::Valid;
 pub use share::Shared;
 pub use snapshot::{PageSnapshot, snapshot};

@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::mask::PageMask;
 use crate::sys::mmap::MapArray;
 
-/// An atomic bitmap with one bit per page, in memory that the fault path may read: what a [`Device::Table`] is made of.
+/// An atomic bitmap with one bit per page, in memory that the fault path may read: what a [`Device::Table`](crate::Device::Table) is made of.
 pub struct PageBits {
     words: MapArray<core::sync::atomic::AtomicU64>,
 }

@@ -16,7 +16,10 @@
 //! thing: it takes its token and commits *inside* the block's round, so that only changes made behind the runtime's back can
 //! interrupt it, and a storm of our own invalidations cannot starve a fault (protocol.md section 5).
 
+mod dma;
 mod migrate;
+
+pub use dma::{NotMapped, PageMapper};
 
 use core::fmt;
 use core::ops::{Deref, Range as Pages};
