@@ -10,6 +10,7 @@
 //!     update.needs_retry()                                     a hint in mid-work: true is reliable, false is not
 //!     device.lock()              -> guard
 //!     update.end_update(&guard)  -> Ok(&[Valid]) | Interrupted consumes the update: no translation without it
+//!     update.end_update_mapped(mapper, install)                the same for a device that maps pages first, and undoes that
 //! ```
 //!
 //! [`Range::fault_in`] is the whole loop for pages of one block, and what a worker's far fault calls. It differs in one
