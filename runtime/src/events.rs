@@ -25,10 +25,11 @@ use core::ops::Range;
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::DeviceSet;
 use crate::device::{Invalidation, Keep};
-use crate::fault::{Flight, invalidate, quiesced};
+use crate::fault::{Flight, deadline, invalidate, quiesced};
 use crate::mask::PageMask;
 use crate::notifier::Bracket;
 use crate::options::Delivery;
+use crate::overrun;
 use crate::region::Region;
 use crate::space::{AddressSpace, Door, Place, PlaceKind};
 use crate::stats::count;
@@ -52,6 +53,8 @@ pub(crate) struct Pending {
     /// Some page was present when a REMOVE was read: the zap is still to come.
     zap: bool,
     since_ns: u64,
+    /// When the accesses that are in flight still have had their time.
+    until_ns: u64,
 }
 
 impl Pending {
@@ -64,11 +67,17 @@ impl Pending {
             return false;
         }
         if !quiesced(region, &gate, DeviceSet::all(), &self.inv) {
-            if clock::monotonic_ns() < self.since_ns + crate::fault::SPAN_DEADLINE_NS {
+            drop(gate);
+            // Past its time, or the kernel is at work on the mappings: looked at again.
+            if clock::monotonic_ns() < self.until_ns
+                || overrun::sever_once(space, region, DeviceSet::all(), &self.inv).is_err()
+            {
                 return false;
             }
-            count(&region.counters().anomalies, 1);
+        } else {
+            drop(gate);
         }
+        let _gate = space.gate().enter();
         region
             .lock_block(self.block)
             .set_pending(*self.inv.pages(), false);
@@ -317,6 +326,7 @@ fn give_up(
                 inv,
                 zap,
                 since_ns: clock::monotonic_ns(),
+                until_ns: deadline(region, closed, DeviceSet::all()),
             });
         }
     }

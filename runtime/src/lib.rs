@@ -104,6 +104,7 @@ mod monitor;
 mod movement;
 pub mod notifier;
 mod options;
+mod overrun;
 mod page_bits;
 mod pin;
 mod ptr;
@@ -131,8 +132,8 @@ pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
-    Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo,
-    WouldBlock,
+    Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, LateAccess,
+    MapInfo, Overrun, ThreadId, WouldBlock,
 };
 pub use edge::UseGuard;
 pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
