@@ -18,8 +18,8 @@
 //!    access to a page that had come back meanwhile, for another worker, would be an access without a translation, and the
 //!    device's own writers would not be alone. Devices access these pages in place, at the host's address, where nothing
 //!    depends on who holds a translation.
-//! 4. *Lift* ([`lift`]). The first device round that wants a severed page and finds that no span is open on it any more takes the
-//!    mark away.
+//! 4. *Lift* ([`lift`]). The next launch on the region, or device round that wants a severed page, takes the mark away if it finds
+//!    that no span is open on the page any more.
 //! 5. *Late access* ([`touched`]). If the span touches a page of its own after step 2 the access traps. The thread can neither
 //!    go on nor return: it is asked of the device ([`Device::overrun`](crate::Device::overrun)), which ends the work
 //!    that it did with an error, and is *parked* for good.
@@ -143,6 +143,7 @@ pub(crate) fn sever_once(
     }
     // Also where one cannot come home.
     state.set_severed(*inv.pages(), true);
+    region.set_has_severed();
     taken?;
     count(&region.counters().severed_pages, inv.pages().count() as u64);
     Ok(())
@@ -222,6 +223,22 @@ pub(crate) fn lift(
         state.set_severed(pages, false);
     }
     over
+}
+
+/// [`lift`] of the whole region, at the beginning of a launch.
+pub(crate) fn lift_all(region: &Region) {
+    if !region.take_has_severed() {
+        return;
+    }
+    let space = AddressSpace::global();
+    for block in 0..region.nr_blocks() {
+        let gate = space.gate().enter();
+        let mut state = region.lock_block(block);
+        lift(region, &gate, block, &mut state, PageMask::FULL);
+        if !state.severed().is_empty() {
+            region.set_has_severed();
+        }
+    }
 }
 
 /// Whether a span of `device` is open on a page of `region` that was taken from it: its window has to stay.
