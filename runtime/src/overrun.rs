@@ -29,10 +29,11 @@
 //! looks as if it had ended at the deadline. So nothing is reported, and the mark is lifted.
 //!
 //! # Where there is no `UFFDIO_MOVE`
-//! A page is taken by a copy, and a late store might come between the copy and the discard. There windows are registered for write
-//! protection too, and are protected before the copy: the late store traps like any other late access. (Where there is
-//! MOVE but it refuses a page, which `mprotect` has made read-only or `mlock` has locked, the copy goes without: a
-//! late store of those few microseconds is lost with the work of a kernel that had two seconds.)
+//! A page is taken by a copy, and a late access might come between the copy and the discard. There windows are registered for write
+//! protection too, and are protected before the copy, so that a late store traps like any other; and the CPU's copy is
+//! protected until the window is empty, so that a late load finds what is current. (Where there is MOVE but it refuses a
+//! page, which `mprotect` has made read-only or `mlock` has locked, the copy goes without: for those few microseconds a late
+//! access finds the old page.)
 //!
 //! # The doors
 //! Inline, the late thread finds itself in the `SIGBUS` handler. Through the thread door it sleeps in its fault, of which the
@@ -46,6 +47,7 @@ use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep, LateAccess, Overrun, ThreadId};
 use crate::error::Access;
 use crate::fault::{self, quiesced, wait_until_quiesced};
+use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
 use crate::region::{Region, RegionKind};
@@ -150,6 +152,9 @@ pub(crate) fn sever_once(
 }
 
 /// Step 2: the pages go to the CPU alone, and leave nothing in the windows of `late`.
+///
+/// The order is that of what a late span may see. While the CPU cannot write a page, what a window still has of it is not stale: so
+/// each copy that has a twin goes first, and the right to write is given back last.
 fn take_home(
     region: &Region,
     gate: &impl Inside,
@@ -160,40 +165,79 @@ fn take_home(
 ) -> Result<(), Stall> {
     let pages = *inv.pages();
     let mut mover = Mover::new(region, inv.block(), state);
-    for device in late.iter().filter_map(|id| region.device(gate, id)) {
-        mover.protect_frames(device, pages)?;
+    let late = || late.iter().filter_map(|id| region.device(gate, id));
+    let mut protected = mover.state.shared() & pages;
+    for device in late() {
+        let twins = pages - mover.state.exclusive_to(device.id());
+        empty(&mut mover, device, twins, scratch)?;
+    }
+    if !region.door().has_move() {
+        for device in late() {
+            let alone = mover.state.exclusive_to(device.id()) & pages;
+            mover.protect_frames(device, alone)?;
+            for run in parts(mover.state, alone) {
+                mover.share_home(device, run.clone())?;
+                protected |= PageMask::range(run);
+            }
+            empty(&mut mover, device, alone, scratch)?;
+        }
     }
     loop {
-        let away = mover.state.away() & pages;
-        let held = away & mover.state.held_by_devices(None);
+        let held = mover.state.away() & pages & mover.state.held_by_devices(None);
         let Some((page, holder)) = held
             .first_from(0)
             .and_then(|page| Some((page, mover.state.holder_of(page)?)))
         else {
             break;
         };
-        // Displaced pages come home one by one, as in a fault: their neighbours may have gone elsewhere.
+        let with_holder = held & mover.state.frames(holder);
         let run = if mover.state.displaced().contains(page) {
             page..page + 1
         } else {
-            (away & mover.state.frames(holder)).run_around(page)
+            (with_holder - mover.state.displaced()).run_around(page)
         };
         fault::move_home(&mut mover, region, gate, page, &run, Cause::Demand)?;
     }
+    for device in late() {
+        // What was copied home, since the kernel would not move it.
+        empty(&mut mover, device, pages, scratch)?;
+    }
+    mover.state.revoked_all(pages, None);
     if region.kind() == RegionKind::Managed {
-        for run in (mover.state.shared() & pages).runs() {
+        for run in parts(mover.state, protected - mover.state.away()) {
             mover.unprotect(run)?;
         }
     }
-    mover.state.revoked_all(pages, None);
-    for device in late.iter().filter_map(|id| region.device(gate, id)) {
-        let before = mover.state.resident(device.id()).count();
-        let cleared = mover.clear_junk(device, pages, scratch);
-        let after = mover.state.resident(device.id()).count();
-        device.residency().release(before - after);
-        cleared?;
-    }
     Ok(())
+}
+
+/// The runs of `pages`, displaced ones one by one: their neighbours may be elsewhere.
+fn parts(
+    state: &BlockState,
+    pages: PageMask,
+) -> impl Iterator<Item = core::ops::Range<usize>> + use<> {
+    let displaced = state.displaced() & pages;
+    let single = displaced.runs().flatten().map(|page| page..page + 1);
+    (pages - displaced).runs().chain(single)
+}
+
+/// Discards what `device` has of `pages` in its window, current copies included: they have a twin.
+fn empty(
+    mover: &mut Mover<'_>,
+    device: &dyn AnyMapped,
+    pages: PageMask,
+    scratch: &mut Scratch,
+) -> Result<(), Stall> {
+    let id = device.id();
+    mover
+        .state
+        .revoked(id, pages - mover.state.exclusive_to(id));
+    let before = mover.state.resident(id).count();
+    let cleared = mover.clear_junk(device, pages, scratch);
+    device
+        .residency()
+        .release(before - mover.state.resident(id).count());
+    cleared
 }
 
 /// Step 4: those of `pages` that no span is open on any more may go to devices again. Says whether there were any; the caller
