@@ -600,3 +600,25 @@ fn every_worker_is_lost_and_replaced() {
         }
     });
 }
+
+/// All of this once more where pages leave a window by being copied. What is disabled is read once: in a process of its own.
+#[test]
+fn without_move() {
+    let _watchdog = Watchdog::new("without move");
+    if !usable() || std::env::var_os("SVM_DISABLE").is_some() {
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--test-threads=2", "--skip", "without_move"])
+        .env("SVM_DISABLE", "move")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success(),
+        "{}\n{text}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(text.contains("14 passed"), "{text}");
+}

@@ -38,7 +38,7 @@
 //! # The doors
 //! Inline, the late thread finds itself in the `SIGBUS` handler. Through the thread door it sleeps in its fault, of which the
 //! monitor reads; that sends the thread a `SIGBUS` of its own, with the address, and so into the same handler.
-//! A thread is parked there by system call, with nothing of ours in its hands: not the gate, not a stack of the pool.
+//! It is parked there with nothing of ours in its hands: not the gate, not a stack of the pool.
 //!
 //! # What a device's memory must be for this
 //! A window. An access to opaque memory does not trap, and is the device's own to stop.
