@@ -10,7 +10,7 @@ use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu};
-use benches::report::{Target, publish};
+use benches::report::{Results, Target, publish};
 use clap::Parser;
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::{Access, Delivery, Granule, Options};
@@ -391,5 +391,13 @@ fn main() -> Result<()> {
     }
     progress.finish();
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };
-    publish("fault_latency", &args, &machine, &outcomes, &[])
+    publish(
+        "fault_latency",
+        &args,
+        &machine,
+        &Results {
+            cases: outcomes,
+            ..Results::default()
+        },
+    )
 }

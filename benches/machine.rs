@@ -56,6 +56,24 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// The day of the run, as in 2026-01-31 (UTC).
+    #[must_use]
+    pub fn date(&self) -> String {
+        // Howard Hinnant's `civil_from_days`: years begin in March, so that the leap day is the last.
+        let days = self.unix_time / 86_400 + 719_468;
+        let (era, day) = (days / 146_097, days % 146_097);
+        let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+        let of_year = day - (365 * year + year / 4 - year / 100);
+        let month = (5 * of_year + 2) / 153;
+        let (d, m) = (
+            of_year - (153 * month + 2) / 5 + 1,
+            if month < 10 { month + 3 } else { month - 9 },
+        );
+        format!("{:04}-{m:02}-{d:02}", year + era * 400 + u64::from(m <= 2))
+    }
+}
+
 /// Confines the calling thread, and threads it will start, to one CPU. Without effect where there is no such CPU.
 pub fn pin_to_cpu(cpu: usize) {
     set_affinity(|set| {

@@ -15,7 +15,7 @@ use anyhow::Result;
 use benches::floors::raw::Area;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
-use benches::report::{Target, publish};
+use benches::report::{Results, Target, publish};
 use clap::Parser;
 use svm::{Buffer, Granule, Options};
 
@@ -305,5 +305,13 @@ fn main() -> Result<()> {
         });
     }
     progress.finish();
-    publish("offload", &args, &machine, &outcomes, &[])
+    publish(
+        "offload",
+        &args,
+        &machine,
+        &Results {
+            cases: outcomes,
+            ..Results::default()
+        },
+    )
 }

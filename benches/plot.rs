@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
-use crate::report::Outcome;
+use crate::report::{Outcome, Series, time};
 
 const FONT: (&str, u32) = ("sans-serif", 15);
 const OURS: RGBColor = RGBColor(0x1f, 0x6f, 0xb4);
@@ -125,6 +125,73 @@ pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()
         })?;
     }
     Ok(())
+}
+
+/// The ratio to the smallest against the size, with quartiles, the target, and the medians in words.
+///
+/// # Errors
+/// The file could not be written.
+pub fn series(dir: &Path, bench: &str, series: &Series) -> Result<()> {
+    let name = series.name.replace([' ', '/', ','], "_");
+    let path = dir.join(format!(
+        "{bench}_{name}_by_{}.svg",
+        series.x.replace(' ', "_")
+    ));
+    let points = &series.points;
+    let most = points
+        .iter()
+        .map(|p| p.spread[1].max(p.ratio))
+        .fold(series.target.unwrap_or(1.0).max(1.5), f64::max);
+    let (low, high) = (points[0].x, points[points.len() - 1].x);
+    let root = SVGBackend::new(&path, (640, 360)).into_drawing_area();
+    draw(|| {
+        root.fill(&WHITE)?;
+        let mut chart = ChartBuilder::on(&root)
+            .caption(&series.name, FONT)
+            .margin(10)
+            .x_label_area_size(35)
+            .y_label_area_size(45)
+            .build_cartesian_2d((low * 0.8..high * 1.6).log_scale(), 0.0..most * 1.15)?;
+        chart
+            .configure_mesh()
+            .x_desc(series.x)
+            .y_desc("cost over that of the smallest")
+            .draw()?;
+        if let Some(target) = series.target {
+            chart
+                .draw_series([PathElement::new(
+                    [(low * 0.8, target), (high * 1.6, target)],
+                    TARGET.stroke_width(1),
+                )])?
+                .label("target")
+                .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], TARGET));
+        }
+        chart
+            .draw_series(LineSeries::new(
+                points.iter().map(|p| (p.x, p.ratio)),
+                OURS.stroke_width(2),
+            ))?
+            .label("svm")
+            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], OURS));
+        for p in points {
+            chart.draw_series([PathElement::new(
+                [(p.x, p.spread[0]), (p.x, p.spread[1])],
+                OURS.stroke_width(4),
+            )])?;
+            chart.draw_series([Text::new(
+                time(p.p50),
+                (p.x, p.ratio.max(p.spread[1]) + most * 0.07),
+                ("sans-serif", 12),
+            )])?;
+        }
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::LowerRight)
+            .border_style(BLACK)
+            .background_style(WHITE)
+            .draw()?;
+        root.present()
+    })
 }
 
 fn draw<E>(f: impl FnOnce() -> Result<(), DrawingAreaErrorKind<E>>) -> Result<()>

@@ -13,7 +13,7 @@ use accel_sim::Accelerator;
 use anyhow::Result;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
-use benches::report::{Note, Target, publish};
+use benches::report::{Note, Results, Target, publish};
 use clap::Parser;
 use svm::Buffer;
 use svm::notifier::{Hub, Interval, Subscription};
@@ -341,5 +341,14 @@ fn main() -> Result<()> {
     if args.wants("hit") {
         notes.extend(hits(args.quick)?);
     }
-    publish("protocol", &args, &machine, &outcomes, &notes)
+    publish(
+        "protocol",
+        &args,
+        &machine,
+        &Results {
+            cases: outcomes,
+            notes,
+            ..Results::default()
+        },
+    )
 }

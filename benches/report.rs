@@ -149,26 +149,118 @@ pub struct Note {
     pub target: Option<f64>,
 }
 
+impl Note {
+    /// A figure, and what it was to be at most.
+    #[must_use]
+    pub fn new(
+        name: impl Into<String>,
+        value: f64,
+        unit: &'static str,
+        target: Option<f64>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            value,
+            unit,
+            target,
+        }
+    }
+
+    /// Whether it is.
+    #[must_use]
+    pub fn is_met(&self) -> Option<bool> {
+        self.target.map(|target| self.value <= target)
+    }
+}
+
+/// One point of a [`Series`].
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Point {
+    /// The size.
+    pub x: f64,
+    /// Ours there, in nanoseconds, the median.
+    pub p50: u64,
+    /// Its ratio to the smallest, or to the floor.
+    pub ratio: f64,
+    /// First and third quartile of that.
+    pub spread: [f64; 2],
+}
+
+/// What a cost does as something grows.
+#[derive(Clone, Debug, Serialize)]
+pub struct Series {
+    /// What is measured.
+    pub name: String,
+    /// What grows.
+    pub x: &'static str,
+    /// From small to large.
+    pub points: Vec<Point>,
+    /// The ratio that was not to be exceeded.
+    pub target: Option<f64>,
+}
+
+impl Series {
+    /// A series whose first point is the measure of the others.
+    #[must_use]
+    pub fn new(name: &str, x: &'static str, target: Option<f64>) -> Self {
+        Self {
+            name: name.into(),
+            x,
+            points: Vec::new(),
+            target,
+        }
+    }
+
+    /// Adds what a case came to; before the first, its floor at `smallest`.
+    pub fn push(&mut self, smallest: f64, x: f64, outcome: &Outcome) {
+        if self.points.is_empty() {
+            self.points.push(Point {
+                x: smallest,
+                p50: outcome.floor.p50,
+                ratio: 1.0,
+                spread: [1.0, 1.0],
+            });
+        }
+        self.points.push(Point {
+            x,
+            p50: outcome.ours.p50,
+            ratio: outcome.ratio,
+            spread: outcome.spread,
+        });
+    }
+}
+
+/// What a bench came to.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Results {
+    /// Ours against floors.
+    pub cases: Vec<Outcome>,
+    /// Figures without a floor.
+    pub notes: Vec<Note>,
+    /// Costs against sizes.
+    pub series: Vec<Series>,
+}
+
 #[derive(Serialize)]
 struct Document<'a> {
     bench: &'a str,
+    date: String,
     quick: bool,
     machine: &'a Machine,
-    cases: &'a [Outcome],
-    notes: &'a [Note],
+    #[serde(flatten)]
+    results: &'a Results,
 }
 
 /// Prints the table, and writes what the command line asked for.
 ///
 /// # Errors
 /// A file could not be written.
-pub fn publish(
-    bench: &str,
-    args: &Args,
-    machine: &Machine,
-    outcomes: &[Outcome],
-    notes: &[Note],
-) -> Result<()> {
+pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -> Result<()> {
+    let Results {
+        cases: outcomes,
+        notes,
+        series,
+    } = results;
     println!(
         "{bench}: {} x {}, Linux {}, load {}",
         machine.nr_cpus, machine.cpu, machine.kernel, machine.load
@@ -178,7 +270,11 @@ pub fn publish(
         let verdict = note.target.map_or_else(String::new, |t| {
             format!(
                 "  (target {t:.2}, {})",
-                if note.value <= t { "met" } else { "MISSED" }
+                if note.is_met() == Some(true) {
+                    "met"
+                } else {
+                    "MISSED"
+                }
             )
         });
         println!("{}: {:.2} {}{verdict}", note.name, note.value, note.unit);
@@ -188,17 +284,22 @@ pub fn publish(
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let all = Document {
             bench,
+            date: machine.date(),
             quick: args.quick,
             machine,
-            cases: outcomes,
-            notes,
+            results,
         };
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
     }
     if let Some(dir) = &args.plot {
         std::fs::create_dir_all(dir)?;
-        crate::plot::ratios(&dir.join(format!("{bench}_ratios.svg")), bench, outcomes)?;
+        if !outcomes.is_empty() {
+            crate::plot::ratios(&dir.join(format!("{bench}_ratios.svg")), bench, outcomes)?;
+        }
         crate::plot::distributions(dir, bench, outcomes)?;
+        for series in series.iter().filter(|series| series.points.len() > 1) {
+            crate::plot::series(dir, bench, series)?;
+        }
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use benches::device::Rig;
 use benches::floors::raw::{Area, Faults, Uffd};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
-use benches::report::{Note, Target, publish};
+use benches::report::{Note, Results, Target, publish};
 use clap::Parser;
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
@@ -296,5 +296,14 @@ fn main() -> Result<()> {
     } else {
         Vec::new()
     };
-    publish("scaling", &args, &machine, &outcomes, &notes)
+    publish(
+        "scaling",
+        &args,
+        &machine,
+        &Results {
+            cases: outcomes,
+            notes,
+            ..Results::default()
+        },
+    )
 }

@@ -228,6 +228,24 @@ impl BlockState {
         self.is_only_with_cpu(device, pages) && !self.junk(device).intersects(pages)
     }
 
+    /// As [`is_plain_for`](Self::is_plain_for), of the pages `bits` of one word.
+    #[inline]
+    pub(crate) fn is_plain_word(&self, device: DeviceId, word: usize, bits: u64) -> bool {
+        let holding = &self.holdings[device.index()];
+        let not_plain = [
+            &self.gone,
+            &self.pinned,
+            &self.unmovable,
+            &self.pending,
+            &self.displaced,
+            &self.away,
+            &holding.frames,
+            &holding.junk,
+        ];
+        let any = not_plain.iter().fold(0, |any, mask| any | mask.word(word));
+        any & bits == 0 && self.occupied & !(1 << device.0) == 0
+    }
+
     /// As [`is_plain_for`](Self::is_plain_for), but that `device`'s window still holds a stale copy of each of `pages`.
     #[inline]
     pub(crate) fn is_stale_for(&self, device: DeviceId, pages: &PageMask) -> bool {
@@ -314,6 +332,14 @@ impl BlockState {
     pub(crate) fn moved_out(&mut self, device: DeviceId, pages: PageMask) {
         self.away |= pages;
         self.filled(device, pages);
+    }
+
+    /// [`moved_out`](Self::moved_out), of the pages `bits` of one word, which were [plain](Self::is_plain_word).
+    #[inline]
+    pub(crate) fn moved_out_word(&mut self, device: DeviceId, word: usize, bits: u64) {
+        self.away.insert_word(word, bits);
+        self.holdings[device.index()].frames.insert_word(word, bits);
+        self.occupied |= 1 << device.0;
     }
 
     /// `device`'s window page moved to the CPU, which holds it alone or with the other frames.

@@ -140,6 +140,12 @@ impl<D: Device> AnyMapped for Mapped<D> {
 }
 
 impl<D: Device> Mapped<D> {
+    /// Whether the device's memory is reached by its copy functions alone.
+    #[inline]
+    pub(crate) fn is_opaque(&self) -> bool {
+        self.bounce.is_some()
+    }
+
     /// Reserves the window and asks the device for its table.
     pub(crate) fn new(attached: &MapArc<Attached<D>>, region: &MapArc<Region>) -> Result<Self> {
         let no_memory = |error: std::io::Error| {

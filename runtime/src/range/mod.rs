@@ -213,7 +213,7 @@ impl<D: Device> Range<D> {
                 Ok(())
             });
             match outcome {
-                Outcome::Done(Ok(())) if rest == want => return Ok(()),
+                Outcome::Done(Ok(())) if !alone || rest == want => return Ok(()),
                 Outcome::Done(Ok(())) => rest -= want,
                 Outcome::NoFrames => appetite.refused(&round),
                 Outcome::Done(Err(Interrupted)) => {

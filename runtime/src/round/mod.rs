@@ -135,6 +135,17 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Again;
         };
         let commit = |valid: &Valid| commit(valid, begun);
+        if let Some(narrow) = self.narrow(&state) {
+            if let Some(until) = lease_of_cpu(&mut state) {
+                return Outcome::WaitUntil(until);
+            }
+            match self.take_narrow(&mut state, &narrow, scratch) {
+                Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+                Err(Some(outcome)) => return outcome,
+                // Not as plain as it looked: the mapping is protected, or of another kind.
+                Err(None) => {}
+            }
+        }
         let is_whole =
             self.region.is_whole(self.block) && self.region.kind() != RegionKind::InPlace;
         if !is_whole && let Some(outside) = (self.want - self.servable()).first_from(0) {
@@ -278,15 +289,19 @@ impl<D: Device> Round<'_, D> {
         Rights::of(space, self.region, self.block, self.want | self.company())
     }
 
-    /// The granules around the wanted pages, cut down where device memory is small: a fault for one page must not claim
-    /// more than a quarter of it.
-    fn company(&self) -> PageMask {
+    /// Pages of a granule, cut down where device memory is small: a fault for one page must not claim more than a quarter of it.
+    #[inline]
+    fn granule(&self) -> usize {
         let quarter = (self.mapped.residency().capacity() / 4).max(1);
-        let granule = self.region.granule().min(1 << quarter.ilog2());
+        self.region.granule().min(1 << quarter.ilog2())
+    }
+
+    /// The granules around the wanted pages.
+    fn company(&self) -> PageMask {
         if self.alone {
             return PageMask::EMPTY;
         }
-        let granules = granules_of(self.want, granule);
+        let granules = granules_of(self.want, self.granule());
         if self.region.is_whole(self.block) {
             granules
         } else {

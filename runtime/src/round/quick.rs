@@ -3,12 +3,12 @@
 
 use core::sync::atomic::Ordering;
 
-use crate::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
+use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::{BlockState, OnRead};
 use crate::device::Device;
 use crate::error::Access;
 use crate::mapped::AnyMapped;
-use crate::mask::PageMask;
+use crate::mask::{PageMask, grow_word};
 use crate::movement::{Mover, Stall};
 use crate::region::RegionKind;
 use crate::round::{Outcome, Round, Valid, lease_of_cpu, stopped};
@@ -19,7 +19,123 @@ use crate::stats::count;
 /// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
 const MAX_BLOCKS_AT_ONCE: usize = 32;
 
+/// Pages of one word of a block's masks, consecutive, and all the CPU's alone.
+pub(super) struct Narrow {
+    word: usize,
+    bits: u64,
+    pages: core::ops::Range<usize>,
+}
+
 impl<D: Device> Round<'_, D> {
+    /// [`plain`](Self::plain) for a granule that lies in one word of the masks, as up to 256 KiB do, and is one run. What a fault
+    /// costs beside its system call is, for the most part, fetching the code that makes it: this is a tenth of the code.
+    #[inline]
+    pub(super) fn narrow(&self, state: &BlockState) -> Option<Narrow> {
+        let granule = if self.alone { 1 } else { self.granule() };
+        let (word, want) = self.want.as_word()?;
+        let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
+        let is_managed = self.region.kind() == RegionKind::Managed;
+        // As in `plain`; and opaque memory is filled from the window, run by run.
+        if granule > 64 || !moves || !is_managed || self.mapped.is_opaque() {
+            return None;
+        }
+        let body = if self.region.is_whole(self.block) {
+            !0
+        } else {
+            self.region.body_mask(self.block).word(word)
+        };
+        let bits = grow_word(want, granule) & body;
+        let (low, high) = (bits.trailing_zeros(), 64 - bits.leading_zeros());
+        let is_one_run = high - low.min(high) == bits.count_ones();
+        if want & !body != 0 || !is_one_run || !self.region.door().has_move() {
+            return None;
+        }
+        state
+            .is_plain_word(self.id(), word, bits)
+            .then_some(Narrow {
+                word,
+                bits,
+                pages: word * 64 + low as usize..word * 64 + high as usize,
+            })
+    }
+
+    /// [`take_plain`](Self::take_plain) for such pages.
+    #[inline]
+    pub(super) fn take_narrow<T>(
+        &self,
+        state: &mut BlockState,
+        narrow: &Narrow,
+        scratch: &mut Scratch,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let Narrow { word, bits, .. } = *narrow;
+        let (run, needed) = (narrow.pages.clone(), narrow.pages.len());
+        let residency = self.mapped.residency();
+        if residency.take_failure() {
+            return Err(Some(Outcome::NoFrames));
+        }
+        if !residency.reserve(needed) {
+            return Err(Some(Outcome::Full(needed)));
+        }
+        let interval = self.region.interval(self.block, run.clone());
+        let Ok(_bracket) = self.region.hub().start(interval, self.key) else {
+            residency.release(needed);
+            return Err(Some(Outcome::Again));
+        };
+        count(&self.region.counters().move_calls, 1);
+        let moved = self.region.door().move_pages(
+            self.mapped.window().addr_of(self.block, run.start),
+            self.region.addr_of(self.block, run.start),
+            needed * PAGE_SIZE,
+        );
+        let nr_moved = moved.bytes / PAGE_SIZE;
+        if nr_moved < needed {
+            return self.take_rest(state, run, nr_moved, scratch);
+        }
+        state.moved_out_word(self.id(), word, bits);
+        debug_assert!(
+            state.is_consistent(),
+            "the directory lost a holder: {state:?}"
+        );
+        let demand = self.want.word(word).count_ones() as usize;
+        self.mapped
+            .counters()
+            .to_device(self.cause, demand as u64, (needed - demand) as u64);
+        let pages = PageMask::of_word(word, bits);
+        Ok(Valid {
+            block: self.block,
+            readable: pages,
+            writable: if self.region.is_writable() {
+                pages
+            } else {
+                PageMask::EMPTY
+            },
+            in_place: PageMask::EMPTY,
+        })
+    }
+
+    /// Of `run` the first `nr_moved` pages have moved, and then the kernel stopped: finds out why, page by page, under the same
+    /// hold of the lock (D4). The bracket is open.
+    #[cold]
+    fn take_rest<T>(
+        &self,
+        state: &mut BlockState,
+        run: core::ops::Range<usize>,
+        nr_moved: usize,
+        scratch: &mut Scratch,
+    ) -> Result<Valid, Option<Outcome<T>>> {
+        let stopped_at = run.start + nr_moved;
+        if nr_moved > 0 {
+            state.moved_out(self.id(), PageMask::range(run.start..stopped_at));
+        }
+        let pages = PageMask::range(run.clone());
+        let mut mover = Mover::new(self.region, self.block, state);
+        let moved = mover.take(&**self.mapped, stopped_at..run.end, self.access, scratch);
+        if moved.is_ok() {
+            self.count_arrival(&run);
+        }
+        self.served(state, pages, moved)
+    }
+
     /// The wanted pages and what lies beside them, if they are all the CPU's alone and are to move: the most frequent round by
     /// far. It goes without a plan.
     pub(super) fn plain(&self, state: &BlockState) -> Option<PageMask> {
@@ -77,6 +193,16 @@ impl<D: Device> Round<'_, D> {
                 Ok(())
             })
         };
+        self.served(state, pages, moved)
+    }
+
+    /// What a movement of plain `pages` came to, device memory for all of which was reserved.
+    fn served<T>(
+        &self,
+        state: &BlockState,
+        pages: PageMask,
+        moved: Result<(), Stall>,
+    ) -> Result<Valid, Option<Outcome<T>>> {
         debug_assert!(
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
@@ -94,7 +220,9 @@ impl<D: Device> Round<'_, D> {
             )
         };
         if moved.is_err() {
-            residency.release(needed - resident.count());
+            self.mapped
+                .residency()
+                .release(pages.count() - resident.count());
         }
         let writable = if self.region.is_writable() {
             owned
@@ -175,7 +303,7 @@ impl<D: Device> Round<'_, D> {
         let (space, region, id) = (AddressSpace::global(), self.region, self.id());
         let moves = self.access == Access::Write || region.on_read() == OnRead::Migrate;
         // Opaque memory is filled from the window, in rounds.
-        let is_opaque = self.mapped.bounce().is_some();
+        let is_opaque = self.mapped.is_opaque();
         if !moves || is_opaque || region.kind() != RegionKind::Managed || !region.door().has_move()
         {
             return 0;
@@ -215,7 +343,7 @@ impl<D: Device> Round<'_, D> {
             addr,
             n * BLOCK_SIZE,
         );
-        let nr_moved = moved.bytes / crate::addr::PAGE_SIZE;
+        let nr_moved = moved.bytes / PAGE_SIZE;
         let mut nr_arrived = 0;
         let mut nr_complete = 0;
         for (i, state) in states.iter_mut().flatten().enumerate() {
