@@ -66,6 +66,8 @@ pub struct Rig {
     range: Range<Idle>,
     mapped: MappedRef<Idle>,
     attachment: Attachment<Idle>,
+    /// Other devices that map the memory.
+    others: Vec<(Range<Idle>, MappedRef<Idle>, Attachment<Idle>)>,
     buffer: Buffer<u8>,
 }
 
@@ -96,8 +98,42 @@ impl Rig {
             range,
             mapped,
             attachment,
+            others: Vec::new(),
             buffer,
         })
+    }
+
+    /// Attaches `nr` other devices, which map the memory too.
+    ///
+    /// # Errors
+    /// As [`svm::attach`].
+    pub fn with_others(mut self, nr: usize) -> Result<Self> {
+        for _ in 0..nr {
+            let attachment = svm::attach(Idle::default(), AttachOptions::new())?;
+            let mapped = attachment.map(self.buffer.view().region())?;
+            self.others.push((attachment.range()?, mapped, attachment));
+        }
+        Ok(self)
+    }
+
+    /// The other devices read `pages` of one block.
+    ///
+    /// # Errors
+    /// The fault that ended it.
+    pub fn others_read(&mut self, pages: &std::ops::Range<usize>) -> Result<()> {
+        for (range, mapped, _) in &mut self.others {
+            range.fault_in(
+                mapped,
+                pages.clone(),
+                Access::Read,
+                0,
+                TIMEOUT,
+                |valid, _guard| {
+                    install(mapped.table(), valid);
+                },
+            )?;
+        }
+        Ok(())
     }
 
     /// One device fault on `pages` of one block, as a worker makes it.

@@ -194,6 +194,40 @@ pub fn compare(
     ))
 }
 
+/// Runs `job` for each of `parts` on a thread of its own, together, and gathers what they measured.
+///
+/// # Errors
+/// What one of them ended with.
+pub fn side_by_side<P: Send>(
+    parts: impl IntoIterator<Item = P>,
+    samples: &mut Samples,
+    job: impl Fn(P, &mut Samples) -> Result<()> + Sync,
+) -> Result<()> {
+    let parts: Vec<_> = parts.into_iter().collect();
+    let start = &std::sync::Barrier::new(parts.len());
+    let job = &job;
+    let all: Vec<Result<Samples>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = parts
+            .into_iter()
+            .map(|part| {
+                scope.spawn(move || {
+                    let mut samples = Samples::new();
+                    start.wait();
+                    job(part, &mut samples).map(|()| samples)
+                })
+            })
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .collect()
+    });
+    for of_one in all {
+        samples.absorb(&of_one?);
+    }
+    Ok(())
+}
+
 /// The progress of a whole bench.
 #[derive(Debug)]
 pub struct Progress(ProgressBar);

@@ -1,4 +1,5 @@
-//! What grows with what: fault cost with the size of a region and their number, rates with threads, time with workers.
+//! What grows with what: fault cost with the size of a region, the pages in it and their number, with devices and with
+//! threads; time with workers; memory with pages.
 //!
 //! Here the floor is ours in the small: the same thing with one of what there are many of.
 //!
@@ -7,10 +8,11 @@
 use accel_sim::Accelerator;
 use anyhow::{Result, ensure};
 use benches::device::Rig;
+use benches::floors::inline::{self, LAPS};
 use benches::floors::raw::{Area, Faults, Uffd};
-use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
+use benches::harness::{Args, Case, Progress, Samples, Subject, compare, side_by_side};
 use benches::machine::{Machine, Setting};
-use benches::report::{Note, Results, Target, publish};
+use benches::report::{Note, Results, Series, Target, publish};
 use clap::Parser;
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
@@ -18,45 +20,116 @@ use svm::{Access, Buffer, Granule, Options};
 const MIB: usize = 1 << 20;
 /// What is faulted on, of a region of any size.
 const PART: usize = 4 * MIB;
+/// What one fault moves.
+const GRANULE: usize = Granule::Big.bytes();
+/// Ten million pages of address space.
+const SPARSE: usize = 10_000_000;
 
-/// Device fault and CPU fault by turns over a part of a region.
-struct Faults4MiB {
+/// Device fault and CPU fault by turns, at some places of a region.
+struct ThereAndBack {
     rig: Rig,
+    /// First byte, step and number of the places.
     from: usize,
+    step: usize,
+    nr: usize,
     /// Regions that are only there.
     _others: Vec<Buffer<u8>>,
 }
 
-impl Faults4MiB {
+impl ThereAndBack {
+    /// Granule by granule over 4 MiB in the middle of a region of `len` bytes, of which those are populated, beside so many regions.
     fn new(len: usize, nr_others: usize) -> Result<Self> {
-        let options = Options::new();
         let from = (len - PART) / 2 / (2 * MIB) * (2 * MIB);
+        Self::in_part(len, from..from + PART, from, nr_others)
+    }
+
+    /// The same in a region of `nr_pages` pages, all populated.
+    fn populated(nr_pages: usize) -> Result<Self> {
+        let len = (nr_pages * PAGE_SIZE).max(PART);
+        let from = (len - PART) / 2 / (2 * MIB) * (2 * MIB);
+        Self::in_part(len, 0..len, from, 0)
+    }
+
+    fn in_part(
+        len: usize,
+        populated: std::ops::Range<usize>,
+        from: usize,
+        nr_others: usize,
+    ) -> Result<Self> {
         let others = (0..nr_others)
             .map(|_| Buffer::zeroed(PAGE_SIZE))
             .collect::<Result<_, _>>()?;
         Ok(Self {
-            rig: Rig::sparse(len, from..from + PART, &options)?,
+            rig: Rig::sparse(len, populated, &Options::new())?,
             from,
+            step: GRANULE,
+            nr: PART / GRANULE,
             _others: others,
+        })
+    }
+
+    /// One page in each of 64 places, evenly spread over a region of `nr_pages` pages; the rest is never touched.
+    fn sparse(nr_pages: usize) -> Result<Self> {
+        const PLACES: usize = 64;
+        let step = nr_pages / PLACES * PAGE_SIZE;
+        let options = Options::new().granule(Granule::Page);
+        let mut rig = Rig::sparse(nr_pages * PAGE_SIZE, 0..PAGE_SIZE, &options)?;
+        for place in 0..PLACES {
+            rig.bytes()[place * step] = 1;
+        }
+        Ok(Self {
+            rig,
+            from: 0,
+            step,
+            nr: PLACES,
+            _others: Vec::new(),
         })
     }
 }
 
-impl Subject for Faults4MiB {
+impl Subject for ThereAndBack {
     fn arm(&mut self) -> Result<()> {
         Ok(())
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let granule = Granule::Big;
-        let first = self.rig.first_page() + self.from / PAGE_SIZE;
-        for i in 0..PART / granule.bytes() {
-            let page = first + i * granule.pages();
+        let first = self.rig.first_page();
+        for i in 0..self.nr {
+            let at = self.from + i * self.step;
+            let page = first + at / PAGE_SIZE;
             samples.time(|| -> Result<()> {
                 self.rig.fault(page..page + 1, Access::Write)?;
-                self.rig.bytes()[self.from + i * granule.bytes()] = 2;
+                self.rig.bytes()[at] = 2;
                 Ok(())
             })?;
+        }
+        Ok(())
+    }
+}
+
+/// The CPU writes granules of which so many devices beside the first hold copies.
+struct Collapse(Rig);
+
+impl Collapse {
+    fn new(nr_others: usize) -> Result<Self> {
+        let options = Options::new().read_mostly(true);
+        Ok(Self(Rig::new(2 * MIB, &options)?.with_others(nr_others)?))
+    }
+}
+
+impl Subject for Collapse {
+    fn arm(&mut self) -> Result<()> {
+        let first = self.0.first_page();
+        for page in (first..first + 2 * MIB / PAGE_SIZE).step_by(GRANULE / PAGE_SIZE) {
+            self.0.fault(page..page + 1, Access::Read)?;
+            self.0.others_read(&(page..page + 1))?;
+        }
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        for byte in self.0.bytes().iter_mut().step_by(GRANULE) {
+            samples.time(|| *std::hint::black_box(&mut *byte) = 3);
         }
         Ok(())
     }
@@ -133,8 +206,15 @@ impl Subject for Launch {
     }
 }
 
-/// Two threads, each faulting on a region of its own, against one of them.
-struct Threads(Vec<Faults4MiB>);
+/// Threads that fault side by side, each on a region of its own.
+struct Threads(Vec<ThereAndBack>);
+
+impl Threads {
+    fn new(nr: usize) -> Result<Self> {
+        let threads: Result<_> = (0..nr).map(|_| ThereAndBack::new(PART, 0)).collect();
+        Ok(Self(threads?))
+    }
+}
 
 impl Subject for Threads {
     fn arm(&mut self) -> Result<()> {
@@ -142,168 +222,253 @@ impl Subject for Threads {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let all: Vec<Result<Samples>> = std::thread::scope(|scope| {
-            let run = |subject: &mut Faults4MiB| -> Result<Samples> {
-                let _signals = svm::worker_thread();
-                let mut samples = Samples::new();
-                for _ in 0..4 {
-                    subject.pass(&mut samples)?;
-                }
-                Ok(samples)
-            };
-            let threads: Vec<_> = self
-                .0
-                .iter_mut()
-                .map(|subject| scope.spawn(move || run(subject)))
-                .collect();
-            threads
-                .into_iter()
-                .map(|thread| thread.join().expect("no panic"))
-                .collect()
-        });
-        for of_one in all {
-            samples.absorb(&of_one?);
-        }
-        Ok(())
+        side_by_side(&mut self.0, samples, |subject, samples| {
+            let _signals = svm::worker_thread();
+            (0..LAPS).try_for_each(|_| subject.pass(samples))
+        })
     }
 }
 
-/// Resident bytes of this process.
+/// Bytes of anonymous memory that this process has in RAM.
 fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    statm
-        .split(' ')
-        .nth(1)
-        .and_then(|pages| pages.parse::<usize>().ok())
-        .unwrap_or(0)
-        * PAGE_SIZE
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<usize>().ok());
+    kib.unwrap_or(0) * 1024
 }
 
-/// What the runtime keeps for each page: of a region whose blocks have all been away once, less the pages themselves.
-fn bookkeeping() -> Result<Vec<Note>> {
+/// What the runtime keeps: for good, for each page of a region whose blocks have all been away once, and for a region that is
+/// reserved and touched sparsely.
+fn bookkeeping(fixed: usize) -> Result<Vec<Note>> {
     const LEN: usize = 256 * MIB;
+    let mib = |bytes: usize| bytes as f64 / MIB as f64;
+    let mut notes = vec![Note::new(
+        "bookkeeping, fixed: resident for the first mirror and device",
+        mib(fixed),
+        "MiB",
+        Some(1.0),
+    )];
     let before = resident();
     let mut rig = Rig::new(LEN, &Options::new().granule(Granule::Huge))?;
     let first = rig.first_page();
     rig.prefetch(first..first + LEN / PAGE_SIZE, Access::Write)?;
     rig.release()?;
     let kept = resident().saturating_sub(before + LEN);
-    let per_page = kept as f64 / (LEN / PAGE_SIZE) as f64;
     drop(rig);
-    // Ten million pages of address space, of which one in ten thousand is touched.
-    const SPARSE: usize = 10_000_000 * PAGE_SIZE;
+    notes.push(Note::new(
+        "bookkeeping, all blocks used",
+        kept as f64 / (LEN / PAGE_SIZE) as f64,
+        "bytes a page",
+        Some(8.0),
+    ));
     let before = resident();
-    let mut sparse = Buffer::<u8>::zeroed(SPARSE)?;
+    let mut sparse = Buffer::<u8>::zeroed(SPARSE * PAGE_SIZE)?;
     let touched = (0..SPARSE)
-        .step_by(10_000 * PAGE_SIZE)
-        .map(|at| sparse.as_mut_slice()[at] = 1)
+        .step_by(10_000)
+        .map(|page| sparse.as_mut_slice()[page * PAGE_SIZE] = 1)
         .count();
-    let kept = resident().saturating_sub(before) as f64 / MIB as f64;
-    Ok(vec![
-        Note {
-            name: "bookkeeping, all blocks used".into(),
-            value: per_page,
-            unit: "bytes a page",
-            target: Some(8.0),
+    let kept = resident().saturating_sub(before + touched * PAGE_SIZE);
+    notes.push(Note::new(
+        format!("bookkeeping, 10^7 pages reserved and {touched} touched"),
+        kept as f64 / touched as f64,
+        "bytes a touched page, its own contents apart",
+        None,
+    ));
+    Ok(notes)
+}
+
+/// What a first mirror, and a device on it, leave behind when they are gone.
+fn first_mirror() -> Result<usize> {
+    let before = resident();
+    let mut rig = Rig::new(PAGE_SIZE, &Options::new())?;
+    let page = rig.first_page();
+    rig.fault(page..page + 1, Access::Write)?;
+    rig.bytes()[0] = 1;
+    Ok(resident().saturating_sub(before))
+}
+
+type Make = Box<dyn Fn() -> Result<Box<dyn Subject>>>;
+
+/// One comparison: what is measured, of what size, against what, and the ratio that it may come to.
+struct Row {
+    name: String,
+    floor: &'static str,
+    make_floor: Make,
+    make_ours: Make,
+    target: Option<f64>,
+    /// Which curve it is a point of: its name, what grows, the smallest size and this one.
+    curve: Option<(&'static str, &'static str, f64, f64)>,
+}
+
+fn boxed<S: Subject + 'static>(make: impl Fn() -> Result<S> + 'static) -> Make {
+    Box::new(move || Ok(Box::new(make()?)))
+}
+
+fn rows(quick: bool) -> Vec<Row> {
+    let mut rows = Vec::new();
+    let mut curve = |name: &'static str,
+                     x: &'static str,
+                     floor: &'static str,
+                     smallest: f64,
+                     make_floor: fn() -> Make,
+                     sizes: &[usize],
+                     make_ours: fn(usize) -> Make,
+                     target: Option<f64>| {
+        for &size in sizes {
+            rows.push(Row {
+                name: format!("{name}, {size} {x}"),
+                floor,
+                make_floor: make_floor(),
+                make_ours: make_ours(size),
+                target,
+                curve: Some((name, x, smallest, size as f64)),
+            });
+        }
+    };
+    let small = || boxed(|| ThereAndBack::new(PART, 0));
+    curve(
+        "there and back, 64 KiB, in a region",
+        "MiB",
+        "4 MiB",
+        4.0,
+        small,
+        if quick { &[4096] } else { &[64, 1024, 4096] },
+        |mib| boxed(move || ThereAndBack::new(mib * MIB, 0)),
+        Some(1.1),
+    );
+    curve(
+        "there and back, 64 KiB, one region of",
+        "regions",
+        "1 region",
+        1.0,
+        small,
+        if quick { &[100] } else { &[10, 100, 1000] },
+        |regions| boxed(move || ThereAndBack::new(PART, regions - 1)),
+        Some(1.2),
+    );
+    curve(
+        "there and back, 64 KiB, in a region with",
+        "pages populated",
+        "10^3 pages",
+        1e3,
+        || boxed(|| ThereAndBack::populated(1_000)),
+        if quick {
+            &[10_000]
+        } else {
+            &[10_000, 100_000, 1_000_000]
         },
-        Note {
-            name: format!("10^7 pages reserved, {touched} touched: resident"),
-            value: kept,
-            unit: "MiB",
-            target: None,
+        |pages| boxed(move || ThereAndBack::populated(pages)),
+        Some(1.1),
+    );
+    curve(
+        "there and back, 4 KiB, 64 places in a region of",
+        "pages reserved",
+        "64 blocks",
+        64.0 * 512.0,
+        || boxed(|| ThereAndBack::sparse(64 * 512)),
+        if quick {
+            &[1_000_000]
+        } else {
+            &[1_000_000, SPARSE]
         },
-    ])
+        |pages| boxed(move || ThereAndBack::sparse(pages)),
+        Some(1.1),
+    );
+    curve(
+        "cpu write, 64 KiB that are shared by",
+        "devices",
+        "1 device",
+        1.0,
+        || boxed(|| Collapse::new(0)),
+        if quick { &[2] } else { &[2, 4, 7] },
+        |devices| boxed(move || Collapse::new(devices - 1)),
+        None,
+    );
+    curve(
+        "there and back, 64 KiB, threads at once:",
+        "threads",
+        "1 thread",
+        1.0,
+        || boxed(|| Threads::new(1)),
+        if quick { &[2] } else { &[2, 4] },
+        |threads| boxed(move || Threads::new(threads)),
+        None,
+    );
+    curve(
+        "launch over 16 MiB by",
+        "workers",
+        "1 worker",
+        1.0,
+        || boxed(|| Launch::new(1)),
+        if quick { &[64] } else { &[2, 8, 64] },
+        |workers| boxed(move || Launch::new(workers)),
+        Some(2.0),
+    );
+    rows.push(Row {
+        name: "there and back, 64 KiB, 2 threads".into(),
+        floor: "F5 + F2, 2 threads",
+        make_floor: boxed(|| Ok(inline::ThereAndBack::new(2, PART, GRANULE))),
+        make_ours: boxed(|| Threads::new(2)),
+        // 0.8 of the floor's rate.
+        target: Some(1.25),
+        curve: None,
+    });
+    rows.push(Row {
+        name: "mirror and drop, 64 MiB".into(),
+        floor: "REGISTER + UNREGISTER",
+        make_floor: boxed(|| {
+            let area = Area::new(64 * MIB, false);
+            area.populate();
+            Ok(Register(Uffd::open(Faults::Signal), area))
+        }),
+        make_ours: boxed(|| Ok(Mirror(vec![1; 64 * MIB]))),
+        target: Some(1.5),
+        curve: None,
+    });
+    rows
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
     let machine = Machine::here();
+    let fixed = first_mirror()?;
     let _signals = svm::worker_thread();
-    let rounds = args.rounds(21);
-    type Make = fn() -> Result<Box<dyn Subject>>;
-    let small: Make = || Ok(Box::new(Faults4MiB::new(PART, 0)?));
-    let cases: [(&str, &str, Make, Make, f64); 5] = [
-        (
-            "fault there and back, region of 4 GiB",
-            "4 MiB",
-            small,
-            || Ok(Box::new(Faults4MiB::new(4 * 1024 * MIB, 0)?)),
-            1.1,
-        ),
-        (
-            "fault there and back, 1000 regions",
-            "1 region",
-            small,
-            || Ok(Box::new(Faults4MiB::new(PART, 1000)?)),
-            1.2,
-        ),
-        (
-            "fault there and back, 2 threads",
-            "1 thread",
-            || Ok(Box::new(Threads(vec![Faults4MiB::new(PART, 0)?]))),
-            || {
-                Ok(Box::new(Threads(vec![
-                    Faults4MiB::new(PART, 0)?,
-                    Faults4MiB::new(PART, 0)?,
-                ])))
-            },
-            1.25,
-        ),
-        (
-            "launch on 64 workers",
-            "1 worker",
-            || Ok(Box::new(Launch::new(1)?)),
-            || Ok(Box::new(Launch::new(64)?)),
-            2.0,
-        ),
-        (
-            "mirror and drop, 64 MiB",
-            "REGISTER",
-            || {
-                let area = Area::new(64 * MIB, false);
-                area.populate();
-                Ok(Box::new(Register(Uffd::open(Faults::Signal), area)))
-            },
-            || Ok(Box::new(Mirror(vec![1; 64 * MIB]))),
-            1.5,
-        ),
-    ];
-    let cases: Vec<_> = cases
+    let rounds = args.rounds(15);
+    let rows: Vec<_> = rows(args.quick)
         .into_iter()
-        .filter(|case| args.wants(case.0))
+        .filter(|row| args.wants(&row.name))
         .collect();
-    let progress = Progress::new(cases.len(), rounds);
-    let mut outcomes = Vec::new();
-    for (name, floor, make_floor, make_ours, target) in cases {
+    let progress = Progress::new(rows.len(), rounds);
+    let mut results = Results::default();
+    for row in rows {
         let case = Case {
-            name: name.into(),
+            name: row.name,
             delivery: "inline",
             setting: Setting::Quiet,
-            floor,
-            target: Some(Target::p50_alone(target)),
+            floor: row.floor,
+            target: row.target.map(Target::p50_alone),
         };
-        outcomes.push(compare(
-            case,
-            rounds,
-            &mut *make_floor()?,
-            &mut *make_ours()?,
-            &progress,
-        )?);
+        let (mut floor, mut ours) = ((row.make_floor)()?, (row.make_ours)()?);
+        let outcome = compare(case, rounds, &mut *floor, &mut *ours, &progress)?;
+        if let Some((name, x, smallest, size)) = row.curve {
+            if results
+                .series
+                .last()
+                .is_none_or(|s| (s.name.as_str(), s.x) != (name, x))
+            {
+                results.series.push(Series::new(name, x, row.target));
+            }
+            if let Some(series) = results.series.last_mut() {
+                series.push(smallest, size, &outcome);
+            }
+        }
+        results.cases.push(outcome);
     }
     progress.finish();
-    let notes = if args.wants("bookkeeping") {
-        bookkeeping()?
-    } else {
-        Vec::new()
-    };
-    publish(
-        "scaling",
-        &args,
-        &machine,
-        &Results {
-            cases: outcomes,
-            notes,
-            ..Results::default()
-        },
-    )
+    if args.wants("bookkeeping") {
+        results.notes = bookkeeping(fixed)?;
+    }
+    publish("scaling", &args, &machine, &results)
 }

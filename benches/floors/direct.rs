@@ -130,3 +130,99 @@ impl Subject for MinorFault {
         Ok(())
     }
 }
+
+/// F6: memcpy of `granule` bytes, source and destination populated.
+#[derive(Debug)]
+pub struct Memcpy {
+    src: Area,
+    dst: Area,
+    granule: usize,
+}
+
+impl Memcpy {
+    /// `len` bytes, `granule` at a time.
+    #[must_use]
+    pub fn new(len: usize, granule: usize) -> Self {
+        let (src, dst) = (Area::new(len, false), Area::new(len, false));
+        src.populate();
+        dst.populate();
+        Self { src, dst, granule }
+    }
+}
+
+impl Subject for Memcpy {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        for at in (0..self.src.len()).step_by(self.granule) {
+            let src = ptr::with_exposed_provenance::<u8>(self.src.addr() + at);
+            let dst = ptr::with_exposed_provenance_mut::<u8>(self.dst.addr() + at);
+            // SAFETY: two areas of the floor's own, of which no reference exists; `granule` divides their length.
+            samples.time(|| unsafe { ptr::copy_nonoverlapping(src, dst, self.granule) });
+        }
+        Ok(())
+    }
+}
+
+/// F6: memory protected by `mprotect`, and a `SIGSEGV` handler that lifts the protection of the page.
+#[derive(Debug)]
+pub struct Mprotect(Area);
+
+impl Mprotect {
+    /// `len` bytes.
+    #[must_use]
+    pub fn new(len: usize) -> Self {
+        let area = Area::new(len, false);
+        area.populate();
+        Self(area)
+    }
+}
+
+extern "C" fn on_segv(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: with SA_SIGINFO the kernel passes a siginfo_t that lives as long as this frame.
+    let info = unsafe { &*info };
+    // SAFETY: for SIGSEGV the kernel fills in the address.
+    let addr = unsafe { info.si_addr() }.addr();
+    let page = ptr::with_exposed_provenance_mut(addr & !(svm::addr::PAGE_SIZE - 1));
+    // SAFETY: only the area's pages are protected; they become what they were.
+    let result = unsafe {
+        libc::mprotect(
+            page,
+            svm::addr::PAGE_SIZE,
+            libc::PROT_READ | libc::PROT_WRITE,
+        )
+    };
+    if result != 0 {
+        // Another fault than the floor's: it would be repeated for ever.
+        std::process::abort();
+    }
+}
+
+impl Subject for Mprotect {
+    fn arm(&mut self) -> Result<()> {
+        // SAFETY: the floor's own area.
+        let result = unsafe {
+            libc::mprotect(
+                ptr::with_exposed_provenance_mut(self.0.addr()),
+                self.0.len(),
+                libc::PROT_READ,
+            )
+        };
+        anyhow::ensure!(result == 0, "floor: mprotect");
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let _handler = super::inline::Handler::install(libc::SIGSEGV, on_segv);
+        for at in (0..self.0.len()).step_by(svm::addr::PAGE_SIZE) {
+            samples.time(|| self.0.write(at));
+        }
+        Ok(())
+    }
+}

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::raw::Faults;
 use super::{Job, Pair, resolve};
-use crate::harness::{Samples, Subject};
+use crate::harness::{Samples, Subject, side_by_side};
 
 static FD: AtomicI32 = AtomicI32::new(-1);
 static JOB: AtomicU8 = AtomicU8::new(0);
@@ -38,28 +38,31 @@ extern "C" fn on_bus(
     );
 }
 
-/// The bare handler in the place of whoever had the signal, until it is dropped.
-struct Handler {
+/// A bare handler in the place of whoever had the signal, until it is dropped.
+pub(super) struct Handler {
+    signal: libc::c_int,
     before: libc::sigaction,
 }
 
+type OnSignal = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+
 impl Handler {
-    fn install() -> Self {
+    pub(super) fn install(signal: libc::c_int, handler: OnSignal) -> Self {
         // SAFETY: a sigaction is integers and an optional function: zero is a value.
         let (mut before, mut action): (libc::sigaction, libc::sigaction) =
             unsafe { std::mem::zeroed() };
-        action.sa_sigaction = on_bus as *const () as libc::sighandler_t;
+        action.sa_sigaction = handler as *const () as libc::sighandler_t;
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
-        // SAFETY: both are valid; the handler makes one system call and nothing else.
-        unsafe { libc::sigaction(libc::SIGBUS, &raw const action, &raw mut before) };
-        Self { before }
+        // SAFETY: both are valid; the floors' handlers make one system call and nothing else.
+        unsafe { libc::sigaction(signal, &raw const action, &raw mut before) };
+        Self { signal, before }
     }
 }
 
 impl Drop for Handler {
     fn drop(&mut self) {
         // SAFETY: the action that was there before.
-        unsafe { libc::sigaction(libc::SIGBUS, &raw const self.before, ptr::null_mut()) };
+        unsafe { libc::sigaction(self.signal, &raw const self.before, ptr::null_mut()) };
     }
 }
 
@@ -95,9 +98,9 @@ pub(super) fn arm(pair: &Pair, job: Job) {
     }
 }
 
-impl Subject for Inline {
-    fn arm(&mut self) -> Result<()> {
-        arm(&self.pair, self.job);
+impl Inline {
+    /// Tells the handler what to do, and where.
+    fn publish(&self) {
         FD.store(self.pair.uffd.fd(), Relaxed);
         JOB.store(u8::from(self.job == Job::MoveHome), Relaxed);
         BYTES.store(self.granule, Relaxed);
@@ -105,14 +108,67 @@ impl Subject for Inline {
             self.pair.frames.addr().wrapping_sub(self.pair.host.addr()),
             Relaxed,
         );
+    }
+}
+
+impl Subject for Inline {
+    fn arm(&mut self) -> Result<()> {
+        arm(&self.pair, self.job);
+        self.publish();
         Ok(())
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let _handler = Handler::install();
+        let _handler = Handler::install(libc::SIGBUS, on_bus);
         for at in (0..self.pair.host.len()).step_by(self.granule) {
             samples.time(|| self.pair.host.write(at));
         }
         Ok(())
+    }
+}
+
+/// F5 and F2 by turns, on as many threads, each in its own part of one area: what two threads that fault can reach.
+#[derive(Debug)]
+pub struct ThereAndBack {
+    inline: Inline,
+    threads: usize,
+}
+
+/// How often each thread goes through its part in a pass.
+pub const LAPS: usize = 4;
+
+impl ThereAndBack {
+    /// `threads` threads with `len` bytes each.
+    #[must_use]
+    pub fn new(threads: usize, len: usize, granule: usize) -> Self {
+        Self {
+            inline: Inline::new(Job::MoveHome, threads * len, granule),
+            threads,
+        }
+    }
+}
+
+impl Subject for ThereAndBack {
+    fn arm(&mut self) -> Result<()> {
+        self.inline.publish();
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let _handler = Handler::install(libc::SIGBUS, on_bus);
+        let Inline { pair, granule, .. } = &self.inline;
+        let (part, granule) = (pair.host.len() / self.threads, *granule);
+        side_by_side(0..self.threads, samples, |thread, samples| {
+            for _ in 0..LAPS {
+                for at in (thread * part..(thread + 1) * part).step_by(granule) {
+                    samples.time(|| {
+                        let (frame, host) = (pair.frames.addr() + at, pair.host.addr() + at);
+                        pair.uffd.move_pages(frame, host, granule);
+                        pair.host.write(at);
+                    });
+                }
+            }
+            Ok(())
+        })
     }
 }
