@@ -1,18 +1,20 @@
-//! One fault of each kind against its floor: F1 to F5.
+//! One fault of each kind against its floor: F1 to F5; beside them F6, and where the time of a fault goes.
 //!
 //! `cargo bench -p benches --bench fault_latency -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
 use anyhow::Result;
 use benches::device::Rig;
 use benches::floors::Job;
-use benches::floors::direct::{Move, ProtectAndCopy};
+use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy};
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu};
-use benches::report::{Results, Target, publish};
+use benches::report::{Figure, Note, Outcome, Results, Target, publish};
 use clap::Parser;
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use svm::notifier::{Hub, Interval};
+use svm::sync::{Deadline, Gate, Mutex};
 use svm::{Access, Delivery, Granule, Options};
 
 const MIB: usize = 1 << 20;
@@ -351,6 +353,197 @@ fn rows() -> Vec<Row> {
     ]
 }
 
+/// F6, for comparison: what other ways to learn of an access cost, and what a copy does.
+fn context(rounds: usize) -> Result<Vec<Note>> {
+    let mut subjects: [(&str, Box<dyn Subject>); 5] = [
+        ("F6 plain minor fault", Box::new(MinorFault::new(MIB))),
+        ("F6 mprotect and SIGSEGV", Box::new(Mprotect::new(MIB))),
+        (
+            "F6 memcpy, 4 KiB",
+            Box::new(Memcpy::new(16 * MIB, PAGE_SIZE)),
+        ),
+        (
+            "F6 memcpy, 64 KiB",
+            Box::new(Memcpy::new(64 * MIB, Granule::Big.bytes())),
+        ),
+        (
+            "F6 memcpy, 2 MiB",
+            Box::new(Memcpy::new(64 * MIB, Granule::Huge.bytes())),
+        ),
+    ];
+    let mut all: [Samples; 5] = std::array::from_fn(|_| Samples::new());
+    for _ in 0..rounds {
+        for ((_, subject), samples) in subjects.iter_mut().zip(&mut all) {
+            subject.arm()?;
+            subject.pass(samples)?;
+        }
+    }
+    Ok(subjects
+        .iter()
+        .zip(&all)
+        .map(|((name, _), samples)| Note::new(*name, samples.quantile(0.5) as f64, "ns", None))
+        .collect())
+}
+
+/// Nanoseconds that `piece` takes, alone and over and over: the median of batches.
+fn alone<R>(mut piece: impl FnMut() -> R) -> f64 {
+    const BATCH: u32 = 1_000;
+    let mut samples = Samples::new();
+    for _ in 0..101 {
+        samples.time(|| {
+            for _ in 0..BATCH {
+                std::hint::black_box(piece());
+            }
+        });
+    }
+    samples.quantile(0.5) as f64 / f64::from(BATCH)
+}
+
+/// Where the time of a fault goes. What the kernel takes follows from the floors; the rest is the runtime's, and of it the pieces
+/// that can be run alone are: in a fault, where their code is not in the cache, they cost more.
+fn breakdown(outcomes: &[Outcome]) -> Vec<Note> {
+    let find = |name: &str, delivery: &str| {
+        outcomes
+            .iter()
+            .find(|o| o.name == name && o.delivery == delivery && o.setting == Setting::Quiet)
+    };
+    let (Some(touch), Some(write), Some(migrate), Some(duplicate)) = (
+        find("cpu touch, device page, 4 KiB", "inline"),
+        find("cpu write, shared page, 4 KiB", "inline"),
+        find("device migrates, 4 KiB", "inline"),
+        find("device duplicates, 4 KiB", "inline"),
+    ) else {
+        return Vec::new();
+    };
+    let ns = |name: &str, value: f64| Note::new(format!("step: {name}"), value, "ns", None);
+    let p50 = |figure: &Figure| figure.p50 as f64;
+    let gate = Gate::new();
+    let lock = Mutex::new(0_u64);
+    let hub = Hub::new();
+    let interval = Interval::new(0x10_0000, 0x10_1000);
+    let range = hub.insert(interval);
+    let clock = alone(std::time::Instant::now);
+    vec![
+        ns("the clock, read twice (in every figure)", 2.0 * clock),
+        // SAFETY: getppid takes nothing and changes nothing.
+        ns("an empty system call", alone(|| unsafe { libc::getppid() })),
+        ns("MOVE of 4 KiB (F5)", p50(&migrate.floor)),
+        ns(
+            "exception, signal and return (F2 - F5)",
+            p50(&touch.floor) - p50(&migrate.floor),
+        ),
+        ns(
+            "un-protecting 4 KiB (F1 - (F2 - F5))",
+            p50(&write.floor) - (p50(&touch.floor) - p50(&migrate.floor)),
+        ),
+        ns(
+            "runtime in a CPU touch (ours - F2)",
+            p50(&touch.ours) - p50(&touch.floor),
+        ),
+        ns(
+            "runtime in a CPU write (ours - F1)",
+            p50(&write.ours) - p50(&write.floor),
+        ),
+        ns(
+            "runtime in a migration (ours - F5)",
+            p50(&migrate.ours) - p50(&migrate.floor),
+        ),
+        ns(
+            "runtime in a duplication (ours - F4)",
+            p50(&duplicate.ours) - p50(&duplicate.floor),
+        ),
+        ns("gate, entered and left", alone(|| drop(gate.enter()))),
+        ns("a lock, taken and released", alone(|| drop(lock.lock()))),
+        ns(
+            "range: begin and look",
+            alone(|| {
+                range
+                    .begin(Deadline::NEVER)
+                    .is_ok_and(|token| range.interrupted(token))
+            }),
+        ),
+        ns(
+            "bracket: start and end",
+            alone(|| drop(hub.start(interval, None))),
+        ),
+    ]
+}
+
+/// What the kernel has counted: interrupts from one CPU to another, and context switches of this process.
+fn kernel_counts() -> (u64, u64) {
+    let table = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
+    let interrupts = table
+        .lines()
+        .filter_map(|line| {
+            line.trim_start()
+                .strip_prefix("TLB:")
+                .or_else(|| line.trim_start().strip_prefix("CAL:"))
+        })
+        .flat_map(str::split_whitespace)
+        .map_while(|word| word.parse::<u64>().ok())
+        .sum();
+    // SAFETY: an rusage is integers: zero is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is valid for the call.
+    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+    (
+        interrupts,
+        (usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs(),
+    )
+}
+
+/// What a fault takes of the kernel, counted: system calls that move, interrupts of the other CPU, context switches.
+fn counts(rounds: usize) -> Result<Vec<Note>> {
+    let kinds = [
+        ("cpu write", Kind::CpuWriteShared),
+        ("cpu touch", Kind::CpuTouchAway),
+        ("duplication", Kind::DeviceDuplicates),
+        ("migration", Kind::DeviceMigrates),
+    ];
+    let mut notes = Vec::new();
+    for (name, kind) in kinds {
+        for delivery in [Delivery::Inline, Delivery::Thread] {
+            let is_cpu = matches!(kind, Kind::CpuWriteShared | Kind::CpuTouchAway);
+            if delivery == Delivery::Thread && !is_cpu {
+                continue;
+            }
+            for setting in [Setting::Quiet, Setting::Busy] {
+                let _company = Company::for_setting(setting, THERE);
+                let mut ours = Ours::new(kind, delivery, MIB, Granule::Page, false)?;
+                let (mut calls, mut interrupts, mut switches) = (0, 0, 0);
+                let mut samples = Samples::new();
+                for _ in 0..rounds {
+                    ours.arm()?;
+                    let before = (ours.rig.stats(), kernel_counts());
+                    ours.pass(&mut samples)?;
+                    let after = (ours.rig.stats(), kernel_counts());
+                    calls += (after.0 - before.0).movement_calls();
+                    interrupts += after.1.0 - before.1.0;
+                    switches += after.1.1 - before.1.1;
+                }
+                let door = if delivery == Delivery::Inline {
+                    "inline"
+                } else {
+                    "thread"
+                };
+                for (what, n) in [
+                    ("moving system calls", calls),
+                    ("interrupts between CPUs (of the whole machine)", interrupts),
+                    ("context switches", switches),
+                ] {
+                    notes.push(Note::new(
+                        format!("count: {name}, {door}, {}: {what}", setting.name()),
+                        n as f64 / samples.len() as f64,
+                        "a fault",
+                        None,
+                    ));
+                }
+            }
+        }
+    }
+    Ok(notes)
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let machine = Machine::here();
@@ -390,6 +583,14 @@ fn main() -> Result<()> {
         }
     }
     progress.finish();
+    let mut notes = Vec::new();
+    if args.wants("F6") {
+        notes.extend(context(rounds)?);
+    }
+    if args.wants("breakdown") {
+        notes.extend(breakdown(&outcomes));
+        notes.extend(counts(if args.quick { 2 } else { 8 })?);
+    }
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };
     publish(
         "fault_latency",
@@ -397,6 +598,7 @@ fn main() -> Result<()> {
         &machine,
         &Results {
             cases: outcomes,
+            notes,
             ..Results::default()
         },
     )

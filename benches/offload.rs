@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
 use anyhow::Result;
+use benches::device::Rig;
 use benches::floors::raw::Area;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
-use benches::report::{Results, Target, publish};
+use benches::report::{Note, Results, Target, publish};
 use clap::Parser;
-use svm::{Buffer, Granule, Options};
+use svm::addr::PAGE_SIZE;
+use svm::{Access, Buffer, Granule, Options};
 
 const MIB: usize = 1 << 20;
 const SCALE: f64 = 3.0;
@@ -148,6 +150,47 @@ impl Subject for Copies {
     }
 }
 
+/// Everything in one call each way, before the kernel and after it: what is then left of a launch is the kernel.
+///
+/// By the device of the other benches, which has no workers: the movement is the whole overhead.
+struct Explicit {
+    rigs: [Rig; 3],
+}
+
+impl Explicit {
+    fn new(len: usize, huge: bool) -> Result<Self> {
+        let options = Options::new().granule(Granule::Huge).huge_pages(huge);
+        let rig = || Rig::new(len * size_of::<f64>(), &options);
+        Ok(Self {
+            rigs: [rig()?, rig()?, rig()?],
+        })
+    }
+}
+
+impl Subject for Explicit {
+    fn arm(&mut self) -> Result<()> {
+        for rig in &mut self.rigs {
+            rig.release()?;
+            rig.bytes().fill(1);
+        }
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let out = timed(|| {
+            for rig in &mut self.rigs {
+                let (first, nr_pages) = (rig.first_page(), rig.bytes().len() / PAGE_SIZE);
+                rig.prefetch(first..first + nr_pages, Access::Write)?;
+            }
+            Ok(())
+        })?;
+        // The result, and not the inputs.
+        let home = timed(|| self.rigs[0].release())?;
+        samples.record(u64::try_from((out + home).as_nanos())?);
+        Ok(())
+    }
+}
+
 /// F7 against spans: the triad on data in place.
 struct Resident(Offload);
 
@@ -227,90 +270,122 @@ impl Subject for Plain {
     }
 }
 
+/// What a case does; with how many workers.
+#[derive(Clone, Copy)]
+enum What {
+    Demand(usize),
+    Explicit,
+    InPlace(usize),
+}
+
+/// Faults per granule of a scan by one worker: one, and none twice.
+fn faults_per_granule() -> Result<Note> {
+    const LEN: usize = 16 * MIB;
+    let options = Options::new().granule(Granule::Big);
+    let accel = Accelerator::with_options(accel_sim::Options::new().workers(1))?;
+    let mut data = Buffer::<u8>::with_options(LEN, &options)?;
+    data.as_mut_slice().fill(1);
+    accel.run(data.view_mut(), |data: &mut [u8]| data.fill(2))?;
+    let stats = data.stats();
+    let pages = (stats.to_device_pages() as usize).max(LEN / PAGE_SIZE);
+    let granules = pages / Granule::Big.pages();
+    Ok(Note::new(
+        "linear scan on demand, movements of a granule",
+        stats.to_device_runs as f64 / granules as f64,
+        "per granule",
+        Some(1.0),
+    ))
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let machine = Machine::here();
     let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
-    let mut cases: Vec<(String, usize, usize, Granule, bool, Option<f64>)> = Vec::new();
+    let mut cases: Vec<(String, usize, What, Granule, bool, f64)> = Vec::new();
     for &mib in sizes {
         // The size is of the three arrays together.
         let len = mib * MIB / 3 / size_of::<f64>() / (MIB / 4) * (MIB / 4);
-        let mut add = |what: &str, workers, granule, huge, target| {
-            cases.push((
-                format!("offload, {mib} MiB, {what}"),
-                len,
-                workers,
-                granule,
-                huge,
-                target,
-            ));
+        let mut add = |name: &str, what, granule, huge, target| {
+            let name = format!("offload, {mib} MiB, {name}");
+            cases.push((name, len, what, granule, huge, target));
         };
-        add(
-            "2 MiB granule",
-            machine.nr_cpus,
-            Granule::Huge,
-            false,
-            Some(0.5),
-        );
-        add(
-            "2 MiB granule, huge pages",
-            machine.nr_cpus,
-            Granule::Huge,
-            true,
-            Some(0.2),
-        );
+        let all = What::Demand(machine.nr_cpus);
+        add("2 MiB granule", all, Granule::Huge, false, 0.5);
+        add("2 MiB granule, huge pages", all, Granule::Huge, true, 0.2);
         add(
             "64 KiB granule, 1 worker",
-            1,
+            What::Demand(1),
             Granule::Big,
             false,
-            Some(1.0),
+            1.0,
         );
-        add("triad in place", machine.nr_cpus, Granule::Huge, true, None);
+        add(
+            "explicit both ways",
+            What::Explicit,
+            Granule::Huge,
+            false,
+            0.1,
+        );
+        add(
+            "explicit both ways, huge pages",
+            What::Explicit,
+            Granule::Huge,
+            true,
+            0.02,
+        );
+        // 0.95 of the bandwidth.
+        add(
+            "triad in place",
+            What::InPlace(machine.nr_cpus),
+            Granule::Huge,
+            true,
+            1.0 / 0.95,
+        );
     }
     cases.retain(|case| args.wants(&case.0));
     let rounds = args.rounds(15);
     let progress = Progress::new(cases.len(), rounds);
     let mut outcomes = Vec::new();
-    for (name, len, workers, granule, huge, target) in cases {
-        let ours = Offload::new(len, workers, granule, huge)?;
-        let case = |floor, target| Case {
-            name: name.clone(),
+    for (name, len, what, granule, huge, target) in cases {
+        let (mut floor, mut ours): (Box<dyn Subject>, Box<dyn Subject>) = match what {
+            What::Demand(workers) => (
+                Box::new(Copies::new(len)),
+                Box::new(Offload::new(len, workers, granule, huge)?),
+            ),
+            What::Explicit => (
+                Box::new(Copies::new(len)),
+                Box::new(Explicit::new(len, huge)?),
+            ),
+            What::InPlace(workers) => (
+                Box::new(Plain::new(len, workers)),
+                Box::new(Resident(Offload::new(len, workers, granule, huge)?)),
+            ),
+        };
+        let case = Case {
+            name,
             delivery: "inline",
             setting: Setting::Quiet,
-            floor,
-            target: Some(target),
+            floor: match what {
+                What::InPlace(_) => "F7",
+                What::Demand(_) | What::Explicit => "copies",
+            },
+            target: Some(Target::p50_alone(target)),
         };
-        outcomes.push(match target {
-            Some(ratio) => {
-                let (mut copies, mut ours) = (Copies::new(len), ours);
-                compare(
-                    case("copies", Target::p50_alone(ratio)),
-                    rounds,
-                    &mut copies,
-                    &mut ours,
-                    &progress,
-                )?
-            }
-            None => {
-                let mut plain = Plain::new(len, workers);
-                compare(
-                    case("F7", Target::p50_alone(1.0 / 0.95)),
-                    rounds,
-                    &mut plain,
-                    &mut Resident(ours),
-                    &progress,
-                )?
-            }
-        });
+        outcomes.push(compare(case, rounds, &mut *floor, &mut *ours, &progress)?);
     }
     progress.finish();
+    let notes = if args.wants("scan") {
+        vec![faults_per_granule()?]
+    } else {
+        Vec::new()
+    };
     publish(
         "offload",
         &args,
         &machine,
         &Results {
             cases: outcomes,
+            notes,
             ..Results::default()
         },
     )

@@ -2,22 +2,63 @@
 //!
 //! Beside the hub stands the design of the RFC that it replaces: one list of ranges, one sequence number for all of them.
 //!
+//! What is pure code is also measured piece by piece with criterion. The directory of a block and the accelerator's shootdown
+//! handshake, which are nobody's interface, are included here as their files are.
+//!
 //! `cargo bench -p benches --bench protocol -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
 use std::hint::black_box;
-use std::sync::Mutex;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
-use benches::machine::{Machine, Setting};
-use benches::report::{Note, Results, Target, publish};
+use benches::machine::{Machine, Setting, pin_to_cpu, unpin};
+use benches::report::{Note, Outcome, Results, Target, publish};
 use clap::Parser;
-use svm::Buffer;
+use criterion::Criterion;
 use svm::notifier::{Hub, Interval, Subscription};
 use svm::sync::Deadline;
+use svm::{Access, Buffer};
+
+use block::{BlockState, DeviceId, OnRead};
+use mask::PageMask;
+use shootdown::{Generation, Rights, Slot, Users, quiesced};
+
+#[allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "the bench uses a part of the files it includes"
+)]
+#[path = "../runtime/src/block.rs"]
+mod block;
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
+#[path = "../accel-sim/src/sync.rs"]
+mod fences;
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
+#[path = "../runtime/src/mask.rs"]
+mod mask;
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
+#[path = "../accel-sim/src/shootdown.rs"]
+mod shootdown;
+
+// What the included files name of their crates.
+mod addr {
+    pub(crate) use svm::addr::PAGES_PER_BLOCK;
+}
+mod error {
+    pub(crate) use svm::Access;
+}
+mod sync {
+    pub(crate) use crate::fences::*;
+
+    /// Names a lock; the bench has the directory to itself.
+    pub(crate) struct Mutex<T>(core::marker::PhantomData<T>);
+}
 
 /// Operations for each sample, so that the clock does not count.
 const BATCH: u64 = 256;
@@ -36,6 +77,16 @@ struct RfcInner {
 }
 
 impl Rfc {
+    fn of(ranges: impl Iterator<Item = Interval>) -> Self {
+        let rfc = Self::default();
+        rfc.inner
+            .lock()
+            .expect("nobody panics")
+            .ranges
+            .extend(ranges);
+        rfc
+    }
+
     fn start(&self, interval: Interval) {
         let mut inner = self.inner.lock().expect("nobody panics");
         inner.active += 1;
@@ -189,12 +240,7 @@ fn retries(n: u64, quick: bool) -> Vec<Note> {
     });
     let waits = hub.counters().waits;
     stop.store(false, Ordering::Relaxed);
-    let rfc = Rfc::default();
-    rfc.inner
-        .lock()
-        .expect("nobody panics")
-        .ranges
-        .extend([nth(0), nth(1)]);
+    let rfc = Rfc::of([nth(0), nth(1)].into_iter());
     let theirs = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
@@ -233,58 +279,324 @@ fn retries(n: u64, quick: bool) -> Vec<Note> {
 }
 
 /// A translation-cache hit: nanoseconds for a load, a store, and a load that the next one's address depends on.
-fn hits(quick: bool) -> Result<Vec<Note>> {
+fn hits(criterion: &mut Criterion) -> Result<()> {
     const LEN: usize = 1 << 13;
-    let repeats = if quick { 20 } else { 400 };
     let accel = Accelerator::with_options(accel_sim::Options::new().workers(1))?;
     let mut data = Buffer::<u64>::zeroed(LEN)?;
     // A cycle through all elements, far from one to the next.
     for (i, x) in data.as_mut_slice().iter_mut().enumerate() {
         *x = ((i + 1_579) % LEN) as u64;
     }
-    let best = [const { AtomicU64::new(u64::MAX) }; 3];
-    let keep = |slot: &AtomicU64, start: Instant| {
-        // Hundredths of a nanosecond.
-        let each = start.elapsed().as_nanos() as u64 * 100 / LEN as u64;
-        slot.fetch_min(each, Ordering::Relaxed);
+    let data = std::cell::RefCell::new(data);
+    // Each sample is one launch; a launch that failed has no time, and ends the bench.
+    let timed = |nr: u64, step: HitStep| -> Duration {
+        let elapsed = Mutex::new(None);
+        let mut data = data.borrow_mut();
+        let run = accel.run_items(1, data.view_mut(), |_lane, _item, data| {
+            let start = Instant::now();
+            match step {
+                HitStep::Load => {
+                    let mut sum = 0;
+                    for i in 0..nr as usize {
+                        sum += data.load(i % LEN)?;
+                    }
+                    black_box(sum);
+                }
+                HitStep::Store => {
+                    // The cycle as it is: what is stored changes nothing.
+                    for i in 0..nr as usize {
+                        data.store(i % LEN, ((i % LEN + 1_579) % LEN) as u64)?;
+                    }
+                }
+                HitStep::Chase => {
+                    let mut at = 0;
+                    for _ in 0..nr {
+                        at = data.load(at as usize)?;
+                    }
+                    black_box(at);
+                }
+            }
+            *elapsed.lock().expect("nobody panics") = Some(start.elapsed());
+            Ok(())
+        });
+        run.expect("a launch on resident memory");
+        elapsed
+            .into_inner()
+            .expect("nobody panics")
+            .expect("the kernel ran")
     };
-    accel.run_items(1, data.view_mut(), |_lane, _item, data| {
-        for _ in 0..repeats {
-            let start = Instant::now();
-            let mut sum = 0;
-            for i in 0..LEN {
-                sum += data.load(i)?;
-            }
-            black_box(sum);
-            keep(&best[0], start);
-            let start = Instant::now();
-            let mut at = 0;
-            for _ in 0..LEN {
-                at = data.load(at as usize)?;
-            }
-            black_box(at);
-            keep(&best[2], start);
+    let mut group = criterion.benchmark_group("translation-cache hit");
+    for (name, step) in [
+        ("load", HitStep::Load),
+        ("store", HitStep::Store),
+        ("dependent load", HitStep::Chase),
+    ] {
+        group.bench_function(name, |b| b.iter_custom(|nr| timed(nr, step)));
+    }
+    group.finish();
+    Ok(())
+}
+
+#[derive(Clone, Copy)]
+enum HitStep {
+    Load,
+    Store,
+    Chase,
+}
+
+/// The pure code, each piece alone: no page table, no other thread.
+fn pure(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("hub");
+    for n in [1, 16, 256, 4096] {
+        let hub = Hub::new();
+        let ranges: Vec<_> = (0..n).map(|i| hub.insert(nth(i))).collect();
+        let mut i = 0;
+        let mut next = move || {
+            i = (i + 7) % n;
+            i
+        };
+        group.bench_function(format!("begin and look, {n} ranges"), |b| {
+            b.iter(|| {
+                let range = &ranges[next() as usize];
+                range
+                    .begin(Deadline::NEVER)
+                    .is_ok_and(|token| range.interrupted(token))
+            });
+        });
+        group.bench_function(format!("start and end, {n} ranges, 1 overlap"), |b| {
+            b.iter(|| drop(hub.start(nth(next()), None)));
+        });
+        group.bench_function(format!("start and end, {n} ranges, no overlap"), |b| {
+            let beside = Interval::new(n * 0x20_0000, n * 0x20_0000 + 0x1000);
+            b.iter(|| drop(hub.start(beside, None)));
+        });
+    }
+    for n in [16, 256] {
+        let hub = Hub::new();
+        let _ranges: Vec<_> = (0..n).map(|_| hub.insert(nth(0))).collect();
+        group.bench_function(format!("start and end, {n} overlaps"), |b| {
+            b.iter(|| drop(hub.start(nth(0), None)));
+        });
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("rfc");
+    for n in [1, 16, 256, 4096] {
+        let rfc = Rfc::of((0..n).map(nth));
+        group.bench_function(format!("begin and look, {n} ranges"), |b| {
+            b.iter(|| rfc.interrupted(rfc.begin()));
+        });
+        group.bench_function(format!("start and end, {n} ranges, 1 overlap"), |b| {
+            let mut i = 0;
+            b.iter(|| {
+                i = (i + 7) % n;
+                rfc.start(nth(i));
+                rfc.end();
+            });
+        });
+    }
+    group.finish();
+
+    let mut group = criterion.benchmark_group("directory");
+    let device = DeviceId::all().next().expect("there is a slot");
+    let other = DeviceId::all().nth(1).expect("there are two slots");
+    for (name, pages) in [
+        ("4 KiB", PageMask::page(100)),
+        ("64 KiB", PageMask::range(96..112)),
+        ("2 MiB", PageMask::FULL),
+    ] {
+        let mut state: BlockState = bytemuck::Zeroable::zeroed();
+        group.bench_function(format!("plan a migration of {name}"), |b| {
+            b.iter(|| black_box(&state).plan(device, pages, Access::Write, OnRead::Migrate));
+        });
+        group.bench_function(format!("out and home, {name}"), |b| {
+            b.iter(|| {
+                let state = black_box(&mut state);
+                state.moved_out(device, pages);
+                state.moved_home(device, pages);
+            });
+        });
+        group.bench_function(format!("duplicate for two and collapse, {name}"), |b| {
+            b.iter(|| {
+                let state = black_box(&mut state);
+                state.filled(device, pages);
+                state.filled(other, pages);
+                state.revoked_all(pages, None);
+                state.emptied(device, pages);
+                state.emptied(other, pages);
+            });
+        });
+        assert!(state.is_consistent(), "the directory lost a holder");
+    }
+    group.finish();
+}
+
+/// What criterion found, in nanoseconds, with the targets of those that have one.
+fn found(dir: &Path) -> Result<Vec<Note>> {
+    let mut notes = Vec::new();
+    for group in ["hub", "rfc", "directory", "translation-cache hit"] {
+        let mut of_group = Vec::new();
+        let Ok(entries) = std::fs::read_dir(dir.join(group)) else {
+            continue;
+        };
+        for entry in entries {
+            let entry = entry?.path();
+            let Ok(text) = std::fs::read_to_string(entry.join("new/estimates.json")) else {
+                continue;
+            };
+            let estimates: serde_json::Value = serde_json::from_str(&text)?;
+            let id: serde_json::Value =
+                serde_json::from_str(&std::fs::read_to_string(entry.join("new/benchmark.json"))?)?;
+            let name = id["function_id"].as_str().context("criterion's id")?;
+            let value = estimates["median"]["point_estimate"]
+                .as_f64()
+                .context("criterion's median")?;
+            let target = match name {
+                "load" | "store" => Some(2.0),
+                "dependent load" => Some(5.0),
+                _ => None,
+            };
+            of_group.push(Note::new(format!("{group}: {name}"), value, "ns", target));
         }
-        for _ in 0..repeats {
-            let start = Instant::now();
-            for i in 0..LEN {
-                data.store(i, i as u64)?;
-            }
-            keep(&best[1], start);
+        of_group.sort_by(|a: &Note, b| a.name.cmp(&b.name));
+        notes.extend(of_group);
+    }
+    Ok(notes)
+}
+
+/// From the call that takes translations away until the last worker is done with them: the handshake of the accelerator, on a
+/// worker that uses the page over and over, and on one that does nothing. Beside it a bare membarrier, which is one interrupt of
+/// each CPU that runs the process.
+fn shootdowns(rounds: usize, progress: &Progress) -> Result<(Vec<Outcome>, Vec<Note>)> {
+    let (mut outcomes, mut notes) = (Vec::new(), Vec::new());
+    for setting in [Setting::Quiet, Setting::Busy] {
+        let target = Shot::new(setting == Setting::Busy);
+        let case = Case {
+            name: "shootdown".into(),
+            delivery: "-",
+            setting,
+            floor: "membarrier",
+            target: None,
+        };
+        let outcome = compare(
+            case,
+            rounds,
+            &mut Barrier(&target),
+            &mut Shootdown(&target),
+            progress,
+        )?;
+        let beyond = match setting {
+            Setting::Quiet => outcome.ours.p50,
+            Setting::Busy => outcome.ours.p50.saturating_sub(outcome.floor.p50),
+        };
+        notes.push(Note::new(
+            match setting {
+                Setting::Quiet => "shootdown, quiet, p50",
+                Setting::Busy => "shootdown, busy, p50 beyond one interrupt",
+            },
+            beyond as f64,
+            "ns",
+            Some(2_000.0),
+        ));
+        outcomes.push(outcome);
+    }
+    Ok((outcomes, notes))
+}
+
+/// A worker's slot and the generation, and a thread that makes accesses under them if it is to.
+struct Shot {
+    shared: Arc<(Generation, [Slot; 1])>,
+    stop: Arc<AtomicBool>,
+    worker: Option<std::thread::JoinHandle<u64>>,
+}
+
+/// The page that is shot at.
+const PAGE: u64 = 0x1234;
+
+impl Shot {
+    fn new(busy: bool) -> Self {
+        let shared = Arc::new((Generation::new(), [Slot::new()]));
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = busy.then(|| {
+            let (shared, stop) = (shared.clone(), stop.clone());
+            std::thread::spawn(move || {
+                pin_to_cpu(1);
+                let (generation, [slot]) = &*shared;
+                slot.enter_element_mode();
+                let (mut n, word) = (0, AtomicU64::new(0));
+                while !stop.load(Ordering::Relaxed) {
+                    n += slot
+                        .access(
+                            fences::light_fence,
+                            generation.word(),
+                            PAGE,
+                            Rights::Write,
+                            Some,
+                            |_| word.fetch_add(1, Ordering::Relaxed) & 1,
+                        )
+                        .unwrap_or(0);
+                }
+                slot.leave_element_mode();
+                n
+            })
+        });
+        pin_to_cpu(0);
+        Self {
+            shared,
+            stop,
+            worker,
+        }
+    }
+}
+
+impl Drop for Shot {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+        unpin();
+    }
+}
+
+/// Shootdowns in a sample pass.
+const SHOTS: usize = 200;
+
+struct Shootdown<'a>(&'a Shot);
+
+impl Subject for Shootdown<'_> {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let (generation, slots) = &*self.0.shared;
+        for _ in 0..SHOTS {
+            samples.time(|| {
+                generation.take_away(|| ());
+                generation.announce(slots);
+                while !quiesced(slots, Users::All, |pages| pages.contains(&PAGE)) {
+                    std::hint::spin_loop();
+                }
+            });
         }
         Ok(())
-    })?;
-    let rows = [("load", 2.0), ("store", 2.0), ("dependent load", 5.0)];
-    Ok(rows
-        .iter()
-        .zip(&best)
-        .map(|(&(name, target), best)| Note {
-            name: format!("translation-cache hit, {name}, best pass"),
-            value: best.load(Ordering::Relaxed) as f64 / 100.0,
-            unit: "ns",
-            target: Some(target),
-        })
-        .collect())
+    }
+}
+
+struct Barrier<'a>(#[allow(dead_code, reason = "keeps the worker there")] &'a Shot);
+
+impl Subject for Barrier<'_> {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        for _ in 0..SHOTS {
+            samples.time(svm::heavy_barrier);
+        }
+        Ok(())
+    }
 }
 
 fn main() -> Result<()> {
@@ -301,7 +613,7 @@ fn main() -> Result<()> {
         }
     }
     cases.retain(|case| args.wants(&case.0));
-    let progress = Progress::new(cases.len(), rounds);
+    let progress = Progress::new(cases.len() + 2, rounds);
     let mut outcomes = Vec::new();
     for (name, n, step) in cases {
         let hub = Hub::new();
@@ -312,16 +624,10 @@ fn main() -> Result<()> {
             step,
         };
         let mut rfc = OfRfc {
-            rfc: Rfc::default(),
+            rfc: Rfc::of((0..n).map(nth)),
             n,
             step,
         };
-        rfc.rfc
-            .inner
-            .lock()
-            .expect("nobody panics")
-            .ranges
-            .extend((0..n).map(nth));
         // Of few ranges a list is as good as anything, and the RFC's begin is one load; the tree has to win where there are many.
         let target = (matches!(step, Step::Bracket) && n >= 256).then_some(Target::p50_alone(1.0));
         let case = Case {
@@ -333,13 +639,28 @@ fn main() -> Result<()> {
         };
         outcomes.push(compare(case, rounds, &mut rfc, &mut ours, &progress)?);
     }
-    progress.finish();
     let mut notes = Vec::new();
+    if args.wants("shootdown") {
+        let (cases, beyond) = shootdowns(rounds, &progress)?;
+        outcomes.extend(cases);
+        notes.extend(beyond);
+    }
+    progress.finish();
     if args.wants("retries") {
         notes.extend(retries(20_000, args.quick));
     }
-    if args.wants("hit") {
-        notes.extend(hits(args.quick)?);
+    if args.filter.is_none() {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("criterion");
+        let _ = std::fs::remove_dir_all(&dir);
+        let time = |usual| Duration::from_millis(if args.quick { 20 } else { usual });
+        let mut criterion = Criterion::default()
+            .output_directory(&dir)
+            .warm_up_time(time(200))
+            .measurement_time(time(600))
+            .sample_size(if args.quick { 10 } else { 50 });
+        pure(&mut criterion);
+        hits(&mut criterion)?;
+        notes.extend(found(&dir)?);
     }
     publish(
         "protocol",

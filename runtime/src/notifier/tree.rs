@@ -115,6 +115,14 @@ impl Tree {
     /// Gives the range in a slot another interval.
     pub(super) fn set_interval(&mut self, index: u32, interval: Interval) {
         if self.at(index).interval != interval {
+            let node = self.at_mut(index);
+            // The only range, as often: the tree stays as it is.
+            let is_alone = (node.left, node.right) == (NIL, NIL) && node.is_linked;
+            if is_alone && self.root == index && !interval.is_empty() {
+                let node = self.at_mut(index);
+                (node.interval, node.max_end) = (interval, interval.end);
+                return;
+            }
             self.unlink(index);
             self.link(index, interval);
         }

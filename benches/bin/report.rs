@@ -1,0 +1,311 @@
+//! Turns the JSON of a run into the section "Performance" of the README, or prints it.
+//!
+//! `cargo run --release -p benches --bin report -- benches/results/NAME [--readme README.md]`
+//!
+//! The section is what stands between two marks, `<!-- performance -->` and `<!-- /performance -->`; if they are not there, it is put
+//! before the heading that `--before` names. At the end of every report stands a list of the targets that were missed.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use benches::report::time;
+use clap::Parser;
+use serde_json::Value;
+
+const BENCHES: [&str; 4] = ["fault_latency", "offload", "protocol", "scaling"];
+const BEGIN: &str = "<!-- performance -->";
+const END: &str = "<!-- /performance -->";
+
+/// What to read, and where to put it.
+#[derive(Debug, Parser)]
+struct Args {
+    /// The directory of a run, with the JSON of each bench.
+    run: PathBuf,
+    /// Put the section into this file, instead of printing it.
+    #[arg(long, value_name = "FILE")]
+    readme: Option<PathBuf>,
+    /// The heading before which a README without the section gets it.
+    #[arg(long, default_value = "## More")]
+    before: String,
+    /// Only the table of targets, as text.
+    #[arg(long)]
+    targets: bool,
+}
+
+/// One target: what was measured, what it was to be at most, and whether it is.
+struct Verdict {
+    bench: &'static str,
+    name: String,
+    is: String,
+    target: f64,
+    met: bool,
+    met_p99: Option<bool>,
+}
+
+fn verdicts(bench: &'static str, run: &Value) -> Vec<Verdict> {
+    let list = |key: &str| run[key].as_array().cloned().unwrap_or_default();
+    let cases = list("cases").into_iter().filter_map(|case| {
+        Some(Verdict {
+            bench,
+            name: format!("{}, {}", what(&case), text(&case, "setting")),
+            is: format!(
+                "{:.2} x {}",
+                number(&case["ratio"]),
+                text(&case, "floor_name")
+            ),
+            target: case["target"]["p50"].as_f64()?,
+            met: case["met"].as_bool()?,
+            met_p99: case["met_p99"].as_bool(),
+        })
+    });
+    let notes = list("notes").into_iter().filter_map(|note| {
+        let (value, target) = (number(&note["value"]), note["target"].as_f64()?);
+        Some(Verdict {
+            bench,
+            name: text(&note, "name").to_owned(),
+            is: format!("{value:.2} {}", text(&note, "unit")),
+            target,
+            met: value <= target,
+            met_p99: None,
+        })
+    });
+    cases.chain(notes).collect()
+}
+
+fn text<'v>(value: &'v Value, key: &str) -> &'v str {
+    value[key].as_str().unwrap_or_default()
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or(f64::NAN)
+}
+
+fn ns(value: &Value) -> String {
+    time(value.as_u64().unwrap_or(0))
+}
+
+/// The name of a case, with its door where that is not the usual one.
+fn what(case: &Value) -> String {
+    match text(case, "delivery") {
+        "thread" => format!("{}, thread door", text(case, "name")),
+        _ => text(case, "name").to_owned(),
+    }
+}
+
+/// Cases that have a target, one line for both settings of each.
+fn table(run: &Value) -> String {
+    let empty = Vec::new();
+    let cases = run["cases"].as_array().unwrap_or(&empty);
+    let of_target = |case: &&Value| case["target"]["p50"].is_number();
+    let mut out = String::from(
+        "| | floor | floor | svm | ratio | beside a busy CPU | at most |\n|---|---|---|---|---|---|---|\n",
+    );
+    let ratio = |case: &Value| {
+        let mark = match (case["met"].as_bool(), case["met_p99"].as_bool()) {
+            (Some(false), _) => " ✗",
+            (_, Some(false)) => " ✓ (p99 ✗)",
+            _ => " ✓",
+        };
+        format!("{:.2}{mark}", number(&case["ratio"]))
+    };
+    for case in cases
+        .iter()
+        .filter(of_target)
+        .filter(|case| text(case, "setting") == "quiet")
+    {
+        let same = |other: &&Value| {
+            ["name", "delivery", "floor_name"]
+                .iter()
+                .all(|&key| text(other, key) == text(case, key))
+                && text(other, "setting") == "busy"
+        };
+        let busy = cases.iter().find(same).map_or_else(String::new, ratio);
+        let _ = writeln!(
+            out,
+            "| {} | {} | {} | {} | {} | {busy} | {:.2} |",
+            what(case),
+            text(case, "floor_name"),
+            ns(&case["floor"]["p50"]),
+            ns(&case["ours"]["p50"]),
+            ratio(case),
+            number(&case["target"]["p50"]),
+        );
+    }
+    out
+}
+
+/// Figures without a floor that start with one of `prefixes`, or, with none, those that have a target.
+fn notes(run: &Value, prefixes: &[&str]) -> String {
+    let empty = Vec::new();
+    let mut out = String::new();
+    for note in run["notes"].as_array().unwrap_or(&empty) {
+        let name = text(note, "name");
+        let is_wanted = if prefixes.is_empty() {
+            note["target"].is_number()
+        } else {
+            prefixes.iter().any(|prefix| name.starts_with(prefix))
+        };
+        if is_wanted {
+            let target = note["target"].as_f64().map_or_else(String::new, |t| {
+                let mark = if number(&note["value"]) <= t {
+                    "✓"
+                } else {
+                    "✗"
+                };
+                format!(" (at most {t}) {mark}")
+            });
+            let _ = writeln!(
+                out,
+                "- {name}: {:.2} {}{target}",
+                number(&note["value"]),
+                text(note, "unit")
+            );
+        }
+    }
+    out
+}
+
+fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
+    let of = |bench: &str| {
+        runs.iter()
+            .find(|(name, _)| *name == bench)
+            .map(|(_, run)| run)
+    };
+    let (_, first) = runs.first().context("no results")?;
+    let machine = &first["machine"];
+    let mut out = format!(
+        "{BEGIN}\n## Performance\n\n\
+         An absolute time means little on a shared machine: each figure is a ratio to a *floor* measured in the same run, in turns, the least \
+         code that could do the job, without a runtime. F1 and F2 are a bare signal handler that un-protects a page or moves it home; F3 a \
+         thread that reads the fault and does so; F4 write-protect and copy; F5 one `UFFDIO_MOVE`; F7 the kernel as a plain loop.\n\n\
+         {} x {}{}, Linux {}, {}; load before it: {}{}.\n",
+        machine["nr_cpus"],
+        text(machine, "cpu"),
+        if machine["is_virtual"].as_bool() == Some(true) {
+            " (a virtual machine)"
+        } else {
+            ""
+        },
+        text(machine, "kernel"),
+        text(first, "date"),
+        text(machine, "load"),
+        if first["quick"].as_bool() == Some(true) {
+            "; **few rounds: not a measurement**"
+        } else {
+            ""
+        },
+    );
+    for (bench, title) in [
+        ("fault_latency", "One fault, the median"),
+        (
+            "offload",
+            "Work that changes sides (what it takes beyond the kernel, against copying in and out)",
+        ),
+        ("scaling", "With size (against the smallest)"),
+    ] {
+        if let Some(run) = of(bench) {
+            let _ = write!(out, "\n**{title}**\n\n{}", table(run));
+            let more = notes(run, &[]);
+            if !more.is_empty() {
+                let _ = write!(out, "\n{more}");
+            }
+        }
+    }
+    if let Some(run) = of("protocol") {
+        let _ = write!(
+            out,
+            "\n**The protocol and the hit path**\n\n{}{}",
+            notes(run, &[]),
+            notes(run, &["retries under disjoint invalidations, the RFC"])
+        );
+    }
+    if let Some(run) = of("fault_latency") {
+        let steps = notes(run, &["step: ", "F6 "]);
+        if !steps.is_empty() {
+            let _ = write!(
+                out,
+                "\n**Where a fault's nanoseconds go** ([docs/fault-cost.md](docs/fault-cost.md))\n\n{steps}"
+            );
+        }
+    }
+    let _ = write!(
+        out,
+        "\nPeers: UMap, the userspace paging library one would take today, needs 49–65 µs a fault (p50; p99 90–325 µs) on this kind of \
+         machine. Elsewhere on bare metal a monitor thread takes 5–7 µs a fault and an in-thread handler 2–3 µs. (The fault groups of GPUs, \
+         9–45 µs, are another thing.)\n"
+    );
+    let plots: Vec<_> = BENCHES
+        .iter()
+        .map(|bench| format!("{bench}_ratios.svg"))
+        .filter(|file| dir.join(file).exists())
+        .collect();
+    for file in plots {
+        let _ = write!(out, "\n![]({})", dir.join(file).display());
+    }
+    let _ = write!(
+        out,
+        "\n\nTo repeat it on a quiet machine: `benches/run.sh`; all figures, distributions and curves of this run are in \
+         [{0}]({0}).\n{END}\n",
+        dir.display()
+    );
+    Ok(out)
+}
+
+/// `text` with the section in its place.
+fn put(text: &str, section: &str, before: &str) -> Result<String> {
+    if let (Some(begin), Some(end)) = (text.find(BEGIN), text.find(END)) {
+        ensure!(begin < end, "the marks are in the wrong order");
+        let rest = text[end + END.len()..].trim_start_matches('\n');
+        return Ok(format!("{}{section}\n{rest}", &text[..begin]));
+    }
+    let at = text
+        .find(&format!("\n{before}\n"))
+        .with_context(|| format!("there is neither a mark nor a heading {before:?}"))?;
+    Ok(format!("{}\n{section}{}", &text[..at], &text[at..]))
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let mut runs = Vec::new();
+    for bench in BENCHES {
+        let path = args.run.join(format!("{bench}.json"));
+        if path.exists() {
+            let text = std::fs::read_to_string(&path)?;
+            let run: Value =
+                serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+            runs.push((bench, run));
+        }
+    }
+    ensure!(!runs.is_empty(), "no results in {}", args.run.display());
+    let all: Vec<_> = runs
+        .iter()
+        .flat_map(|(bench, run)| verdicts(bench, run))
+        .collect();
+    if !args.targets {
+        let section = section(&args.run, &runs)?;
+        match &args.readme {
+            Some(path) => {
+                let text = std::fs::read_to_string(path)?;
+                std::fs::write(path, put(&text, &section, &args.before)?)?;
+            }
+            None => println!("{section}"),
+        }
+    }
+    for v in &all {
+        let verdict = match (v.met, v.met_p99) {
+            (false, _) => "MISSED",
+            (true, Some(false)) => "met, p99 missed",
+            (true, _) => "met",
+        };
+        if args.targets || verdict != "met" {
+            println!(
+                "{:15} {:14} {:70} {} (at most {:.2})",
+                verdict, v.bench, v.name, v.is, v.target
+            );
+        }
+    }
+    let met = all.iter().filter(|v| v.met).count();
+    println!("{met} of {} targets met", all.len());
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! An hour of everything that mirrors do, and what is left of it: nothing may grow.
+//!
+//! `cargo run --release -p benches --bin soak -- --seconds 3600`
+//!
+//! One thread makes mirrors of all sizes and kinds, has an accelerator work on them and drops them; another does so behind the
+//! other door. A long-lived mirror is faulted to and fro, moved, forked from and pinned meanwhile. Once a minute (or `--every`) a line says
+//! what the process has: memory in RAM, descriptors, mappings, threads, and what the runtime has counted. The first lines are warm-up; if
+//! any of the last ones has more than the warm process had, beyond what the allocator scatters, the exit status is 1.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use accel_sim::Accelerator;
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use svm::{Buffer, Delivery, Granule, Options};
+
+/// How long, and how often to say how it goes.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Seconds to run.
+    #[arg(long, default_value_t = 3600)]
+    seconds: u64,
+    /// Seconds between lines.
+    #[arg(long)]
+    every: Option<u64>,
+}
+
+/// What the process has.
+#[derive(Clone, Copy, Debug)]
+struct Has {
+    anonymous_kib: u64,
+    page_tables_kib: u64,
+    descriptors: u64,
+    mappings: u64,
+    threads: u64,
+}
+
+impl Has {
+    fn now() -> Result<Self> {
+        let status = std::fs::read_to_string("/proc/self/status")?;
+        let field = |name: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let word = line.and_then(|line| line.split_whitespace().next());
+            Ok(word.with_context(|| name.to_owned())?.parse()?)
+        };
+        Ok(Self {
+            anonymous_kib: field("RssAnon:")?,
+            page_tables_kib: field("VmPTE:")?,
+            descriptors: std::fs::read_dir("/proc/self/fd")?.count() as u64,
+            mappings: std::fs::read_to_string("/proc/self/maps")?.lines().count() as u64,
+            threads: field("Threads:")?,
+        })
+    }
+
+    /// What has grown since, beyond what an allocator and the scheduler scatter.
+    fn growth_since(&self, warm: &Self) -> Vec<String> {
+        let rows = [
+            (
+                "anonymous memory, KiB",
+                warm.anonymous_kib,
+                self.anonymous_kib,
+                4096,
+            ),
+            (
+                "page tables, KiB",
+                warm.page_tables_kib,
+                self.page_tables_kib,
+                512,
+            ),
+            ("descriptors", warm.descriptors, self.descriptors, 0),
+            ("mappings", warm.mappings, self.mappings, 16),
+            ("threads", warm.threads, self.threads, 0),
+        ];
+        rows.into_iter()
+            .filter(|(_, before, now, slack)| *now > before + slack)
+            .map(|(name, before, now, _)| format!("{name}: {before} -> {now}"))
+            .collect()
+    }
+}
+
+const MIB: usize = 1 << 20;
+
+/// A mirror from its making to its end, of a kind that `n` says.
+fn one_life(accel: &Accelerator, n: u64, delivery: Delivery) -> Result<()> {
+    let granules = [Granule::Page, Granule::Big, Granule::Huge];
+    let options = Options::new()
+        .delivery(delivery)
+        .granule(granules[n as usize % 3])
+        .huge_pages(n % 5 == 0)
+        .read_mostly(n % 7 == 0);
+    let len = [1_000, 70_000, MIB, 5 * MIB][n as usize % 4] / size_of::<u64>();
+    if n % 2 == 0 {
+        let mut data = vec![n; len];
+        let mut mirror = svm::mirror_with(&mut data, &options)?;
+        accel.run(mirror.view_mut(), |data: &mut [u64]| {
+            data.iter_mut().for_each(|x| *x += 1);
+        })?;
+        mirror.as_mut_slice()[0] += 1;
+        accel.run_items(64, mirror.view_mut(), |_lane, i, data| {
+            data.store(i * (len / 64), n)
+        })?;
+        mirror.close()?;
+        ensure!(data[1] == n + 1, "a mirror lost a write");
+    } else {
+        let mut data = Buffer::<u64>::with_options(len, &options)?;
+        data.as_mut_slice().fill(n);
+        for _ in 0..3 {
+            accel.run(data.view_mut(), |data: &mut [u64]| {
+                data.iter_mut().for_each(|x| *x += 1);
+            })?;
+            data.as_mut_slice()[len - 1] -= 1;
+        }
+        ensure!(
+            (data.as_slice()[0], data.as_slice()[len - 1]) == (n + 3, n),
+            "a buffer lost a write"
+        );
+    }
+    Ok(())
+}
+
+/// The long-lived mirror: to and fro, as long as it lasts.
+fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> {
+    accel.run(data.view_mut(), |data: &mut [u64]| {
+        data.iter_mut().for_each(|x| *x += 1);
+    })?;
+    let step = 4096 / size_of::<u64>();
+    ensure!(
+        data.as_slice().iter().step_by(step).all(|&x| x == n + 1),
+        "the long-lived buffer lost a write"
+    );
+    if n % 50 == 0 {
+        // SAFETY: the child makes one system call, which is async-signal-safe.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        ensure!(child > 0, "no child to be had");
+        let mut status = 0;
+        // SAFETY: our own child, and a place for its status.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        ensure!((waited, status) == (child, 0), "a child failed");
+    }
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let every = Duration::from_secs(args.every.unwrap_or((args.seconds / 20).clamp(3, 60)));
+    let end = Instant::now() + Duration::from_secs(args.seconds);
+    let (stop, lives, laps) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let accel = Accelerator::with_options(accel_sim::Options::new().workers(2))?;
+    let mut long = Buffer::<u64>::zeroed(8 * MIB / size_of::<u64>())?;
+    let mut seen: Vec<Has> = Vec::new();
+    let ran = std::thread::scope(|scope| -> Result<()> {
+        let short = |delivery, first: u64| {
+            let (accel, stop, lives) = (&accel, &stop, &lives);
+            move || -> Result<()> {
+                let mut n = first;
+                while !stop.load(Ordering::Relaxed) {
+                    one_life(accel, n, delivery)?;
+                    lives.fetch_add(1, Ordering::Relaxed);
+                    n += 2;
+                }
+                Ok(())
+            }
+        };
+        let mut threads = vec![scope.spawn(short(Delivery::Inline, 0))];
+        threads.push(scope.spawn(short(Delivery::Thread, 1)));
+        let (accel, stop, laps) = (&accel, &stop, &laps);
+        let long = &mut long;
+        threads.push(scope.spawn(move || {
+            let mut n = 0;
+            while !stop.load(Ordering::Relaxed) {
+                long_life(accel, long, n)?;
+                laps.fetch_add(1, Ordering::Relaxed);
+                n += 1;
+            }
+            Ok(())
+        }));
+        println!(
+            "    s   anonymous  page tables  fds  mappings  threads     lives      laps  anomalies"
+        );
+        let start = Instant::now();
+        let outcome = (|| {
+            let mut last = (0, 0);
+            while Instant::now() < end {
+                std::thread::sleep(every.min(end.saturating_duration_since(Instant::now())));
+                let now = (lives.load(Ordering::Relaxed), laps.load(Ordering::Relaxed));
+                let has = Has::now()?;
+                let anomalies = accel.stats().runtime.anomalies;
+                println!(
+                    "{:5}  {:6} KiB   {:6} KiB  {:3}  {:8}  {:7}  {:8}  {:8}  {:9}",
+                    start.elapsed().as_secs(),
+                    has.anonymous_kib,
+                    has.page_tables_kib,
+                    has.descriptors,
+                    has.mappings,
+                    has.threads,
+                    now.0,
+                    now.1,
+                    anomalies,
+                );
+                ensure!(now.0 > last.0 && now.1 > last.1, "something stands still");
+                ensure!(anomalies == 0, "the runtime counted anomalies");
+                last = now;
+                seen.push(has);
+            }
+            Ok(())
+        })();
+        stop.store(true, Ordering::Relaxed);
+        for thread in threads {
+            thread
+                .join()
+                .map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        }
+        outcome
+    });
+    ran?;
+    // Samples are taken in the midst of lives, so a single one says little: the least of a third against the least of the last third.
+    let least = |part: &[Has]| -> Option<Has> {
+        part.iter().copied().reduce(|a, b| Has {
+            anonymous_kib: a.anonymous_kib.min(b.anonymous_kib),
+            page_tables_kib: a.page_tables_kib.min(b.page_tables_kib),
+            descriptors: a.descriptors.min(b.descriptors),
+            mappings: a.mappings.min(b.mappings),
+            threads: a.threads.min(b.threads),
+        })
+    };
+    let third = seen.len() / 3;
+    ensure!(
+        third > 0,
+        "too short to tell: at least three lines are needed"
+    );
+    let (Some(warm), Some(last)) = (
+        least(&seen[third..2 * third]),
+        least(&seen[seen.len() - third..]),
+    ) else {
+        anyhow::bail!("no lines");
+    };
+    let growth = last.growth_since(&warm);
+    ensure!(growth.is_empty(), "it has grown: {}", growth.join("; "));
+    println!("nothing has grown");
+    Ok(())
+}

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# All benches on this machine, which should have nothing else to do: about ten minutes.
+#
+#   benches/run.sh            the real thing: benches/results/MACHINE-KERNEL-DATE/, and the README's section "Performance"
+#   benches/run.sh --quick    few rounds and small sizes, into a directory of its own under target: to see that it works
+#
+# At the end stands a table of all targets, met or missed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+quick=()
+machine=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
+name=$(printf '%s-%s-%s' "$machine" "$(uname -r)" "$(date -u +%F)" | tr -cs 'A-Za-z0-9._-' '_')
+out=benches/results/$name
+if [ "${1:-}" = --quick ]; then
+    quick=(--quick)
+    out=target/bench-quick
+fi
+
+benches=(fault_latency offload protocol scaling)
+echo "==> building"
+cargo build --release --locked -p benches --benches --bins
+mkdir -p "$out"
+rm -f "$out"/*.svg "$out"/*.json
+echo "==> into $out; load $(cut -d' ' -f1-3 /proc/loadavg)"
+
+for i in "${!benches[@]}"; do
+    bench=${benches[$i]}
+    echo "==> $((i + 1)) of ${#benches[@]}: $bench ($SECONDS s so far)"
+    cargo bench -q --locked -p benches --bench "$bench" -- \
+        --json "$PWD/$out/$bench.json" --plot "$PWD/$out" "${quick[@]}" | tee "$out/$bench.txt"
+done
+
+report=(cargo run -q --release --locked -p benches --bin report -- "$out")
+if [ ${#quick[@]} -eq 0 ]; then
+    "${report[@]}" --readme README.md
+fi
+echo "==> targets"
+"${report[@]}" --targets
+echo "==> done in $SECONDS s: $out"
