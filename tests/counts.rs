@@ -3,7 +3,7 @@
 
 use std::sync::Mutex;
 
-use svm::{Access, Buffer, Granule, Options, Stats};
+use svm::{Access, AttachOptions, Buffer, Delivery, Granule, Options, Stats, View, ViewMut};
 use tests::{TestDevice, Watchdog, usable};
 
 const PAGE: usize = 4096;
@@ -34,6 +34,20 @@ fn taken(buffer: &mut Buffer<u8>, job: impl FnOnce(&mut Buffer<u8>)) -> Stats {
     let before = buffer.stats();
     job(buffer);
     buffer.stats() - before
+}
+
+/// One device fault at the beginning of `view`.
+fn device_writes(device: &TestDevice, view: &ViewMut<'_, u8>) {
+    device
+        .fault_in(view.region(), view.addr(), 1, Access::Write)
+        .unwrap();
+}
+
+/// One device fault for a load, at the beginning of `view`.
+fn device_reads(device: &TestDevice, view: &View<'_, u8>) {
+    device
+        .fault_in(view.region(), view.addr(), 1, Access::Read)
+        .unwrap();
 }
 
 /// CPU faults of every kind.
@@ -262,5 +276,205 @@ fn a_scan_by_one_worker_faults_once_a_granule_and_never_twice() {
         );
         assert_eq!(home.to_host_pages() as usize * PAGE, LEN);
         x.as_mut_slice()[0] = 1;
+    });
+}
+
+#[test]
+fn the_thread_door_makes_the_same_calls() {
+    alone("thread door", || {
+        let options = Options::new().delivery(Delivery::Thread);
+        let mut moved = filled(1 << 20, &options);
+        let mut shared = filled(1 << 20, &options.clone().read_mostly(true));
+        let device = TestDevice::new().unwrap();
+        device_writes(&device, &moved.view_mut());
+        let home = taken(&mut moved, |b| b.as_mut_slice()[0] = 2);
+        assert_quiet(&home);
+        let counts = (cpu_faults(&home), home.move_calls, home.movement_calls());
+        assert_eq!(counts, (1, 1, 1), "{home:?}");
+        device_reads(&device, &shared.view());
+        let collapse = taken(&mut shared, |b| b.as_mut_slice()[0] = 2);
+        assert_quiet(&collapse);
+        let counts = (
+            collapse.cpu_protect_faults,
+            collapse.write_protect_calls,
+            collapse.movement_calls(),
+        );
+        assert_eq!(counts, (1, 1, 1), "{collapse:?}");
+    });
+}
+
+#[test]
+fn a_write_after_a_read_that_moved_the_page_takes_nothing() {
+    alone("promotion", || {
+        let mut buffer = filled(1 << 20, &Options::new());
+        let device = TestDevice::new().unwrap();
+        let read = taken(&mut buffer, |b| device_reads(&device, &b.view()));
+        assert_eq!((read.device_read_faults, read.movement_calls()), (1, 1));
+        let written = taken(&mut buffer, |b| {
+            let view = b.view_mut();
+            device.write(view.region(), view.addr(), &[7]).unwrap();
+        });
+        assert_quiet(&written);
+        let counts = (
+            written.device_write_faults,
+            written.movement_calls(),
+            written.invalidations,
+        );
+        assert_eq!(counts, (0, 0, 0), "{written:?}");
+        assert_eq!(buffer.as_slice()[0], 7);
+    });
+}
+
+#[test]
+fn what_nobody_has_populated_is_filled_by_one_call() {
+    alone("holes", || {
+        let mut buffer = Buffer::<u8>::zeroed(1 << 20).unwrap();
+        let device = TestDevice::new().unwrap();
+        // The CPU's first touch is a fault of the kernel's own, or ours with one call, but never a movement.
+        let touched = taken(&mut buffer, |b| b.as_mut_slice()[0] = 1);
+        assert_quiet(&touched);
+        assert_eq!(
+            touched.movement_calls(),
+            cpu_faults(&touched),
+            "{touched:?}"
+        );
+        assert_eq!((touched.move_calls, touched.to_host_runs), (0, 0));
+        // The device gets a granule: the page that is there, and zeros for those that are not.
+        let hole = taken(&mut buffer, |b| device_writes(&device, &b.view_mut()));
+        let wasted = (hole.retries, hole.waits, hole.anomalies, cpu_faults(&hole));
+        assert_eq!(wasted, (0, 0, 0, 0), "{hole:?}");
+        assert_eq!(hole.device_write_faults, 1, "{hole:?}");
+        assert_eq!(hole.to_device_pages() as usize * PAGE, GRANULE, "{hole:?}");
+        assert!(hole.movement_calls() <= 2 + GRANULE as u64 / PAGE as u64);
+    });
+}
+
+#[test]
+fn an_input_is_copied_once_and_its_end_takes_no_call() {
+    alone("input", || {
+        let data = vec![1_u8; 1 << 20];
+        let device = TestDevice::new().unwrap();
+        let input = svm::mirror_ref(&data).unwrap();
+        let taken = || {
+            let (before, view) = (input.stats(), input.view());
+            // Not at the beginning, which shares its page with a neighbour on the heap.
+            let addr = view.addr() + (256 << 10);
+            device
+                .fault_in(view.region(), addr, 1, Access::Read)
+                .unwrap();
+            input.stats() - before
+        };
+        let first = taken();
+        assert_quiet(&first);
+        let counts = (
+            first.device_read_faults,
+            first.move_calls,
+            first.movement_calls(),
+            first.to_device_pages() as usize * PAGE,
+        );
+        assert_eq!(counts, (1, 0, 1, GRANULE), "{first:?}");
+        let again = taken();
+        let counts = (again.movement_calls(), again.to_device_pages());
+        assert_eq!(counts, (0, 0), "{again:?}");
+        let stats = input.stats();
+        assert_eq!(stats.to_host_pages(), 0, "{stats:?}");
+    });
+}
+
+#[test]
+fn explicit_movement_takes_a_call_a_block_and_a_pin_two() {
+    alone("explicit", || {
+        const NR_BLOCKS: u64 = 4;
+        let mut buffer = filled(NR_BLOCKS as usize * (2 << 20), &Options::new());
+        let device = TestDevice::new().unwrap();
+        let out = taken(&mut buffer, |b| {
+            let view = b.view_mut();
+            device
+                .migrate_to_device(view.region(), view.addr(), view.len() / PAGE)
+                .unwrap();
+        });
+        assert_quiet(&out);
+        let pages = NR_BLOCKS * 512;
+        let counts = (out.movement_calls(), out.to_device_explicit_pages);
+        assert_eq!(counts, (NR_BLOCKS, pages), "{out:?}");
+        // A pin also lifts what protection there is, and populates what is not there, after a look.
+        let pinned = taken(&mut buffer, |b| drop(b.pin(..).unwrap()));
+        let wasted = (pinned.retries, pinned.waits, pinned.anomalies);
+        assert_eq!(wasted, (0, 0, 0), "{pinned:?}");
+        let counts = (pinned.move_calls, pinned.to_host_explicit_pages);
+        assert_eq!(counts, (NR_BLOCKS, pages), "{pinned:?}");
+        assert!(pinned.movement_calls() <= 2 * NR_BLOCKS, "{pinned:?}");
+        assert!(pinned.scan_calls <= 2 * NR_BLOCKS, "{pinned:?}");
+        // What is home already stays where it is.
+        let again = taken(&mut buffer, |b| drop(b.pin(..).unwrap()));
+        let counts = (again.move_calls, again.copy_calls, again.to_host_pages());
+        assert_eq!(counts, (0, 0, 0), "{again:?}");
+        assert!(again.movement_calls() <= NR_BLOCKS, "{again:?}");
+    });
+}
+
+#[test]
+fn a_mirror_that_nobody_uses_moves_nothing() {
+    alone("unused", || {
+        let mut data = vec![1_u8; 4 << 20];
+        let mirror = svm::mirror(&mut data).unwrap();
+        let device = TestDevice::new().unwrap();
+        device.attachment().map(mirror.view().region()).unwrap();
+        let stats = mirror.stats();
+        assert_eq!((stats.movement_calls(), cpu_faults(&stats)), (0, 0));
+        mirror.close().unwrap();
+        assert_eq!(data[0], 1);
+    });
+}
+
+#[test]
+fn a_scan_of_twice_the_memory_evicts_each_page_once() {
+    alone("eviction", || {
+        const MEMORY: usize = 4 << 20;
+        let mut buffer = filled(2 * MEMORY, &Options::new());
+        let device = TestDevice::with_options(AttachOptions::new().memory_bytes(MEMORY)).unwrap();
+        let scan = taken(&mut buffer, |b| {
+            let view = b.view_mut();
+            for at in (0..view.len()).step_by(GRANULE) {
+                device
+                    .fault_in(view.region(), view.addr() + at, 1, Access::Write)
+                    .unwrap();
+            }
+        });
+        let wasted = (scan.retries, scan.anomalies, cpu_faults(&scan));
+        assert_eq!(wasted, (0, 0, 0), "{scan:?}");
+        let granules = (2 * MEMORY / GRANULE) as u64;
+        assert_eq!(scan.device_write_faults, granules, "{scan:?}");
+        assert_eq!(scan.to_device_pages() as usize * PAGE, 2 * MEMORY);
+        // No more than had to go, but for the last victim, of which whole granules go at once.
+        let evicted = scan.to_host_evict_pages as usize * PAGE;
+        assert!((MEMORY..=MEMORY + (2 << 20)).contains(&evicted), "{scan:?}");
+        assert!(scan.movement_calls() <= 2 * granules, "{scan:?}");
+    });
+}
+
+#[test]
+fn an_element_kernel_faults_once_a_granule_and_hits_from_then_on() {
+    alone("elements", || {
+        const LEN: usize = 1 << 20;
+        let mut data = filled(LEN, &Options::new());
+        let options = accel_sim::Options::new().workers(1);
+        let accel = accel_sim::Accelerator::with_options(options).unwrap();
+        let run = |data: &mut Buffer<u8>| {
+            accel
+                .run_items(LEN / PAGE, data.view_mut(), |_lane, i, data| {
+                    data.store(i * PAGE, 9)
+                })
+                .unwrap();
+        };
+        let first = taken(&mut data, run);
+        assert_quiet(&first);
+        let granules = (LEN / GRANULE) as u64;
+        let counts = (first.device_write_faults, first.movement_calls());
+        assert_eq!(counts, (granules, granules), "{first:?}");
+        let again = taken(&mut data, run);
+        let counts = (again.device_write_faults, again.movement_calls());
+        assert_eq!(counts, (0, 0), "{again:?}");
+        assert!(data.as_slice().iter().step_by(PAGE).all(|&b| b == 9));
     });
 }
