@@ -5,12 +5,12 @@
 use anyhow::Result;
 use benches::device::Rig;
 use benches::floors::Job;
-use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy};
+use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy, Resolve};
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu};
-use benches::report::{Figure, Note, Outcome, Results, Target, publish};
+use benches::report::{Note, Results, Target, publish};
 use clap::Parser;
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::notifier::{Hub, Interval};
@@ -399,74 +399,100 @@ fn alone<R>(mut piece: impl FnMut() -> R) -> f64 {
     samples.quantile(0.5) as f64 / f64::from(BATCH)
 }
 
-/// Where the time of a fault goes. What the kernel takes follows from the floors; the rest is the runtime's, and of it the pieces
-/// that can be run alone are: in a fault, where their code is not in the cache, they cost more.
-fn breakdown(outcomes: &[Outcome]) -> Vec<Note> {
-    let find = |name: &str, delivery: &str| {
-        outcomes
-            .iter()
-            .find(|o| o.name == name && o.delivery == delivery && o.setting == Setting::Quiet)
-    };
-    let (Some(touch), Some(write), Some(migrate), Some(duplicate)) = (
-        find("cpu touch, device page, 4 KiB", "inline"),
-        find("cpu write, shared page, 4 KiB", "inline"),
-        find("device migrates, 4 KiB", "inline"),
-        find("device duplicates, 4 KiB", "inline"),
-    ) else {
-        return Vec::new();
-    };
-    let ns = |name: &str, value: f64| Note::new(format!("step: {name}"), value, "ns", None);
-    let p50 = |figure: &Figure| figure.p50 as f64;
+/// Where the time of a fault on 4 KiB goes, nothing else running. What the kernel takes follows from floors that are measured here by
+/// turns with ours; the rest is the runtime's, and of it the pieces that can be run alone are: in a fault, where their code is not in
+/// the cache, they cost more.
+fn breakdown(rounds: usize) -> Result<Vec<Note>> {
+    const PAGE: Granule = Granule::Page;
+    let ours = |kind| Ours::new(kind, Delivery::Inline, MIB, PAGE, false);
+    let mut subjects: [Box<dyn Subject>; 10] = [
+        Box::new(Resolve::new(Job::Unprotect, MIB, PAGE.bytes())),
+        Box::new(Inline::new(Job::Unprotect, MIB, PAGE.bytes())),
+        Box::new(ours(Kind::CpuWriteShared)?),
+        Box::new(Resolve::new(Job::MoveHome, MIB, PAGE.bytes())),
+        Box::new(Inline::new(Job::MoveHome, MIB, PAGE.bytes())),
+        Box::new(ours(Kind::CpuTouchAway)?),
+        Box::new(Move::new(MIB, PAGE.bytes(), false)),
+        Box::new(ours(Kind::DeviceMigrates)?),
+        Box::new(ProtectAndCopy::new(MIB, PAGE.bytes())),
+        Box::new(ours(Kind::DeviceDuplicates)?),
+    ];
+    let mut all: [Samples; 10] = std::array::from_fn(|_| Samples::new());
+    for _ in 0..rounds {
+        for (subject, samples) in subjects.iter_mut().zip(&mut all) {
+            subject.arm()?;
+            subject.pass(samples)?;
+        }
+    }
+    let [
+        unprotect,
+        f1,
+        cpu_write,
+        move_home,
+        f2,
+        cpu_touch,
+        f5,
+        migration,
+        f4,
+        duplication,
+    ] = all.map(|samples| samples.quantile(0.5) as f64);
     let gate = Gate::new();
     let lock = Mutex::new(0_u64);
     let hub = Hub::new();
     let interval = Interval::new(0x10_0000, 0x10_1000);
     let range = hub.insert(interval);
-    let clock = alone(std::time::Instant::now);
-    vec![
-        ns("the clock, read twice (in every figure)", 2.0 * clock),
-        // SAFETY: getppid takes nothing and changes nothing.
-        ns("an empty system call", alone(|| unsafe { libc::getppid() })),
-        ns("MOVE of 4 KiB (F5)", p50(&migrate.floor)),
-        ns(
-            "exception, signal and return (F2 - F5)",
-            p50(&touch.floor) - p50(&migrate.floor),
+    let begin_and_look = || {
+        range
+            .begin(Deadline::NEVER)
+            .is_ok_and(|token| range.interrupted(token))
+    };
+    let steps = [
+        (
+            "the clock, read twice (in every figure)",
+            2.0 * alone(std::time::Instant::now),
         ),
-        ns(
-            "un-protecting 4 KiB (F1 - (F2 - F5))",
-            p50(&write.floor) - (p50(&touch.floor) - p50(&migrate.floor)),
+        (
+            "an empty system call",
+            // SAFETY: getppid takes nothing and changes nothing.
+            alone(|| unsafe { libc::getppid() }),
         ),
-        ns(
-            "runtime in a CPU touch (ours - F2)",
-            p50(&touch.ours) - p50(&touch.floor),
+        ("cpu write: un-protecting, alone", unprotect),
+        (
+            "cpu write: exception, signal and return (F1 less that)",
+            f1 - unprotect,
         ),
-        ns(
-            "runtime in a CPU write (ours - F1)",
-            p50(&write.ours) - p50(&write.floor),
+        ("cpu write: the runtime (ours less F1)", cpu_write - f1),
+        ("cpu touch: MOVE home, alone", move_home),
+        (
+            "cpu touch: exception, signal and return (F2 less that)",
+            f2 - move_home,
         ),
-        ns(
-            "runtime in a migration (ours - F5)",
-            p50(&migrate.ours) - p50(&migrate.floor),
+        ("cpu touch: the runtime (ours less F2)", cpu_touch - f2),
+        ("migration: MOVE out, alone (F5)", f5),
+        ("migration: the runtime (ours less F5)", migration - f5),
+        ("duplication: protect and copy, alone (F4)", f4),
+        ("duplication: the runtime (ours less F4)", duplication - f4),
+        (
+            "of the runtime, warm: gate, entered and left",
+            alone(|| drop(gate.enter())),
         ),
-        ns(
-            "runtime in a duplication (ours - F4)",
-            p50(&duplicate.ours) - p50(&duplicate.floor),
+        (
+            "of the runtime, warm: a lock, taken and released",
+            alone(|| drop(lock.lock())),
         ),
-        ns("gate, entered and left", alone(|| drop(gate.enter()))),
-        ns("a lock, taken and released", alone(|| drop(lock.lock()))),
-        ns(
-            "range: begin and look",
-            alone(|| {
-                range
-                    .begin(Deadline::NEVER)
-                    .is_ok_and(|token| range.interrupted(token))
-            }),
+        (
+            "of the runtime, warm: range, begin and look",
+            alone(begin_and_look),
         ),
-        ns(
-            "bracket: start and end",
+        (
+            "of the runtime, warm: bracket, start and end",
             alone(|| drop(hub.start(interval, None))),
         ),
-    ]
+    ];
+    Ok(steps
+        .into_iter()
+        .map(|(name, ns)| Note::new(format!("step: {name}"), ns, "ns", None))
+        .collect())
 }
 
 /// What the kernel has counted: interrupts from one CPU to another, and context switches of this process.
@@ -588,7 +614,7 @@ fn main() -> Result<()> {
         notes.extend(context(rounds)?);
     }
     if args.wants("breakdown") {
-        notes.extend(breakdown(&outcomes));
+        notes.extend(breakdown(rounds)?);
         notes.extend(counts(if args.quick { 2 } else { 8 })?);
     }
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };

@@ -89,6 +89,41 @@ impl Subject for Move {
     }
 }
 
+/// What F1 and F2 do in their handlers, without a fault.
+#[derive(Debug)]
+pub struct Resolve {
+    pair: Pair,
+    job: super::Job,
+    granule: usize,
+}
+
+impl Resolve {
+    /// `len` bytes, `granule` at a time.
+    #[must_use]
+    pub fn new(job: super::Job, len: usize, granule: usize) -> Self {
+        Self {
+            pair: Pair::new(len, Faults::Signal, false),
+            job,
+            granule,
+        }
+    }
+}
+
+impl Subject for Resolve {
+    fn arm(&mut self) -> Result<()> {
+        super::inline::arm(&self.pair, self.job);
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let host = &self.pair.host;
+        for at in (0..host.len()).step_by(self.granule) {
+            samples.time(|| self.pair.resolve(self.job, host.addr() + at, self.granule));
+        }
+        Ok(())
+    }
+}
+
 /// Copies `len` bytes by the kernel; both sides are populated.
 pub fn read_by_kernel(pid: i32, dst: usize, src: usize, len: usize) {
     let local = libc::iovec {

@@ -119,6 +119,12 @@ struct Holding {
 #[derive(Clone, Debug, Zeroable)]
 #[repr(C)]
 pub(crate) struct BlockState {
+    /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
+    occupied: u8,
+    /// Whether `gone`, `pinned`, `unmovable`, `severed`, `pending` or `displaced` has a page; keeps the common case from looking at them.
+    exceptional: u8,
+    /// Until when (monotonic ns) pages that a device fetched are not taken from it, and pages the CPU fetched from it.
+    lease: Lease,
     away: PageMask,
     gone: PageMask,
     pinned: PageMask,
@@ -127,10 +133,6 @@ pub(crate) struct BlockState {
     pending: PageMask,
     displaced: PageMask,
     holdings: [Holding; MAX_DEVICES],
-    /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
-    occupied: u8,
-    /// Until when (monotonic ns) pages that a device fetched are not taken from it, and pages the CPU fetched from it.
-    lease: Lease,
 }
 
 /// Minimum residencies: until when a contended page stays with the side that fetched it (hazards W4).
@@ -164,6 +166,7 @@ impl BlockState {
             displaced: PageMask::EMPTY,
             holdings: [NONE; MAX_DEVICES],
             occupied: 0,
+            exceptional: 0,
             lease: Lease::default(),
         }
     }
@@ -228,22 +231,20 @@ impl BlockState {
         self.is_only_with_cpu(device, pages) && !self.junk(device).intersects(pages)
     }
 
+    /// Whether every page is the CPU's alone, and no device's window holds anything of the block.
+    #[inline]
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.occupied == 0 && self.exceptional == 0 && self.away.is_empty()
+    }
+
     /// As [`is_plain_for`](Self::is_plain_for), of the pages `bits` of one word.
     #[inline]
     pub(crate) fn is_plain_word(&self, device: DeviceId, word: usize, bits: u64) -> bool {
-        let holding = &self.holdings[device.index()];
-        let not_plain = [
-            &self.gone,
-            &self.pinned,
-            &self.unmovable,
-            &self.pending,
-            &self.displaced,
-            &self.away,
-            &holding.frames,
-            &holding.junk,
-        ];
-        let any = not_plain.iter().fold(0, |any, mask| any | mask.word(word));
-        any & bits == 0 && self.occupied & !(1 << device.0) == 0
+        let Holding { frames, junk } = &self.holdings[device.index()];
+        let held = self.away.word(word) | frames.word(word) | junk.word(word);
+        held & bits == 0
+            && self.occupied & !(1 << device.0) == 0
+            && (self.exceptional == 0 || self.exceptions().word(word) & bits == 0)
     }
 
     /// As [`is_plain_for`](Self::is_plain_for), but that `device`'s window still holds a stale copy of each of `pages`.
@@ -254,18 +255,27 @@ impl BlockState {
 
     #[inline]
     fn is_only_with_cpu(&self, device: DeviceId, pages: &PageMask) -> bool {
-        let exceptional = [
-            &self.gone,
-            &self.pinned,
-            &self.unmovable,
-            &self.severed,
-            &self.pending,
-            &self.displaced,
-        ];
-        !exceptional.into_iter().any(|mask| mask.intersects(pages))
-            && self.occupied & !(1 << device.0) == 0
+        self.occupied & !(1 << device.0) == 0
             && !self.away.intersects(pages)
             && !self.frames(device).intersects(pages)
+            && (self.exceptional == 0 || !self.exceptions().intersects(pages))
+    }
+
+    /// Pages that are not simply somebody's.
+    #[cold]
+    fn exceptions(&self) -> PageMask {
+        self.gone
+            | self.pinned
+            | self.unmovable
+            | self.severed
+            | self.pending
+            | self.displaced
+    }
+
+    /// After a change of one of these.
+    #[cold]
+    fn exceptions_changed(&mut self) {
+        self.exceptional = u8::from(!self.exceptions().is_empty());
     }
 
     #[inline]
@@ -342,6 +352,14 @@ impl BlockState {
         self.occupied |= 1 << device.0;
     }
 
+    /// [`moved_out`](Self::moved_out), of the whole block, which was [at rest](Self::is_at_rest).
+    #[inline]
+    pub(crate) fn moved_out_whole(&mut self, device: DeviceId) {
+        self.away = PageMask::FULL;
+        self.holdings[device.index()].frames = PageMask::FULL;
+        self.occupied |= 1 << device.0;
+    }
+
     /// `device`'s window page moved to the CPU, which holds it alone or with the other frames.
     #[inline]
     pub(crate) fn moved_home(&mut self, device: DeviceId, pages: PageMask) {
@@ -413,12 +431,14 @@ impl BlockState {
         self.discarded(pages);
         self.displaced -= pages;
         self.gone |= pages;
+        self.exceptions_changed();
     }
 
     /// The pages were moved to another address; what is away comes home there.
     #[inline]
     pub(crate) fn displaced_to_new_address(&mut self, pages: PageMask) {
         self.displaced |= pages - self.gone;
+        self.exceptions_changed();
     }
 
     #[inline]
@@ -428,6 +448,7 @@ impl BlockState {
         } else {
             self.pending -= pages;
         }
+        self.exceptions_changed();
     }
 
     #[inline]
@@ -437,6 +458,7 @@ impl BlockState {
         } else {
             self.pinned -= pages;
         }
+        self.exceptions_changed();
     }
 
     #[inline]
@@ -446,11 +468,13 @@ impl BlockState {
         } else {
             self.severed -= pages;
         }
+        self.exceptions_changed();
     }
 
     #[inline]
     pub(crate) fn set_unmovable(&mut self, pages: PageMask) {
         self.unmovable |= pages;
+        self.exceptions_changed();
     }
 
     /// What has to happen so that `device` may access `want`.
@@ -502,7 +526,8 @@ impl BlockState {
     pub(crate) fn is_consistent(&self) -> bool {
         let held = self.held_by_devices(None) | !self.away;
         let disjoint = DeviceId::all().all(|d| !self.frames(d).intersects(&self.junk(d)));
-        disjoint && (held | self.gone()) == PageMask::FULL
+        let noted = (self.exceptional != 0) == !self.exceptions().is_empty();
+        disjoint && noted && (held | self.gone()) == PageMask::FULL
     }
 }
 

@@ -135,11 +135,11 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Again;
         };
         let commit = |valid: &Valid| commit(valid, begun);
-        if let Some(narrow) = self.narrow(&state) {
+        if let Some(run) = self.one_run(&state) {
             if let Some(until) = lease_of_cpu(&mut state) {
                 return Outcome::WaitUntil(until);
             }
-            match self.take_narrow(&mut state, &narrow, scratch) {
+            match self.take_run(&mut state, &run, scratch) {
                 Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
                 Err(Some(outcome)) => return outcome,
                 // Not as plain as it looked: the mapping is protected, or of another kind.

@@ -19,56 +19,64 @@ use crate::stats::count;
 /// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
 const MAX_BLOCKS_AT_ONCE: usize = 32;
 
-/// Pages of one word of a block's masks, consecutive, and all the CPU's alone.
-pub(super) struct Narrow {
-    word: usize,
-    bits: u64,
+/// One run of pages that are all the CPU's alone.
+pub(super) struct Run {
     pages: core::ops::Range<usize>,
+    /// Where they lie in one word of the block's masks, that and their bits there; else they are the whole block.
+    word: Option<(usize, u64)>,
 }
 
 impl<D: Device> Round<'_, D> {
-    /// [`plain`](Self::plain) for a granule that lies in one word of the masks, as up to 256 KiB do, and is one run. What a fault
-    /// costs beside its system call is, for the most part, fetching the code that makes it: this is a tenth of the code.
+    /// [`plain`](Self::plain) for a granule that is one run, and either lies in one word of the masks, as up to 256 KiB do, or is a
+    /// block in which no device has anything. What a fault costs beside its system call is, for the most part, fetching the code
+    /// that makes it: this is a tenth of the code.
     #[inline]
-    pub(super) fn narrow(&self, state: &BlockState) -> Option<Narrow> {
-        let granule = if self.alone { 1 } else { self.granule() };
-        let (word, want) = self.want.as_word()?;
+    pub(super) fn one_run(&self, state: &BlockState) -> Option<Run> {
         let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
         let is_managed = self.region.kind() == RegionKind::Managed;
         // As in `plain`; and opaque memory is filled from the window, run by run.
-        if granule > 64 || !moves || !is_managed || self.mapped.is_opaque() {
+        let may_move = moves && is_managed && self.region.door().has_move();
+        if !may_move || self.mapped.is_opaque() {
             return None;
         }
-        let body = if self.region.is_whole(self.block) {
+        let granule = if self.alone { 1 } else { self.granule() };
+        let is_whole = self.region.is_whole(self.block);
+        if granule == PAGES_PER_BLOCK && is_whole {
+            return state.is_at_rest().then_some(Run {
+                pages: 0..PAGES_PER_BLOCK,
+                word: None,
+            });
+        }
+        let (word, want) = self.want.as_word()?;
+        if granule > 64 {
+            return None;
+        }
+        let body = if is_whole {
             !0
         } else {
             self.region.body_mask(self.block).word(word)
         };
         let bits = grow_word(want, granule) & body;
         let (low, high) = (bits.trailing_zeros(), 64 - bits.leading_zeros());
-        let is_one_run = high - low.min(high) == bits.count_ones();
-        if want & !body != 0 || !is_one_run || !self.region.door().has_move() {
+        let is_one_run = high.saturating_sub(low) == bits.count_ones();
+        if want & !body != 0 || !is_one_run || !state.is_plain_word(self.id(), word, bits) {
             return None;
         }
-        state
-            .is_plain_word(self.id(), word, bits)
-            .then_some(Narrow {
-                word,
-                bits,
-                pages: word * 64 + low as usize..word * 64 + high as usize,
-            })
+        Some(Run {
+            pages: word * 64 + low as usize..word * 64 + high as usize,
+            word: Some((word, bits)),
+        })
     }
 
     /// [`take_plain`](Self::take_plain) for such pages.
     #[inline]
-    pub(super) fn take_narrow<T>(
+    pub(super) fn take_run<T>(
         &self,
         state: &mut BlockState,
-        narrow: &Narrow,
+        run: &Run,
         scratch: &mut Scratch,
     ) -> Result<Valid, Option<Outcome<T>>> {
-        let Narrow { word, bits, .. } = *narrow;
-        let (run, needed) = (narrow.pages.clone(), narrow.pages.len());
+        let (run, word, needed) = (run.pages.clone(), run.word, run.pages.len());
         let residency = self.mapped.residency();
         if residency.take_failure() {
             return Err(Some(Outcome::NoFrames));
@@ -91,16 +99,24 @@ impl<D: Device> Round<'_, D> {
         if nr_moved < needed {
             return self.take_rest(state, run, nr_moved, scratch);
         }
-        state.moved_out_word(self.id(), word, bits);
+        let pages = match word {
+            Some((word, bits)) => {
+                state.moved_out_word(self.id(), word, bits);
+                PageMask::of_word(word, bits)
+            }
+            None => {
+                state.moved_out_whole(self.id());
+                PageMask::FULL
+            }
+        };
         debug_assert!(
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
         );
-        let demand = self.want.word(word).count_ones() as usize;
+        let demand = self.want.count();
         self.mapped
             .counters()
             .to_device(self.cause, demand as u64, (needed - demand) as u64);
-        let pages = PageMask::of_word(word, bits);
         Ok(Valid {
             block: self.block,
             readable: pages,
