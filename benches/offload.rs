@@ -343,8 +343,15 @@ fn main() -> Result<()> {
         );
     }
     cases.retain(|case| args.wants(&case.0));
-    let rounds = args.rounds(15);
-    let progress = Progress::new(cases.len(), rounds);
+    // A round of the large size takes a second.
+    let rounds = |len: usize| {
+        args.rounds(if len * size_of::<f64>() > 256 * MIB {
+            7
+        } else {
+            15
+        })
+    };
+    let progress = Progress::new(cases.len(), rounds(0));
     let mut outcomes = Vec::new();
     for (name, len, what, granule, huge, target) in cases {
         let (mut floor, mut ours): (Box<dyn Subject>, Box<dyn Subject>) = match what {
@@ -371,7 +378,13 @@ fn main() -> Result<()> {
             },
             target: Some(Target::p50_alone(target)),
         };
-        outcomes.push(compare(case, rounds, &mut *floor, &mut *ours, &progress)?);
+        outcomes.push(compare(
+            case,
+            rounds(len),
+            &mut *floor,
+            &mut *ours,
+            &progress,
+        )?);
     }
     progress.finish();
     let notes = if args.wants("scan") {

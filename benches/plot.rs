@@ -71,42 +71,54 @@ pub fn ratios(path: &Path, title: &str, outcomes: &[Outcome]) -> Result<()> {
     })
 }
 
-/// For each case, ours against its floor, as cumulative distributions.
+/// Panels beside each other.
+const COLUMNS: usize = 3;
+const PANEL: (u32, u32) = (420, 260);
+
+/// A figure of `n` panels.
+fn panels(path: &Path, n: usize) -> DrawingArea<SVGBackend<'_>, plotters::coord::Shift> {
+    let (columns, rows) = (n.clamp(1, COLUMNS) as u32, n.div_ceil(COLUMNS) as u32);
+    SVGBackend::new(path, (PANEL.0 * columns, PANEL.1 * rows)).into_drawing_area()
+}
+
+/// For each case ours against its floor, as cumulative distributions: a panel each, in one file.
 ///
 /// # Errors
-/// A file could not be written.
-pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()> {
-    for o in outcomes {
-        let file = format!(
-            "{bench}_{}_{}_{}.svg",
-            o.name.replace([' ', '/', ','], "_"),
-            o.delivery.replace('-', "x"),
-            o.setting.name()
-        );
-        let path = dir.join(file);
-        let (low, high) = (
-            o.floor.curve[1].min(o.ours.curve[1]).max(1) as f64,
-            o.floor.p999.max(o.ours.p999) as f64,
-        );
-        let root = SVGBackend::new(&path, (640, 360)).into_drawing_area();
-        draw(|| {
-            root.fill(&WHITE)?;
-            let mut chart = ChartBuilder::on(&root)
-                .caption(format!("{}, {}", o.name, o.setting.name()), FONT)
-                .margin(10)
+/// The file could not be written.
+pub fn distributions(path: &Path, outcomes: &[&Outcome]) -> Result<()> {
+    let root = panels(path, outcomes.len());
+    draw(|| {
+        root.fill(&WHITE)?;
+        let areas = root.split_evenly((
+            outcomes.len().div_ceil(COLUMNS),
+            outcomes.len().clamp(1, COLUMNS),
+        ));
+        for (o, area) in outcomes.iter().zip(&areas) {
+            let (low, high) = (
+                o.floor.curve[1].min(o.ours.curve[1]).max(1) as f64,
+                o.floor.curve[198].max(o.ours.curve[198]) as f64,
+            );
+            let mut chart = ChartBuilder::on(area)
+                .caption(
+                    format!("{}, {}, {}", o.name, o.delivery, o.setting.name()),
+                    ("sans-serif", 13),
+                )
+                .margin(8)
                 .x_label_area_size(30)
-                .y_label_area_size(40)
+                .y_label_area_size(35)
                 .build_cartesian_2d((low * 0.9..high * 1.1).log_scale(), 0.0..1.0)?;
             chart
                 .configure_mesh()
-                .x_desc("ns")
-                .y_desc("share of accesses")
+                .x_labels(6)
+                .x_label_formatter(&|ns| time(*ns as u64))
+                .y_labels(6)
                 .draw()?;
             for (figure, colour, name) in [(&o.floor, FLOOR, o.floor_name), (&o.ours, OURS, "svm")]
             {
                 let points = figure
                     .curve
                     .iter()
+                    .take(199)
                     .enumerate()
                     .map(|(i, &ns)| (ns.max(1) as f64, i as f64 / 200.0));
                 chart
@@ -118,78 +130,70 @@ pub fn distributions(dir: &Path, bench: &str, outcomes: &[Outcome]) -> Result<()
             }
             chart
                 .configure_series_labels()
+                .position(SeriesLabelPosition::LowerRight)
                 .border_style(BLACK)
                 .background_style(WHITE)
                 .draw()?;
-            root.present()
-        })?;
-    }
-    Ok(())
+        }
+        root.present()
+    })
 }
 
-/// The ratio to the smallest against the size, with quartiles, the target, and the medians in words.
+/// For each series the ratio to the smallest against the size, with quartiles, the target, and the medians in words: a panel each, in
+/// one file.
 ///
 /// # Errors
 /// The file could not be written.
-pub fn series(dir: &Path, bench: &str, series: &Series) -> Result<()> {
-    let name = series.name.replace([' ', '/', ','], "_");
-    let path = dir.join(format!(
-        "{bench}_{name}_by_{}.svg",
-        series.x.replace(' ', "_")
-    ));
-    let points = &series.points;
-    let most = points
-        .iter()
-        .map(|p| p.spread[1].max(p.ratio))
-        .fold(series.target.unwrap_or(1.0).max(1.5), f64::max);
-    let (low, high) = (points[0].x, points[points.len() - 1].x);
-    let root = SVGBackend::new(&path, (640, 360)).into_drawing_area();
+pub fn curves(path: &Path, series: &[&Series]) -> Result<()> {
+    let root = panels(path, series.len());
     draw(|| {
         root.fill(&WHITE)?;
-        let mut chart = ChartBuilder::on(&root)
-            .caption(&series.name, FONT)
-            .margin(10)
-            .x_label_area_size(35)
-            .y_label_area_size(45)
-            .build_cartesian_2d((low * 0.8..high * 1.6).log_scale(), 0.0..most * 1.15)?;
-        chart
-            .configure_mesh()
-            .x_desc(series.x)
-            .y_desc("cost over that of the smallest")
-            .draw()?;
-        if let Some(target) = series.target {
+        let areas = root.split_evenly((
+            series.len().div_ceil(COLUMNS),
+            series.len().clamp(1, COLUMNS),
+        ));
+        for (series, area) in series.iter().zip(&areas) {
+            let points = &series.points;
+            let most = points
+                .iter()
+                .map(|p| p.spread[1].max(p.ratio))
+                .fold(series.target.unwrap_or(1.0).max(1.5), f64::max);
+            let (low, high) = (points[0].x * 0.7, points[points.len() - 1].x * 1.8);
+            let mut chart = ChartBuilder::on(area)
+                .caption(&series.name, ("sans-serif", 13))
+                .margin(8)
+                .x_label_area_size(35)
+                .y_label_area_size(45)
+                .build_cartesian_2d((low..high).log_scale(), 0.0..most * 1.2)?;
             chart
-                .draw_series([PathElement::new(
-                    [(low * 0.8, target), (high * 1.6, target)],
+                .configure_mesh()
+                .x_labels(6)
+                .x_desc(series.x)
+                .y_labels(6)
+                .y_desc("over the smallest")
+                .draw()?;
+            if let Some(target) = series.target {
+                chart.draw_series([PathElement::new(
+                    [(low, target), (high, target)],
                     TARGET.stroke_width(1),
-                )])?
-                .label("target")
-                .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], TARGET));
-        }
-        chart
-            .draw_series(LineSeries::new(
+                )])?;
+            }
+            chart.draw_series(LineSeries::new(
                 points.iter().map(|p| (p.x, p.ratio)),
                 OURS.stroke_width(2),
-            ))?
-            .label("svm")
-            .legend(|(x, y)| PathElement::new([(x, y), (x + 16, y)], OURS));
-        for p in points {
-            chart.draw_series([PathElement::new(
-                [(p.x, p.spread[0]), (p.x, p.spread[1])],
-                OURS.stroke_width(4),
-            )])?;
-            chart.draw_series([Text::new(
-                time(p.p50),
-                (p.x, p.ratio.max(p.spread[1]) + most * 0.07),
-                ("sans-serif", 12),
-            )])?;
+            ))?;
+            for p in points {
+                chart.draw_series([PathElement::new(
+                    [(p.x, p.spread[0]), (p.x, p.spread[1])],
+                    OURS.stroke_width(4),
+                )])?;
+                chart.draw_series([Text::new(
+                    time(p.p50),
+                    (p.x, p.ratio.max(p.spread[1]) + most * 0.1),
+                    ("sans-serif", 11),
+                )])?;
+            }
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::LowerRight)
-            .border_style(BLACK)
-            .background_style(WHITE)
-            .draw()?;
         root.present()
     })
 }

@@ -517,12 +517,14 @@ impl Shot {
     fn new(busy: bool) -> Self {
         let shared = Arc::new((Generation::new(), [Slot::new()]));
         let stop = Arc::new(AtomicBool::new(false));
+        let runs = Arc::new(AtomicBool::new(false));
         let worker = busy.then(|| {
-            let (shared, stop) = (shared.clone(), stop.clone());
+            let (shared, stop, runs) = (shared.clone(), stop.clone(), runs.clone());
             std::thread::spawn(move || {
                 pin_to_cpu(1);
                 let (generation, [slot]) = &*shared;
                 slot.enter_element_mode();
+                runs.store(true, Ordering::Relaxed);
                 let (mut n, word) = (0, AtomicU64::new(0));
                 while !stop.load(Ordering::Relaxed) {
                     n += slot
@@ -540,6 +542,7 @@ impl Shot {
                 n
             })
         });
+        wait_until(|| !busy || runs.load(Ordering::Relaxed));
         pin_to_cpu(0);
         Self {
             shared,

@@ -293,12 +293,21 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
     }
     if let Some(dir) = &args.plot {
         std::fs::create_dir_all(dir)?;
+        let file = |what: &str| dir.join(format!("{bench}_{what}.svg"));
         if !outcomes.is_empty() {
-            crate::plot::ratios(&dir.join(format!("{bench}_ratios.svg")), bench, outcomes)?;
+            crate::plot::ratios(&file("ratios"), bench, outcomes)?;
         }
-        crate::plot::distributions(dir, bench, outcomes)?;
-        for series in series.iter().filter(|series| series.points.len() > 1) {
-            crate::plot::series(dir, bench, series)?;
+        // A distribution wants some samples.
+        let many: Vec<_> = outcomes
+            .iter()
+            .filter(|o| o.target.is_some() && o.ours.n >= 200)
+            .collect();
+        if !many.is_empty() {
+            crate::plot::distributions(&file("distributions"), &many)?;
+        }
+        let curves: Vec<_> = series.iter().filter(|s| s.points.len() > 1).collect();
+        if !curves.is_empty() {
+            crate::plot::curves(&file("curves"), &curves)?;
         }
     }
     Ok(())

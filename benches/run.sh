@@ -28,7 +28,8 @@ for i in "${!benches[@]}"; do
     bench=${benches[$i]}
     echo "==> $((i + 1)) of ${#benches[@]}: $bench ($SECONDS s so far)"
     cargo bench -q --locked -p benches --bench "$bench" -- \
-        --json "$PWD/$out/$bench.json" --plot "$PWD/$out" "${quick[@]}" | tee "$out/$bench.txt"
+        --json "$PWD/$out/$bench.json" --plot "$PWD/$out" "${quick[@]}" |
+        grep -v '^Benchmarking' | tee "$out/$bench.txt"
 done
 
 report=(cargo run -q --release --locked -p benches --bin report -- "$out")

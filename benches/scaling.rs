@@ -318,7 +318,7 @@ fn rows(quick: bool) -> Vec<Row> {
                      target: Option<f64>| {
         for &size in sizes {
             rows.push(Row {
-                name: format!("{name}, {size} {x}"),
+                name: format!("{name} {size} {x}"),
                 floor,
                 make_floor: make_floor(),
                 make_ours: make_ours(size),
@@ -329,7 +329,7 @@ fn rows(quick: bool) -> Vec<Row> {
     };
     let small = || boxed(|| ThereAndBack::new(PART, 0));
     curve(
-        "there and back, 64 KiB, in a region",
+        "there and back, 64 KiB, in a region of",
         "MiB",
         "4 MiB",
         4.0,
@@ -339,7 +339,7 @@ fn rows(quick: bool) -> Vec<Row> {
         Some(1.1),
     );
     curve(
-        "there and back, 64 KiB, one region of",
+        "there and back, 64 KiB, where there are",
         "regions",
         "1 region",
         1.0,
@@ -387,7 +387,7 @@ fn rows(quick: bool) -> Vec<Row> {
         None,
     );
     curve(
-        "there and back, 64 KiB, threads at once:",
+        "there and back, 64 KiB, at once by",
         "threads",
         "1 thread",
         1.0,

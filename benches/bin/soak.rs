@@ -101,7 +101,10 @@ fn one_life(accel: &Accelerator, n: u64, delivery: Delivery) -> Result<()> {
             data.store(i * (len / 64), n)
         })?;
         mirror.close()?;
-        ensure!(data[1] == n + 1, "a mirror lost a write");
+        ensure!(
+            (data[0], data[len - 1]) == (n, n + 1),
+            "a mirror lost a write"
+        );
     } else {
         let mut data = Buffer::<u64>::with_options(len, &options)?;
         data.as_mut_slice().fill(n);
@@ -145,6 +148,15 @@ fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> 
     Ok(())
 }
 
+/// A thread that ends, whatever for, ends all.
+struct StopsOthers<'a>(&'a AtomicBool);
+
+impl Drop for StopsOthers<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let every = Duration::from_secs(args.every.unwrap_or((args.seconds / 20).clamp(3, 60)));
@@ -158,6 +170,7 @@ fn main() -> Result<()> {
             let (accel, stop, lives) = (&accel, &stop, &lives);
             move || -> Result<()> {
                 let mut n = first;
+                let _end = StopsOthers(stop);
                 while !stop.load(Ordering::Relaxed) {
                     one_life(accel, n, delivery)?;
                     lives.fetch_add(1, Ordering::Relaxed);
@@ -171,6 +184,7 @@ fn main() -> Result<()> {
         let (accel, stop, laps) = (&accel, &stop, &laps);
         let long = &mut long;
         threads.push(scope.spawn(move || {
+            let _end = StopsOthers(stop);
             let mut n = 0;
             while !stop.load(Ordering::Relaxed) {
                 long_life(accel, long, n)?;
@@ -185,7 +199,7 @@ fn main() -> Result<()> {
         let start = Instant::now();
         let outcome = (|| {
             let mut last = (0, 0);
-            while Instant::now() < end {
+            while Instant::now() < end && !stop.load(Ordering::Relaxed) {
                 std::thread::sleep(every.min(end.saturating_duration_since(Instant::now())));
                 let now = (lives.load(Ordering::Relaxed), laps.load(Ordering::Relaxed));
                 let has = Has::now()?;

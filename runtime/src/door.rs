@@ -169,6 +169,14 @@ impl Door {
         let _ = self.uffd.unregister(range);
     }
 
+    /// Whether somebody may sleep in a fault: behind the inline door each gets its signal at once, and there is nobody to look for.
+    fn wakes(&self) -> Wake {
+        match self.delivery {
+            Delivery::Inline => Wake::No,
+            Delivery::Thread => Wake::Yes,
+        }
+    }
+
     /// Moves `len` bytes of pages.
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Moved {
         let Some(dst) = PageRange::new(dst, dst + len) else {
@@ -179,7 +187,7 @@ impl Door {
         };
         // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
         // `register` answers for.
-        unsafe { self.uffd.move_pages(dst, src, Wake::Yes) }
+        unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
     }
 
     /// Fills `len` bytes of missing pages with copies.
@@ -192,7 +200,7 @@ impl Door {
         };
         // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
         // door's descriptor, and which `register` answers for.
-        unsafe { self.uffd.copy(dst, src, protect, Wake::Yes) }
+        unsafe { self.uffd.copy(dst, src, protect, self.wakes()) }
     }
 
     /// Copies `len` bytes over pages that are there; says how many bytes of whole pages it came to. Not where the kernel's
@@ -213,7 +221,7 @@ impl Door {
             };
         };
         // SAFETY: as `copy`.
-        unsafe { self.uffd.zeropage(dst, Wake::Yes) }
+        unsafe { self.uffd.zeropage(dst, self.wakes()) }
     }
 
     /// Write-protects present pages.
@@ -224,7 +232,7 @@ impl Door {
     /// Lifts write-protection, and clears markers.
     pub(crate) fn unprotect(&self, at: usize, len: usize) -> Stop {
         PageRange::new(at, at + len).map_or(Stop::Invalid, |range| {
-            self.uffd.write_unprotect(range, Wake::Yes)
+            self.uffd.write_unprotect(range, self.wakes())
         })
     }
 

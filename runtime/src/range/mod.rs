@@ -176,15 +176,16 @@ impl<D: Device> Range<D> {
         let mut retries = 0;
         let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         let mut is_first = true;
-        self.subscriptions[at].1.move_to(covered);
         loop {
-            let subscription = &self.subscriptions[at].1;
+            let subscription = &mut self.subscriptions[at].1;
             // Waits here, where nothing is held, if there was something to wait for. The token that counts is taken under the
             // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
             // the commit.
             if !core::mem::take(&mut is_first) {
                 let until = *deadline.get_or_insert_with(|| Deadline::after(timeout));
-                let _ = subscription.begin(until).map_err(|e| fault(kind_of(e)))?;
+                let _ = subscription
+                    .begin_at(covered, until)
+                    .map_err(|e| fault(kind_of(e)))?;
             }
             if self.scratch.ensure(region.door()).is_err() {
                 return Err(fault(DeviceFaultKind::OutOfMemory));
@@ -202,11 +203,16 @@ impl<D: Device> Range<D> {
                 alone,
                 cause: Cause::Demand,
             };
-            let begin = || subscription.begin(Deadline::PASSED).ok();
-            let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
+            // Points the range at the pages and begins, under one hold of the hub's lock.
+            let begin = move || {
+                let range = subscription;
+                let token = range.begin_at(covered, Deadline::PASSED).ok()?;
+                Some((token, &*range))
+            };
+            let outcome = round.run_with(&mut self.scratch, begin, |valid, (token, range)| {
                 let device = &self.attached.device;
                 let guard = device.lock().lock();
-                if subscription.interrupted(token) {
+                if range.interrupted(token) {
                     return Err(Interrupted);
                 }
                 install(valid, &guard);

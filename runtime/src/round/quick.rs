@@ -40,8 +40,7 @@ impl<D: Device> Round<'_, D> {
             return None;
         }
         let granule = if self.alone { 1 } else { self.granule() };
-        let is_whole = self.region.is_whole(self.block);
-        if granule == PAGES_PER_BLOCK && is_whole {
+        if granule == PAGES_PER_BLOCK && self.region.is_whole(self.block) {
             return state.is_at_rest().then_some(Run {
                 pages: 0..PAGES_PER_BLOCK,
                 word: None,
@@ -51,15 +50,17 @@ impl<D: Device> Round<'_, D> {
         if granule > 64 {
             return None;
         }
-        let body = if is_whole {
-            !0
-        } else {
-            self.region.body_mask(self.block).word(word)
-        };
-        let bits = grow_word(want, granule) & body;
-        let (low, high) = (bits.trailing_zeros(), 64 - bits.leading_zeros());
+        let addr = |bit: u32| self.region.addr_of(self.block, word * 64 + bit as usize);
+        let ends = |bits: u64| (bits.trailing_zeros(), 64 - bits.leading_zeros());
+        let body = self.region.body()?;
+        let mut bits = grow_word(want, granule);
+        let (mut low, mut high) = ends(bits);
+        if addr(low) < body.start() || addr(high) > body.end() {
+            bits &= self.region.body_mask(self.block).word(word);
+            (low, high) = ends(bits);
+        }
         let is_one_run = high.saturating_sub(low) == bits.count_ones();
-        if want & !body != 0 || !is_one_run || !state.is_plain_word(self.id(), word, bits) {
+        if want & !bits != 0 || !is_one_run || !state.is_plain_word(self.id(), word, bits) {
             return None;
         }
         Some(Run {
@@ -113,7 +114,10 @@ impl<D: Device> Round<'_, D> {
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
         );
-        let demand = self.want.count();
+        let demand = match word {
+            Some((word, _)) => self.want.word(word).count_ones() as usize,
+            None => self.want.count(),
+        };
         self.mapped
             .counters()
             .to_device(self.cause, demand as u64, (needed - demand) as u64);
