@@ -8,14 +8,14 @@ cd "$(dirname "$0")/.."
 
 target=${CARGO_TARGET_DIR:-target}
 rm -f "$target"/release/deps/span_loop-*.s
-cargo rustc -q --release --locked -p benches --bin span_loop -- --emit asm -C codegen-units=1
+cargo rustc -q --release --locked -p benches --bin span_loop -- --emit asm -C debuginfo=0
 asm=$(ls -t "$target"/release/deps/span_loop-*.s | head -1)
 
 # The inner loop: from the last label before the packed multiplication to the jump back to it. $1: what the function's symbol contains.
 inner_loop() {
     awk -v symbol="$1" '
         /^[_a-zA-Z0-9.$]+:/ && !/^\.L/ { inside = index($0, symbol) > 0; body = "" }
-        inside && /^\.L[A-Za-z0-9_]+:/ { label = substr($1, 1, length($1) - 1); body = ""; packed = 0 }
+        inside && /^\.LBB[0-9_]+:/ { label = substr($1, 1, length($1) - 1); body = ""; packed = 0 }
         inside && /^\t[a-z]/ {
             body = body $0 "\n"
             if ($1 ~ /^v?mulpd$/) packed = 1
