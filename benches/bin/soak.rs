@@ -87,10 +87,10 @@ fn one_life(accel: &Accelerator, n: u64, delivery: Delivery) -> Result<()> {
     let options = Options::new()
         .delivery(delivery)
         .granule(granules[n as usize % 3])
-        .huge_pages(n % 5 == 0)
-        .read_mostly(n % 7 == 0);
+        .huge_pages(n.is_multiple_of(5))
+        .read_mostly(n.is_multiple_of(7));
     let len = [1_000, 70_000, MIB, 5 * MIB][n as usize % 4] / size_of::<u64>();
-    if n % 2 == 0 {
+    if n.is_multiple_of(2) {
         let mut data = vec![n; len];
         let mut mirror = svm::mirror_with(&mut data, &options)?;
         accel.run(mirror.view_mut(), |data: &mut [u64]| {
@@ -132,7 +132,7 @@ fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> 
         data.as_slice().iter().step_by(step).all(|&x| x == n + 1),
         "the long-lived buffer lost a write"
     );
-    if n % 50 == 0 {
+    if n.is_multiple_of(50) {
         // SAFETY: the child makes one system call, which is async-signal-safe.
         let child = unsafe { libc::fork() };
         if child == 0 {

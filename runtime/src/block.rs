@@ -526,7 +526,7 @@ impl BlockState {
     pub(crate) fn is_consistent(&self) -> bool {
         let held = self.held_by_devices(None) | !self.away;
         let disjoint = DeviceId::all().all(|d| !self.frames(d).intersects(&self.junk(d)));
-        let noted = (self.exceptional != 0) == !self.exceptions().is_empty();
+        let noted = (self.exceptional == 0) == self.exceptions().is_empty();
         disjoint && noted && (held | self.gone()) == PageMask::FULL
     }
 }
