@@ -27,7 +27,7 @@ fn span_loop(
     c: &Buffer<f64>,
 ) -> Result<()> {
     Ok(accel.run((a.view_mut(), b.view(), c.view()), |(a, b, c)| {
-        triad(a, b, c)
+        triad(a, b, c);
     })?)
 }
 

@@ -264,12 +264,7 @@ impl BlockState {
     /// Pages that are not simply somebody's.
     #[cold]
     fn exceptions(&self) -> PageMask {
-        self.gone
-            | self.pinned
-            | self.unmovable
-            | self.severed
-            | self.pending
-            | self.displaced
+        self.gone | self.pinned | self.unmovable | self.severed | self.pending | self.displaced
     }
 
     /// After a change of one of these.
