@@ -19,7 +19,8 @@ fi
 
 benches=(fault_latency offload protocol scaling)
 echo "==> building"
-cargo build --release --locked -p benches --benches --bins
+cargo bench -q --locked --no-run -p benches --benches
+cargo build -q --release --locked -p benches --bin report
 mkdir -p "$out"
 rm -f "$out"/*.svg "$out"/*.json
 echo "==> into $out; load $(cut -d' ' -f1-3 /proc/loadavg)"
