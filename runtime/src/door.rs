@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
+use crate::sys::event::Doorbell;
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
 use crate::sys::{mmap, process};
 
@@ -21,6 +22,8 @@ pub(crate) struct Door {
     /// Of the process that the descriptor is of.
     pid: u32,
     disowned: AtomicBool,
+    /// Has the reader look again at what is pending.
+    doorbell: Doorbell,
 }
 
 /// What a range is registered for.
@@ -85,9 +88,13 @@ impl Door {
             let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
+        let failed = |e: std::io::Error| {
+            Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0))
+        };
         Ok(Self {
             uffd,
             delivery,
+            doorbell: Doorbell::new().map_err(failed)?,
             pid: std::process::id(),
             disowned: AtomicBool::new(false),
         })
@@ -95,6 +102,11 @@ impl Door {
 
     pub(crate) fn uffd(&self) -> &Uffd {
         &self.uffd
+    }
+
+    /// Has the reader look again at what is pending: it would otherwise do so within a millisecond.
+    pub(crate) fn doorbell(&self) -> &Doorbell {
+        &self.doorbell
     }
 
     pub(crate) fn delivery(&self) -> Delivery {
@@ -128,6 +140,18 @@ impl Door {
         self.uffd
             .enabled()
             .intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
+    }
+
+    /// Whether the removal of pages arrives as an event.
+    pub(crate) fn hears_of_removal(&self) -> bool {
+        self.uffd.enabled().contains(Features::EVENT_REMOVE)
+    }
+
+    /// Whether the unmapping and the moving of mappings arrive as events.
+    pub(crate) fn hears_of_unmapping(&self) -> bool {
+        self.uffd
+            .enabled()
+            .contains(Features::EVENT_UNMAP | Features::EVENT_REMAP)
     }
 
     /// Whether a fault or an event waits to be read.

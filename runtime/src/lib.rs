@@ -87,6 +87,7 @@ pub mod addr;
 mod attachment;
 mod block;
 mod buffer;
+mod calls;
 pub mod capabilities;
 mod device;
 mod door;
@@ -129,6 +130,7 @@ mod worker;
 pub use attachment::{AttachOptions, Attachment, attach};
 pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
+pub use calls::{madvise, mprotect, mremap, munmap};
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
     Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo,

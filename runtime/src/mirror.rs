@@ -188,6 +188,9 @@ impl Raw {
             open: true,
         };
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
+            if kind == RegionKind::InPlace {
+                space.publish_in_place(&region)?;
+            }
             return Ok(open(region));
         };
         space.settle();
@@ -215,6 +218,7 @@ impl Raw {
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
                         let region =
                             Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
+                        space.publish_in_place(&region)?;
                         Ok(open(region))
                     }
                     libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory)
@@ -304,6 +308,9 @@ impl Raw {
                 unregister_what_is_left(region, body);
                 space.unpublish_region(region);
             }
+            region.wait_landed();
+        } else if region.kind() == RegionKind::InPlace {
+            space.unpublish_in_place(region);
             region.wait_landed();
         }
         // 6. The windows go.
