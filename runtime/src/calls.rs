@@ -653,10 +653,11 @@ impl Part {
 
 /// The first part of `range` at or after `from` where pages of a region are published, and where it ends.
 fn next_published(space: &AddressSpace, range: PageRange, from: usize) -> Option<(Part, usize)> {
+    let range = PageRange::new(from, range.end())?;
     let (flight, part, moved, start) = {
         let gate = space.gate().enter();
         let places = space.places(&gate);
-        let next = places.partition_point(|place| place.range.end() <= from);
+        let next = places.partition_point(|place| place.range.end() <= range.start());
         places[next..]
             .iter()
             .take_while(|place| place.range.start() < range.end())

@@ -256,13 +256,18 @@ impl<'a> Mover<'a> {
     ) -> Movement {
         let mut at = run.start;
         let mut again = 0;
+        // A copy must not cross the border of a mapping either; it says ENOENT.
+        let mut limit = run.end;
         while at < run.end {
+            if at >= limit {
+                limit = run.end;
+            }
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().copy_calls, 1);
             let Moved { bytes, stop } =
                 self.region
                     .door()
-                    .copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
+                    .copy(dst, src, (limit - at) * PAGE_SIZE, mode);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 copied(self.state, PageMask::range(at..at + n));
@@ -284,12 +289,11 @@ impl<'a> Mover<'a> {
                     return Err(Stall::Changing);
                 }
                 Stop::NoMemory => return Err(Stall::NoMemory),
-                Stop::Exists
-                | Stop::NotPresent
-                | Stop::Busy
-                | Stop::Invalid
-                | Stop::Fault
-                | Stop::Other(_) => {
+                Stop::NotPresent => match self.border(src, dst, limit - at) {
+                    Some(pages) if pages > 0 => limit = at + pages,
+                    _ => return Err(Stall::Refused(at)),
+                },
+                Stop::Exists | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
                     return Err(Stall::Refused(at));
                 }
             }
