@@ -343,10 +343,11 @@ fn give_up(
     let region = &*place.region;
     let start = place.original(part.start());
     if let What::Displaced(to) = what {
-        let remembered = PageRange::from_pages(start, part.nr_pages())
-            .is_some_and(|from| region.displace(from, to));
-        if !remembered {
-            count(&region.counters().anomalies, 1);
+        // Its pages would be lost if it were forgotten: a page of memory will come.
+        while PageRange::from_pages(start, part.nr_pages())
+            .is_some_and(|from| region.displace(from, to).is_err())
+        {
+            process::sched_yield();
         }
     }
     let first = (start - region.base()) / PAGE_SIZE;
