@@ -38,6 +38,8 @@ use crate::mapping::{Map, READ_WRITE};
 use crate::stress::{Rng, mix};
 
 const PAGE: usize = 4096;
+/// From an arena to the rooms of its changers: more than an arena has pages.
+const ROOM: usize = 1 << 32;
 /// The words of a page that are used: the first and the last.
 const LAST: usize = PAGE - 8;
 
@@ -375,11 +377,14 @@ fn era(run: &Run, arena: &Arena, rng: &mut Rng, options: &Options) -> Checked {
         };
         std::thread::scope(|scope| {
             let (work, goes_on, shared) = (&work, &goes_on, &shared);
-            for _ in 0..2 {
+            for n in 0..2 {
                 let mut rng = Rng::new(rng.next());
+                // Where a changer moves mappings to. Its own: an address that another thread has just vacated cannot be told from
+                // what was there.
+                let room = arena.map.addr + (n + 1) * ROOM;
                 scope.spawn(move || {
                     while goes_on() {
-                        run.check("changer", work.change(&mut rng));
+                        run.check("changer", work.change(&mut rng, room));
                     }
                 });
             }
@@ -387,6 +392,7 @@ fn era(run: &Run, arena: &Arena, rng: &mut Rng, options: &Options) -> Checked {
             scope.spawn(move || {
                 while goes_on() {
                     run.check("CPU", work.use_on_cpu(&mut cpu));
+                    std::thread::yield_now();
                 }
             });
             for accel in &run.accels {
@@ -664,7 +670,7 @@ impl Work<'_> {
     }
 
     /// Takes pages and changes their mapping.
-    fn change(&self, rng: &mut Rng) -> Checked {
+    fn change(&self, rng: &mut Rng, room: usize) -> Checked {
         let by = if rng.below(2) == 0 {
             By::Bare
         } else {
@@ -683,8 +689,8 @@ impl Work<'_> {
             9..12 => self.discard(taken, removal, libc::MADV_FREE),
             12..15 => self.unmap(taken, unmapping),
             15 if self.run.hears_unmapping => self.map_over(taken),
-            16..19 => self.move_away_and_back(taken, unmapping),
-            19 => self.move_and_leave(taken, unmapping),
+            16..19 => self.move_away_and_back(taken, unmapping, room),
+            19 => self.move_and_leave(taken, unmapping, room),
             20 => self.shrink(taken, unmapping, rng),
             21..25 => self.protect(taken, by, libc::PROT_READ),
             25..29 => self.protect(taken, by, libc::PROT_NONE),
@@ -877,13 +883,12 @@ impl Work<'_> {
         }
     }
 
-    fn move_away_and_back(&self, taken: Taken, by: By) -> Checked {
+    fn move_away_and_back(&self, taken: Taken, by: By, room: usize) -> Checked {
         const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         let taken = self.of_one_mapping(taken)?;
         let (addr, len) = (self.arena.addr(taken.first), taken.len() * PAGE);
-        let room = Map::at_hint(0, taken.len(), libc::PROT_NONE, 0).addr;
         self.mremap(by, addr, len, len, MOVE, room)?;
-        self.look_at_all(&taken, room, "where it was moved to")?;
+        self.look_at_all(&taken, room, &format!("where it was moved to, {by:?}"))?;
         self.mremap(by, room, len, len, MOVE, addr)?;
         self.look_at_all(&taken, addr, "moved back")?;
         self.made(
@@ -898,12 +903,16 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn move_and_leave(&self, taken: Taken, by: By) -> Checked {
-        const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+    fn move_and_leave(&self, taken: Taken, by: By, room: usize) -> Checked {
+        const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP | libc::MREMAP_FIXED;
         let taken = self.of_one_mapping(taken)?;
         let (addr, len) = (self.arena.addr(taken.first), taken.len() * PAGE);
-        let there = self.mremap(by, addr, len, len, MOVE, 0)?;
-        self.look_at_all(&taken, there, "where it was moved to, the old range left")?;
+        let there = self.mremap(by, addr, len, len, MOVE, room)?;
+        self.look_at_all(
+            &taken,
+            there,
+            &format!("where it was moved to, {by:?}, the old range left"),
+        )?;
         for page in taken.pages() {
             let left = self
                 .arena

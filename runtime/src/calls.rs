@@ -14,6 +14,10 @@
 //!    the reader sees as soon as it looks; ring it up.
 //! 6. Close the brackets.
 //!
+//! Calls that vacate addresses are made one at a time. The kernel tells of a change some time after it has made it, and what is
+//! vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was moved there since looks
+//! as if it were of that. (With bare calls this can happen; see the module `events`.)
+//!
 //! # Without events
 //!
 //! A kernel, or a test, may lack the events; and where there is no `UFFDIO_MOVE` removal events are not asked for. Then step 3
@@ -93,6 +97,7 @@ pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
     let addr = ptr.expose_provenance();
     let range = pages(addr, len_bytes);
     let change = Change::begin(range, Some(Keep::Nothing));
+    let _alone = change.alone();
     let home = change.hold_home()?;
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::munmap(addr, len_bytes) };
@@ -149,6 +154,7 @@ pub unsafe fn mremap(
     let mut change = Change::begin(old, Some(Keep::Nothing));
     let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
     change.extend(replaced, Some(Keep::Nothing));
+    let _alone = change.alone();
     let home = change.hold_home()?;
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
@@ -321,21 +327,8 @@ impl Fate {
     }
 }
 
-/// The parts that are held home, of a kernel that does not tell of unmapping; one change at a time, or two could each wait for pages
-/// that the other holds.
-struct HeldHome<'a> {
-    parts: Vec<&'a Part>,
-    _alone: std::sync::MutexGuard<'static, ()>,
-}
-
-/// See [`HeldHome`].
-static UNHEARD: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-fn alone() -> std::sync::MutexGuard<'static, ()> {
-    UNHEARD
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-}
+/// The parts that are held home, of a kernel that does not tell of unmapping.
+struct HeldHome<'a>(Vec<&'a Part>);
 
 impl Change {
     /// Steps 1 and 2 for `range`; what `keep` says may stay with the devices, all of it if it says nothing.
@@ -386,6 +379,13 @@ impl Change {
         }
     }
 
+    /// One change at a time that vacates addresses, or that makes pages pending itself: two of the former could make a moved mapping
+    /// look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
+    fn alone(&self) -> Option<std::sync::MutexGuard<'static, ()>> {
+        let space = self.space.filter(|_| !self.parts.is_empty());
+        space.map(AddressSpace::vacating)
+    }
+
     /// Steps 4 and 6.
     fn end(self) {
         if let Some(space) = self.space.filter(|_| !self.parts.is_empty()) {
@@ -417,18 +417,15 @@ impl Change {
         else {
             return Ok(None);
         };
-        let mut held = HeldHome {
-            parts: Vec::new(),
-            _alone: alone(),
-        };
+        let mut held = HeldHome(Vec::new());
         let mut scratch = Scratch::new(space)?;
         for part in self.parts.iter().filter(unheard) {
-            held.parts.push(part);
+            held.0.push(part);
             let home = blocks(part.pages.clone()).try_for_each(|(block, mask)| {
                 part.hold_block_home(space, block, mask, &mut scratch)
             });
             if let Err(error) = home {
-                for part in held.parts {
+                for part in held.0 {
                     part.for_each_block(space, |state, mask| state.set_pending(mask, false));
                 }
                 return Err(error);
@@ -442,7 +439,7 @@ impl Change {
         let (Some(space), Some(home)) = (self.space, home) else {
             return;
         };
-        for part in home.parts {
+        for part in home.0 {
             let Some(published) = part.published else {
                 continue;
             };
@@ -474,7 +471,7 @@ impl Change {
         let Some(space) = self.space else {
             return Ok(());
         };
-        let _alone = alone();
+        let _alone = self.alone();
         let mut hole = None;
         let mut advise = |start: usize, end: usize| {
             if start == end {

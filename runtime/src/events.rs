@@ -20,6 +20,11 @@
 //! With `MREMAP_DONTUNMAP` no UNMAP follows a REMAP: the old range stays mapped, registered and empty. It is published as memory
 //! that is merely zero-filled until an UNMAP says otherwise.
 //!
+//! An event names addresses, and says nothing of when it was: the kernel makes the change, lets go of the map, and posts the event
+//! then. What is mirrored anew at vacated addresses waits until no such event is outstanding ([`AddressSpace::settle`]). What the
+//! application *moves* there by a bare `mremap`, in the microseconds between another thread's change and its event, cannot be told
+//! from what was there before. The calls of [`crate::calls`] wait for each other, and are safe of it.
+//!
 //! Through the thread door faults come by the same descriptor, so devices are not paused before each read; there, a
 //! device may use a stale translation for the moment between the read and step 4.
 
@@ -214,10 +219,13 @@ pub(crate) fn apply(
             for_each_part(space, closed, range, |place, part| {
                 give_up(space, closed, place, part, What::Gone, pending);
             });
-            republish(space, closed, range, |_| [None, None], None);
+            republish(space, closed, [range, range], |_| [None, None], None);
         }
         Event::Remap { from, to, len } => {
-            let Some(range) = PageRange::new(from, from + len) else {
+            let (Some(range), Some(target)) = (
+                PageRange::new(from, from + len),
+                PageRange::new(to, to + len),
+            ) else {
                 return;
             };
             let mut owner = None;
@@ -234,7 +242,8 @@ pub(crate) fn apply(
                     None => [None, None],
                 },
             };
-            republish(space, closed, range, follow, tail);
+            // What was taken for a tail of other memory there, which the kernel had joined with this before it told of either.
+            republish(space, closed, [range, target], follow, tail);
         }
         // Asked for by nobody, or of a version to come: nothing of ours has changed.
         Event::PageFault { .. } | Event::Fork(_) | Event::Unknown(_) => {}
@@ -284,16 +293,16 @@ fn grown_tail(
     })
 }
 
-/// The addresses of `range` are somebody else's from now on; what `follow` makes of each place is ours, and so is `more`.
+/// The addresses of both ranges are somebody else's from now on; what `follow` makes of each place is ours, and so is `more`.
 fn republish(
     space: &AddressSpace,
     closed: &Closed<'_>,
-    range: PageRange,
+    ranges: [PageRange; 2],
     follow: impl Fn(&Place) -> [Option<Place>; 2] + Copy,
     more: Option<Place>,
 ) {
     while space
-        .republish(closed, range, follow, more.as_ref())
+        .republish(closed, ranges, follow, more.as_ref())
         .is_err()
     {
         // No memory for a table of a few pages: it will come, and the old picture must not stay.

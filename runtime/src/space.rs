@@ -104,6 +104,8 @@ pub(crate) struct AddressSpace {
     misses: [AtomicU64; MISS_SLOTS],
     forking: AtomicU32,
     fork_bracket: StdMutex<()>,
+    /// Held across a call of [`crate::calls`] that vacates addresses, until it is applied.
+    vacating: StdMutex<()>,
     pagemap: Pagemap,
     maps: Maps,
     /// A block of zeros to copy from: never written, so it costs no memory.
@@ -132,6 +134,7 @@ impl AddressSpace {
             misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
             forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
+            vacating: StdMutex::new(()),
             pagemap,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
@@ -249,6 +252,12 @@ impl AddressSpace {
         self.fork_bracket
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serialises the application's calls that vacate addresses, so that nothing mirrored moves to an address before everybody has heard
+    /// that it is free. Held while the kernel waits for a reader, which does not take it.
+    pub(crate) fn vacating(&self) -> MutexGuard<'_, ()> {
+        self.vacating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// In the child of a fork: this space was the parent's. Async-signal-safe.
@@ -391,18 +400,19 @@ impl AddressSpace {
         self.places.load(gate)
     }
 
-    /// While the gate is closed: takes `range` out of every published body (or moved part of one), and publishes what `follow`
+    /// While the gate is closed: takes two ranges out of every published body (or moved part of one), and publishes what `follow`
     /// makes of each place, and `more`.
     pub(crate) fn republish(
         &self,
         closed: &Closed<'_>,
-        range: PageRange,
+        [from, to]: [PageRange; 2],
         follow: impl Fn(&Place) -> [Option<Place>; 2] + Copy,
         more: Option<&Place>,
     ) -> Result<(), i32> {
         self.nr_changes.fetch_add(1, Ordering::Relaxed);
         self.places.update_closed(closed, |places| {
-            let left = places.iter().flat_map(|place| place.without(range));
+            let left = places.iter().flat_map(|place| place.without(from));
+            let left = left.flat_map(move |place| place.without(to));
             let followed = places
                 .iter()
                 .flat_map(|place| follow(place).into_iter().flatten());

@@ -397,12 +397,14 @@ fn unstick<D: Device>(
     if let Stall::Lost(_) = stall {
         return Err(DeviceFaultKind::Lost);
     }
-    let Some(vma) = AddressSpace::global().vma(addr) else {
-        return Err(DeviceFaultKind::Unmapped);
+    // Unmapped or protected since the round began; and it may be a page beside those that are wanted, whose affair that is not. The
+    // next round looks anew, leaves such neighbours out, and says of the others what it is.
+    let vma = AddressSpace::global().vma(addr);
+    let Some(vma) = vma.filter(|v| v.readable && (v.writable || info.access == Access::Read))
+    else {
+        process::sched_yield();
+        return Ok(());
     };
-    if !vma.readable || (info.access == Access::Write && !vma.writable) {
-        return Err(DeviceFaultKind::Protection);
-    }
     if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
         // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
         let granule = region.granule() * crate::addr::PAGE_SIZE;
