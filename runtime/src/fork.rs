@@ -57,22 +57,45 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
 fn advise_bodies(space: &AddressSpace, advice: Advice) {
     let mut next = 0;
     loop {
-        // One at a time: `madvise` takes the mmap lock, and is not called inside the gate.
-        let range = {
-            let gate = space.gate().enter();
-            let bodies = space
-                .places(&gate)
-                .iter()
-                .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
-            bodies
-                .map(|p| p.range)
-                .filter(|r| r.start() >= next)
-                .min_by_key(|r| r.start())
-        };
+        // Inside the gate: who unmaps part of it waits until that is heard of, and does not map there anew what would then be
+        // kept from children for ever. One at a time, for `madvise` takes the mmap lock.
+        let gate = space.gate().enter();
+        let bodies = space
+            .places(&gate)
+            .iter()
+            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+        let range = bodies
+            .map(|p| p.range)
+            .filter(|r| r.start() >= next)
+            .min_by_key(|r| r.start());
         let Some(range) = range else { return };
         // Where part of it was unmapped meanwhile there is nothing to inherit.
         let _ = mmap::advise(range, advice);
+        drop(gate);
+        if advice == Advice::DontFork && space.is_changing() {
+            give_back(space, range);
+        }
         next = range.end();
+    }
+}
+
+/// Mapped over by `MAP_FIXED` when it was advised, but not heard of yet, part of `range` may have been somebody else's memory
+/// already: what is no place once all is heard of is inherited like any other.
+fn give_back(space: &AddressSpace, range: PageRange) {
+    space.settle();
+    let mut from = range.start();
+    while from < range.end() {
+        let gate = space.gate().enter();
+        let bodies = space
+            .places(&gate)
+            .iter()
+            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)) && p.range.end() > from);
+        let next = bodies.map(|p| p.range).min_by_key(|r| r.start());
+        let start = next.map_or(range.end(), PageRange::start).min(range.end());
+        if let Some(other) = PageRange::new(from, start) {
+            let _ = mmap::advise(other, Advice::DoFork);
+        }
+        from = next.map_or(range.end(), PageRange::end);
     }
 }
 

@@ -571,6 +571,17 @@ impl<'a> Mover<'a> {
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
+        if run.len() > 1
+            && self
+                .state
+                .displaced()
+                .intersects(&PageMask::range(run.clone()))
+        {
+            // Not one run on the CPU's side: some of it, or all, is elsewhere.
+            return run
+                .into_iter()
+                .try_for_each(|page| self.bring_home(device, page..page + 1));
+        }
         if device.bounce().is_some() {
             return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| {
                 state.moved_home(id, pages);

@@ -361,6 +361,14 @@ impl AddressSpace {
             .any(|door| door.has_events() && door.has_message())
     }
 
+    /// Whether the kernel has changed a mapping of which nobody has heard yet, or whose cause has not run since.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .any(|door| door.has_events() && door.is_changing(self.zeros()))
+    }
+
     /// The region whose memory `addr` has become part of, if it lies in no place itself: the kernel joins mappings, and lets one
     /// grow, only where all of it is registered with the same userfaultfd.
     pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
