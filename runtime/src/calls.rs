@@ -46,6 +46,7 @@ use crate::scratch::Scratch;
 use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::Cause;
 use crate::sys::event::Event;
+use crate::sys::mmap::{self, Advice};
 use crate::sys::signal::AsyncSignalsBlocked;
 use crate::sys::{calls, clock, process};
 
@@ -156,6 +157,7 @@ pub unsafe fn mremap(
     change.extend(replaced, Some(Keep::Nothing));
     let _alone = change.alone();
     let home = change.hold_home()?;
+    let was_held = home.is_some();
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
     change.let_go(home, |part| match outcome {
@@ -169,6 +171,12 @@ pub unsafe fn mremap(
             _ => Fate::Unchanged,
         },
     });
+    if let Ok(now) = outcome
+        && let Some(there) = pages(now, new_len_bytes).filter(|_| was_held && now != addr)
+    {
+        // No memory of ours any more, so nobody would have children inherit it.
+        let _ = mmap::advise(there, Advice::DoFork);
+    }
     change.end();
     match outcome {
         Ok(now) => Ok(core::ptr::with_exposed_provenance_mut(now)),

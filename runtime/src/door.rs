@@ -53,7 +53,14 @@ impl Door {
             Delivery::Thread => wanted |= Features::EXACT_ADDRESS | Features::THREAD_ID,
         }
         wanted |= Features::EVENT_REMAP | Features::EVENT_UNMAP;
-        if Uffd::probe(FaultScope::UserMode).is_ok_and(|has| has.contains(Features::MOVE)) {
+        let probed = Uffd::probe(FaultScope::UserMode);
+        if let Err(error) = &probed
+            && let errno @ Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) = error.syscall_errno()
+        {
+            // Not to be taken for a kernel without: the door lasts as long as the process.
+            return Err(exhausted(operation, errno));
+        }
+        if probed.is_ok_and(|has| has.contains(Features::MOVE)) {
             // Without MOVE our own discards are `madvise`, which would wait for our own reader (hazards M4).
             wanted |= Features::EVENT_REMOVE;
         }
@@ -66,7 +73,13 @@ impl Door {
         for &scope in scopes {
             match Uffd::open(scope, wanted) {
                 Ok(uffd) => return Self::checked(operation, uffd, delivery),
-                Err(error) => refused = Some(error),
+                Err(error) => {
+                    let errno = error.syscall_errno();
+                    if matches!(errno, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) {
+                        return Err(exhausted(operation, errno));
+                    }
+                    refused = Some(error);
+                }
             }
         }
         let why = refused.map_or_else(String::new, |e| e.to_string());
@@ -266,6 +279,10 @@ impl Door {
             unsafe { mmap::discard(range) }.is_ok()
         })
     }
+}
+
+fn exhausted(operation: &'static str, errno: Option<i32>) -> Error {
+    Error::new(operation, ErrorKind::OutOfMemory).errno(errno.unwrap_or(libc::ENOMEM))
 }
 
 /// Index of the door for `delivery`, below 2.

@@ -6,7 +6,7 @@
 //! 1. Mirrored bodies are `MADV_DONTFORK`, windows and scratch areas always: a raw `clone` that runs no handler gets a
 //!    child that faults where it would read zeros.
 //! 2. *prepare*, in the forking thread: from now on device rounds wait; every page comes home; bodies are `DOFORK`.
-//!    Threads that fork at once are counted: the first opens this bracket, the last closes it.
+//!    Threads that fork at once are counted: the last closes this bracket.
 //! 3. *parent*: bodies are `DONTFORK` again, device rounds go on. Pages are shared copy-on-write with the child until written;
 //!    what refuses to move for that reason is written to first ([`crate::range`]).
 //! 4. *child*: the parent's descriptors are disowned, handles of the parent answer [`Forked`](crate::ErrorKind::Forked), and
@@ -106,7 +106,7 @@ extern "C" fn prepare() {
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
-    let first = space.forking().fetch_add(1, Ordering::SeqCst) == 0;
+    space.forking().fetch_add(1, Ordering::SeqCst);
     space.gate().synchronize();
     if let Ok(mut scratch) = Scratch::new(space) {
         for region in regions(space) {
@@ -117,9 +117,8 @@ extern "C" fn prepare() {
             }
         }
     }
-    if first {
-        advise_bodies(space, Advice::DoFork);
-    }
+    // Not the first alone: what was moved since, ahead of those who went through the bodies before us, is not inherited yet.
+    advise_bodies(space, Advice::DoFork);
 }
 
 extern "C" fn parent() {
