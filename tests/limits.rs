@@ -127,35 +127,38 @@ fn descriptors_run_out() {
     });
 }
 
-/// Takes mappings until there are no more; gives `room` of them back.
+/// Mappings that can be taken until there are no more.
 struct Mappings {
     at: Map,
     taken: usize,
 }
 
 impl Mappings {
-    fn take_all_but(room: usize) -> Self {
-        let max: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count")
-            .unwrap()
-            .trim()
-            .parse()
-            .unwrap();
+    fn new() -> Self {
+        let max = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let max: usize = max.trim().parse().unwrap();
         let at = Map::at_hint(
             0x4567_0000_0000,
             2 * max,
             libc::PROT_NONE,
             libc::MAP_NORESERVE,
         );
-        let mut mappings = Self { at, taken: 0 };
+        Self { at, taken: 0 }
+    }
+
+    fn take_all_but(&mut self, room: usize) {
         // Every other page with another protection is a mapping of its own, and one more beside it.
-        while mappings.protect(mappings.taken, libc::PROT_READ) {
-            mappings.taken += 1;
+        while self.protect(self.taken, libc::PROT_READ) {
+            self.taken += 1;
         }
-        for _ in 0..room.div_ceil(2) {
-            mappings.taken -= 1;
-            assert!(mappings.protect(mappings.taken, libc::PROT_NONE));
+        self.give(room.div_ceil(2));
+    }
+
+    fn give(&mut self, n: usize) {
+        for _ in 0..n {
+            self.taken -= 1;
+            assert!(self.protect(self.taken, libc::PROT_NONE));
         }
-        mappings
     }
 
     fn protect(&self, n: usize, prot: i32) -> bool {
@@ -164,17 +167,13 @@ impl Mappings {
     }
 }
 
-impl Drop for Mappings {
-    fn drop(&mut self) {
-        self.at.unmap();
-    }
-}
-
 #[test]
 fn mappings_run_out() {
     both_doors("mappings_run_out", |options| {
-        let held = std::sync::Mutex::new(None);
-        let limit = |room| *held.lock().unwrap() = Some(Mappings::take_all_but(room));
+        const LIFTED: usize = 1000;
+        let held = std::sync::Mutex::new(Mappings::new());
+        let limit = |room| held.lock().unwrap().take_all_but(room);
+        let lift = || held.lock().unwrap().give(LIFTED);
         // What ends a mirror waits for a mapping where it must not fail; so room comes after a while, as it would.
         let (stop, lifted) = (AtomicBool::new(false), AtomicBool::new(false));
         struct StopAtEnd<'a>(&'a AtomicBool);
@@ -190,13 +189,15 @@ fn mappings_run_out() {
                     std::thread::sleep(Duration::from_millis(5));
                     waited += 1;
                     if waited % 100 == 0 {
-                        lifted.store(held.lock().unwrap().take().is_some(), Ordering::SeqCst);
+                        lift();
+                        lifted.store(true, Ordering::SeqCst);
                     }
                 }
             });
             let _stop = StopAtEnd(&stop);
-            under(limit, || drop(held.lock().unwrap().take()), 40, options);
+            under(limit, lift, 40, options);
         });
-        println!("had to be lifted while it waited: {}", lifted.into_inner());
+        println!("lifted while it waited: {}", lifted.into_inner());
+        held.into_inner().unwrap().at.unmap();
     });
 }

@@ -291,6 +291,14 @@ impl<'a> Mover<'a> {
                 Stop::NoMemory => return Err(Stall::NoMemory),
                 Stop::NotPresent => match self.border(src, dst, limit - at) {
                     Some(pages) if pages > 0 => limit = at + pages,
+                    // Unmapped just now: the call had looked for a change before, and nobody has heard of it.
+                    _ if self
+                        .region
+                        .door()
+                        .is_changing(AddressSpace::global().zeros()) =>
+                    {
+                        return Err(Stall::Changing);
+                    }
                     _ => return Err(Stall::Refused(at)),
                 },
                 Stop::Exists | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
