@@ -390,7 +390,21 @@ fn give_up(
         match what {
             What::Discarded => state.discarded(concerned),
             What::Gone => state.left(concerned),
-            What::Displaced(_) => state.displaced_to_new_address(concerned),
+            What::Displaced(to) => {
+                // Dropped by a round after the kernel had moved them, the round having copied them before: they are there.
+                let shift = to.wrapping_sub(part.start());
+                let origin = part.start().wrapping_sub(start);
+                let is_there = |page: usize| {
+                    let here = region.addr_of(block, page).wrapping_add(origin);
+                    space.is_populated(here.wrapping_add(shift))
+                };
+                for page in (concerned & state.away()).runs().flatten() {
+                    if is_there(page) {
+                        state.discarded(PageMask::page(page));
+                    }
+                }
+                state.displaced_to_new_address(concerned);
+            }
         }
         if zap || !over {
             state.set_pending(concerned, true);

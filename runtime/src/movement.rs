@@ -780,9 +780,7 @@ impl<'a> Mover<'a> {
                 .door()
                 .discard(self.host(run.start), run.len() * PAGE_SIZE)
             {
-                // Locked into memory, say: the CPU keeps its copy, and devices will use that one in place.
-                self.unprotect(run.clone())?;
-                return Err(Stall::Refused(run.start));
+                return self.not_all_discarded(run);
             }
             self.state.host_dropped(PageMask::range(run));
             return Ok(());
@@ -876,12 +874,31 @@ impl<'a> Mover<'a> {
             .door()
             .discard(self.host(run.start), run.len() * PAGE_SIZE)
         {
-            // As in `drop_host`.
-            self.unprotect(run.clone())?;
-            return Err(Stall::Refused(run.start));
+            return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));
         Ok(())
+    }
+
+    /// The kernel refused to discard the CPU's pages of `run`, all or some: it stops at memory that is locked, and passes over what is
+    /// mapped no more. What is gone is the device's alone; of the rest the CPU keeps its copy, and devices will use that one in place.
+    fn not_all_discarded(&mut self, run: Range<usize>) -> Movement {
+        let space = AddressSpace::global();
+        let mut kept = PageMask::EMPTY;
+        for page in run.clone() {
+            let at = self.host(page);
+            // Unmapped, and not heard of yet: perhaps it is elsewhere, with its contents.
+            if self.is_populated(at) || space.vma(at).is_none() {
+                kept |= PageMask::page(page);
+            } else {
+                self.state.host_dropped(PageMask::page(page));
+            }
+        }
+        let first = kept.first_from(0).unwrap_or(run.start);
+        for part in kept.runs() {
+            self.unprotect(part)?;
+        }
+        Err(Stall::Refused(first))
     }
 
     /// Copies pages that the CPU can no longer write. Both hold them.
