@@ -1,6 +1,10 @@
 //! `svm::{munmap, mremap, madvise, mprotect}`: when they return no device holds a translation to what has changed, and nothing
 //! of the old contents is seen; and on memory that is not mirrored they are the system calls.
 
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
 #![cfg(target_os = "linux")]
 
 use std::io;
@@ -383,10 +387,8 @@ fn protecting() {
         action.sa_sigaction = on_denial as *const () as usize;
         action.sa_flags = libc::SA_SIGINFO;
         // SAFETY: a handler that does what a handler may; Rust's own would only name the overflow of a stack.
-        assert_eq!(
-            unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, ptr::null_mut()) },
-            0
-        );
+        let set = unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, ptr::null_mut()) };
+        assert_eq!(set, 0);
 
         let (map, mirror, device) = mirrored(options);
         let view = mirror.view();

@@ -100,16 +100,12 @@ fn set_nofile(limit: libc::rlim_t) {
         rlim_max: 0,
     };
     // SAFETY: `now` is a valid rlimit.
-    assert_eq!(
-        unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut now) },
-        0
-    );
+    let got = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut now) };
+    assert_eq!(got, 0);
     now.rlim_cur = limit.min(now.rlim_max);
     // SAFETY: the same.
-    assert_eq!(
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const now) },
-        0
-    );
+    let set = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const now) };
+    assert_eq!(set, 0);
 }
 
 #[test]

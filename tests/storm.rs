@@ -740,9 +740,9 @@ impl Work<'_> {
             By::Bare => sys("madvise", unsafe {
                 libc::madvise(at(addr).cast(), len, advice)
             })?,
-            // SAFETY: the same.
             By::Wrapper => {
-                unsafe { svm::madvise(at(addr), len, advice) }.map_err(|e| e.to_string())?
+                // SAFETY: the same.
+                unsafe { svm::madvise(at(addr), len, advice) }.map_err(|e| e.to_string())?;
             }
         }
         if advice == libc::MADV_DONTNEED {
@@ -1044,7 +1044,7 @@ impl Work<'_> {
 
     fn spawn(&self, taken: Taken) -> Checked {
         let mut command = Command::new("true");
-        if taken.len() % 2 == 0 {
+        if taken.len().is_multiple_of(2) {
             use std::os::unix::process::CommandExt;
             // SAFETY: does nothing; with it the child is forked, without it spawned like with vfork.
             unsafe { command.pre_exec(|| Ok(())) };

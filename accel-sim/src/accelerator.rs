@@ -4,7 +4,6 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use crossbeam_channel::{Sender, unbounded};
 use svm::addr::PAGE_SIZE;
@@ -17,6 +16,7 @@ use crate::items::ItemWork;
 use crate::lane::Lane;
 use crate::launch::{Launch, Operands, Work};
 use crate::options::Options;
+use crate::relief::Relief;
 use crate::span::SpanWork;
 use crate::stats::Stats;
 use crate::view::{SpanSet, ViewSet};
@@ -24,13 +24,15 @@ use crate::worker::{Shared, Worker};
 
 /// A simulated accelerator: worker threads with translation caches, and device memory that pages move into when touched.
 ///
-/// Dropping it lets queued launches end, joins the workers, brings every page home and detaches.
+/// Dropping it lets queued launches end, joins the workers, brings every page home and detaches. (The thread of a kernel that
+/// went on with a page after it was taken from it is not joined: it sleeps for ever.)
 pub struct Accelerator {
     shared: Arc<Shared>,
     options: Options,
     /// `None` only while it is being dropped.
     queue: Option<Sender<Arc<Launch>>>,
-    threads: Vec<JoinHandle<()>>,
+    /// `None` only while it is being built and dropped.
+    relief: Option<Relief>,
     /// The process whose threads they are.
     process: u32,
 }
@@ -55,6 +57,7 @@ impl Accelerator {
     pub fn with_options(options: Options) -> Result<Accelerator, Error> {
         options.check()?;
         let mut attach = AttachOptions::new();
+        attach = attach.span_deadline(options.span_deadline);
         if let Some(bytes) = options.memory_bytes {
             attach = attach.memory_bytes(bytes);
         }
@@ -63,31 +66,19 @@ impl Accelerator {
             attachment,
             options.workers,
             options.fault_timeout,
+            options.cache_entries,
         ));
         let (sender, queue) = unbounded::<Arc<Launch>>();
         let mut accel = Accelerator {
             shared,
             options,
             queue: Some(sender),
-            threads: Vec::new(),
+            relief: None,
             process: std::process::id(),
         };
+        accel.relief = Some(Relief::start(&accel.shared, queue.clone()).map_err(Error::Thread)?);
         for i in 0..accel.options.workers {
-            let parts = WorkerParts {
-                index: i,
-                shared: accel.shared.clone(),
-                cache_entries: accel.options.cache_entries,
-            };
-            let range = accel.shared.attachment.range()?;
-            let queue = queue.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("accel-{i}"))
-                .spawn(move || {
-                    // The worker's own cells never leave its thread.
-                    Worker::new(parts.index, parts.shared, range, parts.cache_entries).run(&queue);
-                })
-                .map_err(Error::Thread)?;
-            accel.threads.push(thread);
+            accel.shared.enlist(i, &queue)?;
         }
         Ok(accel)
     }
@@ -156,7 +147,8 @@ impl Accelerator {
     ///
     /// [`LengthMismatch`](Error::LengthMismatch) unless all views have one length;
     /// [`DeviceMemoryTooSmall`](Error::DeviceMemoryTooSmall) for the spans of all workers; a [`Fault`](Error::Fault) for memory that cannot
-    /// come; [`KernelPanicked`](Error::KernelPanicked). After an error memory is as the kernel left it, and the accelerator lives on.
+    /// come, and for a kernel that went on with a page after it was taken from it ([`Options::span_deadline`]);
+    /// [`KernelPanicked`](Error::KernelPanicked). After an error memory is as the kernel left it, and the accelerator lives on.
     pub fn run<V, K>(&self, views: V, kernel: K) -> Result<(), Error>
     where
         V: SpanSet,
@@ -352,12 +344,6 @@ impl Accelerator {
     }
 }
 
-struct WorkerParts {
-    index: usize,
-    shared: Arc<Shared>,
-    cache_entries: usize,
-}
-
 impl fmt::Debug for Accelerator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Accelerator")
@@ -372,12 +358,12 @@ impl Drop for Accelerator {
         self.queue = None;
         if self.is_inherited() {
             // There is nobody to join.
-            std::mem::forget(std::mem::take(&mut self.threads));
+            std::mem::forget(self.relief.take());
             return;
         }
-        for thread in self.threads.drain(..) {
-            // A worker catches what its kernels panic with.
-            let _ = thread.join();
+        self.shared.join();
+        if let Some(relief) = self.relief.take() {
+            relief.dismiss();
         }
         // The attachment goes with `shared`, of which ours is now the last: its pages come home.
     }

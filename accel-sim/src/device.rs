@@ -3,14 +3,15 @@
 use std::ops::Range;
 
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use svm::sync::{Deadline, WaitQueue};
 use svm::{
-    Device, DeviceGuard, DeviceLock, Invalidation, Keep, MapInfo, PageBits, PageMask, Valid,
-    WouldBlock,
+    Access, Device, DeviceFault, DeviceFaultKind, DeviceGuard, DeviceLock, Invalidation, Keep,
+    LateAccess, MapInfo, Overrun, PageBits, PageMask, ThreadId, Valid, WouldBlock,
 };
 
 use crate::options::MAX_WORKERS;
 use crate::shootdown::{Generation, Slot, Users, quiesced};
-use crate::sync::AtomicU64;
+use crate::sync::{AtomicU64, Ordering};
 use crate::table::{self, Table, Words};
 
 /// Words of a block in a bitmap.
@@ -22,7 +23,19 @@ pub(crate) struct Sim {
     lock: DeviceLock,
     generation: Generation,
     slots: [Slot; MAX_WORKERS],
+    posts: [Post; MAX_WORKERS],
+    /// Where the relief sleeps.
+    bell: WaitQueue,
     nr_workers: usize,
+}
+
+/// Which thread is a worker, and whether it was lost.
+#[derive(Debug)]
+struct Post {
+    /// The thread's [`ThreadId`], or 0.
+    thread: AtomicU64,
+    /// Where it touched a page that was taken from it, and whether by a store: `addr << 1 | store`; 0 for a thread that works.
+    lost: AtomicU64,
 }
 
 impl Sim {
@@ -32,6 +45,11 @@ impl Sim {
             lock: DeviceLock::new(),
             generation: Generation::new(),
             slots: std::array::from_fn(|_| Slot::new()),
+            posts: std::array::from_fn(|_| Post {
+                thread: AtomicU64::new(0),
+                lost: AtomicU64::new(0),
+            }),
+            bell: WaitQueue::new(),
             nr_workers,
         }
     }
@@ -46,6 +64,49 @@ impl Sim {
     #[inline]
     pub(crate) fn generation(&self) -> &AtomicU64 {
         self.generation.word()
+    }
+
+    /// `thread` is worker `i` from now on. Called by that thread.
+    pub(crate) fn take_post(&self, i: usize, thread: ThreadId) {
+        // Relaxed: only the thread itself will look for itself.
+        self.posts[i]
+            .thread
+            .store(thread.as_usize() as u64, Ordering::Relaxed);
+    }
+
+    /// The thread that was worker `i` ends, and its name may become another's.
+    pub(crate) fn leave_post(&self, i: usize) {
+        self.posts[i].thread.store(0, Ordering::Relaxed);
+    }
+
+    /// The next worker that was lost, and what it was lost to; its thread is parked, or about to be. Waits until there is one, or
+    /// `is_over`, which whoever makes it true [announces](Self::ring).
+    pub(crate) fn wait_for_loss(&self, is_over: impl Fn() -> bool) -> Option<(usize, DeviceFault)> {
+        let find = || {
+            self.posts[..self.nr_workers]
+                .iter()
+                // Acquire: pairs with the Release in `overrun`. The thread's accesses are over, and its slot is free.
+                .position(|post| post.lost.load(Ordering::Acquire) != 0)
+        };
+        self.bell
+            .wait_until(Deadline::NEVER, || find().is_some() || is_over());
+        let i = find()?;
+        let post = &self.posts[i];
+        // Relaxed, both: the parked thread looks no more, and its successor is started after this.
+        post.thread.store(0, Ordering::Relaxed);
+        let lost = post.lost.swap(0, Ordering::Relaxed);
+        let access = if lost & 1 == 1 {
+            Access::Write
+        } else {
+            Access::Read
+        };
+        let fault = DeviceFault::new((lost >> 1) as usize, access, DeviceFaultKind::Stuck);
+        Some((i, fault))
+    }
+
+    /// Wakes the relief, to look.
+    pub(crate) fn ring(&self) {
+        self.bell.wake_all();
     }
 
     fn workers(&self) -> &[Slot] {
@@ -105,8 +166,10 @@ fn users(inv: &Invalidation) -> Users {
 // SAFETY: `invalidate` clears the bits under the device lock and then announces it, after which no worker begins an access
 // with them (see `shootdown`, rules S1 and S2); `quiesced` looks at every worker's slot, which covers each access from before
 // its check until after its end (S4). Translations are installed by `RegionTable::install` alone, from `Range::fault_in`'s
-// callback, under the guard. Neither callback allocates, panics, logs, waits for anything but the device lock, or uses a
-// thread-local; what they touch is `self` and the table, which the runtime keeps in mappings of its own.
+// callback, under the guard. `overrun` gives up a worker's thread alone, after ending all that it had in flight; what else it
+// might be waited for is seen to by the relief (see `relief`), and a kernel's borrows end only when it can never run again. No
+// callback allocates, panics, logs, waits for anything but the device lock, or uses a thread-local; what they touch is `self`
+// and the table, which the runtime keeps in mappings of its own.
 unsafe impl Device for Sim {
     type Table = RegionTable;
 
@@ -142,6 +205,24 @@ unsafe impl Device for Sim {
             inv.pages()
                 .intersects(&table.pages_of_block(inv.block(), &host_pages))
         })
+    }
+
+    fn overrun(&self, _table: &RegionTable, late: &LateAccess) -> Overrun {
+        let thread = late.thread.as_usize() as u64;
+        // Relaxed: it was stored by this very thread, or is another's.
+        let mine = |post: &Post| post.thread.load(Ordering::Relaxed) == thread;
+        let Some(i) = self.posts[..self.nr_workers].iter().position(mine) else {
+            return Overrun::Stranger;
+        };
+        // From here on nobody waits for an access of this worker.
+        self.slots[i].abandon();
+        let store = u64::from(late.access == Some(Access::Write));
+        // Release: pairs with the Acquire in `wait_for_loss`.
+        self.posts[i]
+            .lost
+            .store((late.addr as u64) << 1 | store, Ordering::Release);
+        self.ring();
+        Overrun::Park
     }
 
     fn pause(&self) {

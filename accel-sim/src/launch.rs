@@ -7,6 +7,7 @@
 //! 2. A worker that draws a ticket takes items by a shared counter until there are none left, or the launch is stopping.
 //! 3. An item that fails or panics records the first failure and stops the launch: other workers end with the item they are
 //!    in, and their next far fault or cache miss in it fails.
+//!    A worker whose thread is parked (see [`relief`](crate::relief)) fails likewise; its ticket is given back for it.
 //! 4. The worker that gives back the last ticket drops the work (the kernel's captures, and the region uses, which writes
 //!    the edges back), and only then reports the launch as done. Who waited may therefore end the borrows at once.
 //!
@@ -14,7 +15,8 @@
 //!
 //! The work of a launch borrows the caller's data and is kept in the queue as if it were `'static`. Nobody touches it after
 //! step 4, and each way to launch waits for that before its borrows end, also when unwinding: `run` before it
-//! returns, a scope before it returns. A detached launch borrows nothing.
+//! returns, a scope before it returns. A detached launch borrows nothing. On a parked thread's stack references to it live on,
+//! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -182,12 +184,24 @@ impl Launch {
                 let done = work.item(worker, self, i);
                 worker.counters().item();
                 if let Err(failure) = done {
-                    self.stopping.store(true, Ordering::Relaxed);
-                    self.state().failure.get_or_insert(failure);
+                    self.fail(failure);
                 }
             }
         }
         worker.park();
+        self.return_ticket();
+    }
+
+    /// Records why the launch ends, unless something has ended it before, and stops it.
+    fn fail(&self, failure: Failure) {
+        // The failure first: what others come to because the launch is stopping is not its cause.
+        self.state().failure.get_or_insert(failure);
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// Gives back the ticket of a worker whose thread was parked in an item, which it will never end.
+    pub(crate) fn give_up_part(&self, fault: DeviceFault) {
+        self.fail(Failure::Fault(fault));
         self.return_ticket();
     }
 

@@ -17,7 +17,11 @@
 //! # Trade-offs
 //!
 //! A kernel that panics ends its launch with an error that carries the message; the standard library's panic hook prints it first, as
-//! for any thread. A slice kernel that never returns keeps its pages from the CPU until the runtime's deadline takes them away.
+//! for any thread.
+//!
+//! A slice kernel that holds a page which the CPU needs keeps it for [`Options::span_deadline`]; then the page is taken. A kernel that
+//! touches it afterwards cannot be unwound from there: its launch ends with [`DeviceFaultKind::Stuck`](svm::DeviceFaultKind::Stuck),
+//! its thread sleeps for ever with whatever it has locked or allocated, and a new thread takes its place.
 
 mod accelerator;
 mod chunk;
@@ -27,6 +31,7 @@ mod items;
 mod lane;
 mod launch;
 mod options;
+mod relief;
 mod shootdown;
 mod space;
 mod span;

@@ -30,6 +30,9 @@ pub struct Options {
     pub cache_entries: usize,
     /// How long a far fault may go without progress before it ends its launch.
     pub fault_timeout: Duration,
+    /// How long the CPU, or another device, waits for a slice kernel that holds a page it needs. Past that the page is taken, and a
+    /// kernel that touches it afterwards ends its launch with [`DeviceFaultKind::Stuck`](svm::DeviceFaultKind::Stuck).
+    pub span_deadline: Duration,
 }
 
 impl Default for Options {
@@ -39,6 +42,7 @@ impl Default for Options {
             memory_bytes: None,
             cache_entries: 256,
             fault_timeout: Duration::from_secs(1),
+            span_deadline: Duration::from_secs(2),
         }
     }
 }
@@ -75,6 +79,13 @@ impl Options {
     #[must_use]
     pub fn fault_timeout(mut self, timeout: Duration) -> Options {
         self.fault_timeout = timeout;
+        self
+    }
+
+    /// Sets how long others wait for a slice kernel that holds a page they need.
+    #[must_use]
+    pub fn span_deadline(mut self, deadline: Duration) -> Options {
+        self.span_deadline = deadline;
         self
     }
 

@@ -222,6 +222,15 @@ impl Slot {
         result
     }
 
+    /// Ends everything the worker has in flight, on its own thread, which makes no access ever after ([`crate::relief`]).
+    #[allow(dead_code, reason = "the models have no thread that stops")]
+    pub(crate) fn abandon(&self) {
+        // Release, each: as in `close` and `leave_element_mode`.
+        self.access.store(0, Ordering::Release);
+        self.close(0, MAX_SPANS);
+        self.leave_element_mode();
+    }
+
     /// Whether an access or an open span of this worker, of the kind that counts, uses host pages for which `intersects` says true.
     pub(crate) fn uses(&self, users: Users, intersects: impl Fn(Range<u64>) -> bool) -> bool {
         let counts = |write: u64| users == Users::All || write == 1;

@@ -1,11 +1,12 @@
 //! A worker: one thread of the device.
 //!
 //! It takes launches from the queue and works on their items until none is left. What it publishes, caches and faults with is
-//! its own; the far faults of one block take turns, so that pages one worker fetches are not fetched by the next one too.
+//! its own (but for its thread, which it can lose: see [`relief`](crate::relief)); the far faults of one block take turns, so that pages one worker fetches are not fetched by the next one too.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -13,6 +14,7 @@ use svm::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
 use svm::{Attachment, DeviceFault};
 
 use crate::device::Sim;
+use crate::error::Error;
 use crate::lane::{Cache, access_of};
 use crate::launch::Launch;
 use crate::shootdown::{Generation, Rights, Slot};
@@ -30,6 +32,12 @@ pub(crate) struct Shared {
     pub(crate) attachment: Attachment<Sim>,
     pub(crate) counters: Box<[Counters]>,
     pub(crate) fault_timeout: Duration,
+    cache_entries: usize,
+    /// What each worker works on.
+    tasks: Box<[Mutex<Option<Arc<Launch>>>]>,
+    crew: Mutex<Crew>,
+    /// Nobody works any more.
+    off: Condvar,
     turns: [Mutex<()>; NR_TURNS],
 }
 
@@ -38,11 +46,16 @@ impl Shared {
         attachment: Attachment<Sim>,
         nr_workers: usize,
         fault_timeout: Duration,
+        cache_entries: usize,
     ) -> Shared {
         Shared {
             attachment,
             counters: (0..nr_workers).map(|_| Counters::default()).collect(),
             fault_timeout,
+            cache_entries,
+            tasks: (0..nr_workers).map(|_| Mutex::default()).collect(),
+            crew: Mutex::default(),
+            off: Condvar::new(),
             turns: std::array::from_fn(|_| Mutex::new(())),
         }
     }
@@ -56,6 +69,89 @@ impl Shared {
     pub(crate) fn is_current(&self) -> bool {
         WORKER_OF.get() == self.id()
     }
+
+    /// Makes the calling thread one of its own.
+    pub(crate) fn mark_current(&self) {
+        WORKER_OF.set(self.id());
+    }
+
+    fn crew(&self) -> MutexGuard<'_, Crew> {
+        self.crew.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts worker `i`.
+    pub(crate) fn enlist(
+        self: &Arc<Shared>,
+        i: usize,
+        queue: &Receiver<Arc<Launch>>,
+    ) -> Result<(), Error> {
+        self.crew().at_work += 1;
+        self.start(i, queue).inspect_err(|_| self.one_is_off())
+    }
+
+    /// Starts worker `i` anew, whose thread was lost and counts as at work until now.
+    pub(crate) fn enlist_successor(
+        self: &Arc<Shared>,
+        i: usize,
+        queue: &Receiver<Arc<Launch>>,
+    ) -> Result<(), Error> {
+        self.start(i, queue)
+    }
+
+    fn start(self: &Arc<Shared>, i: usize, queue: &Receiver<Arc<Launch>>) -> Result<(), Error> {
+        let range = self.attachment.range()?;
+        let (shared, queue) = (self.clone(), queue.clone());
+        // Held over the start: a thread that is lost at once is not replaced before it is known.
+        let mut crew = self.crew();
+        let thread = std::thread::Builder::new()
+            .name(format!("accel-{i}"))
+            // The worker's own cells never leave its thread.
+            .spawn(move || Worker::new(i, shared, range).run(&queue))
+            .map_err(Error::Thread)?;
+        if crew.threads.len() <= i {
+            crew.threads.resize_with(i + 1, || None);
+        }
+        // In its predecessor's place, if it has one, which is never joined.
+        crew.threads[i] = Some(thread);
+        Ok(())
+    }
+
+    fn one_is_off(&self) {
+        self.crew().at_work -= 1;
+        self.off.notify_all();
+    }
+
+    /// Waits until every worker has found the queue empty and hung up, and ended.
+    pub(crate) fn join(&self) {
+        let mut crew = self.crew();
+        while crew.at_work > 0 {
+            crew = self.off.wait(crew).unwrap_or_else(PoisonError::into_inner);
+        }
+        let threads = std::mem::take(&mut crew.threads);
+        drop(crew);
+        for thread in threads.into_iter().flatten() {
+            // A worker catches what its kernels panic with.
+            let _ = thread.join();
+        }
+    }
+
+    fn task(&self, i: usize) -> MutexGuard<'_, Option<Arc<Launch>>> {
+        self.tasks[i].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What worker `i` worked on when its thread was lost.
+    pub(crate) fn take_task(&self, i: usize) -> Option<Arc<Launch>> {
+        self.task(i).take()
+    }
+}
+
+/// The threads of the workers.
+#[derive(Debug, Default)]
+struct Crew {
+    /// Workers that have not ended, whatever has become of their threads.
+    at_work: usize,
+    /// Of each worker the newest.
+    threads: Vec<Option<JoinHandle<()>>>,
 }
 
 thread_local! {
@@ -72,28 +168,36 @@ pub(crate) struct Worker {
     bounce: RefCell<Bounce>,
 }
 
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.attachment.device().leave_post(self.index);
+        self.shared.one_is_off();
+    }
+}
+
 impl Worker {
-    pub(crate) fn new(
-        index: usize,
-        shared: Arc<Shared>,
-        range: svm::Range<Sim>,
-        cache_entries: usize,
-    ) -> Worker {
+    pub(crate) fn new(index: usize, shared: Arc<Shared>, range: svm::Range<Sim>) -> Worker {
         Worker {
             index,
-            shared,
             range: RefCell::new(range),
-            cache: Cache::new(cache_entries),
+            cache: Cache::new(shared.cache_entries),
+            shared,
             bounce: RefCell::default(),
         }
     }
 
     /// The thread's main loop: ends when the accelerator has hung up and the queue is empty.
     pub(crate) fn run(self, queue: &Receiver<Arc<Launch>>) {
-        let _signals = svm::worker_thread();
-        WORKER_OF.set(self.shared.id());
+        let signals = svm::worker_thread();
+        self.shared.mark_current();
+        self.shared
+            .attachment
+            .device()
+            .take_post(self.index, signals.id());
         for launch in queue {
+            *self.shared.task(self.index) = Some(launch.clone());
             launch.take_part(&self);
+            *self.shared.task(self.index) = None;
         }
     }
 

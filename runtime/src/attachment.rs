@@ -3,6 +3,7 @@
 use core::fmt;
 use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use core::time::Duration;
 
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::DeviceId;
@@ -19,15 +20,27 @@ use crate::sys::arc::{MapArc, MapSlice};
 use crate::sys::signal::AsyncSignalsBlocked;
 
 /// How much memory a device has, and the like.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct AttachOptions {
     /// Bytes of device memory; `None` is without limit. Rounded down to pages.
     pub memory_bytes: Option<usize>,
+    /// How long the others wait for a span that is open on a page they need, before it is taken from under it
+    /// ([`Device::overrun`]).
+    pub span_deadline: Duration,
+}
+
+impl Default for AttachOptions {
+    fn default() -> Self {
+        Self {
+            memory_bytes: None,
+            span_deadline: Duration::from_secs(2),
+        }
+    }
 }
 
 impl AttachOptions {
-    /// No limit on device memory.
+    /// No limit on device memory; two seconds for a span.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -37,6 +50,13 @@ impl AttachOptions {
     #[must_use]
     pub fn memory_bytes(mut self, bytes: usize) -> Self {
         self.memory_bytes = Some(bytes);
+        self
+    }
+
+    /// Sets how long the others wait for a span.
+    #[must_use]
+    pub fn span_deadline(mut self, deadline: Duration) -> Self {
+        self.span_deadline = deadline;
         self
     }
 }
@@ -89,6 +109,7 @@ pub(crate) struct Attached<D: Device> {
     pub(crate) id: DeviceId,
     pub(crate) device: D,
     pub(crate) residency: Residency,
+    pub(crate) span_deadline_ns: u64,
     space: &'static AddressSpace,
     /// The device is going: no page goes to it any more.
     detached: AtomicBool,
@@ -140,6 +161,7 @@ pub fn attach<D: Device>(device: D, options: AttachOptions) -> Result<Attachment
             capacity,
             failures: AtomicUsize::new(0),
         },
+        span_deadline_ns: u64::try_from(options.span_deadline.as_nanos()).unwrap_or(u64::MAX),
         space,
         detached: AtomicBool::new(false),
         retired: Counters::default(),

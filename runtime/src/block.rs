@@ -11,6 +11,7 @@
 //! | `junk` of device *d* | the page of *d*'s window is populated, but stale; it is discarded before the window page is filled again |
 //! | `pinned` | a [`Pin`](crate::Pin) keeps the page with the CPU; devices access it in place |
 //! | `unmovable` | the kernel refused to move the page (pinned for DMA, protected): devices access it in place |
+//! | `severed` | a span outstayed a shootdown of the page ([`crate::overrun`]): until it is over no window page is filled there; devices access it in place |
 //! | `pending` | the kernel is discarding or unmapping the page, or accesses to a frame that was given up are in flight: nobody may touch it until that is over |
 //! | `displaced` | `mremap` moved the page: it comes home at its new address, and is out of devices' reach |
 //! | `gone` | the page left the region (unmapped, moved or discarded for good) and is no longer ours |
@@ -122,6 +123,7 @@ pub(crate) struct BlockState {
     gone: PageMask,
     pinned: PageMask,
     unmovable: PageMask,
+    severed: PageMask,
     pending: PageMask,
     displaced: PageMask,
     holdings: [Holding; MAX_DEVICES],
@@ -157,6 +159,7 @@ impl BlockState {
             gone: PageMask::EMPTY,
             pinned: PageMask::EMPTY,
             unmovable: PageMask::EMPTY,
+            severed: PageMask::EMPTY,
             pending: PageMask::EMPTY,
             displaced: PageMask::EMPTY,
             holdings: [NONE; MAX_DEVICES],
@@ -186,10 +189,15 @@ impl BlockState {
         self.displaced
     }
 
-    /// Pages that devices access in place: pinned or unmovable.
+    /// Pages that devices access in place: pinned, unmovable or severed.
     #[inline]
     pub(crate) fn in_place(&self) -> PageMask {
-        self.pinned | self.unmovable
+        self.pinned | self.unmovable | self.severed
+    }
+
+    #[inline]
+    pub(crate) fn severed(&self) -> PageMask {
+        self.severed
     }
 
     /// Pinned pages that are not with the CPU alone yet.
@@ -232,6 +240,7 @@ impl BlockState {
             &self.gone,
             &self.pinned,
             &self.unmovable,
+            &self.severed,
             &self.pending,
             &self.displaced,
         ];
@@ -405,6 +414,15 @@ impl BlockState {
     }
 
     #[inline]
+    pub(crate) fn set_severed(&mut self, pages: PageMask, severed: bool) {
+        if severed {
+            self.severed |= pages;
+        } else {
+            self.severed -= pages;
+        }
+    }
+
+    #[inline]
     pub(crate) fn set_unmovable(&mut self, pages: PageMask) {
         self.unmovable |= pages;
     }
@@ -417,7 +435,7 @@ impl BlockState {
         access: Access,
         read: OnRead,
     ) -> Plan {
-        let in_place = want & (self.pinned | (self.unmovable - self.away));
+        let in_place = want & (self.pinned | ((self.unmovable | self.severed) - self.away));
         let want = want - in_place - self.gone();
         let mine = self.frames(device);
         let others = self.held_by_devices(Some(device));

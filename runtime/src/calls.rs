@@ -42,6 +42,7 @@ use crate::evict;
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::notifier::{Bracket, Interval};
+use crate::overrun;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::Cause;
@@ -383,7 +384,8 @@ impl Change {
             }
         }
         for (flight, inv) in &in_flight {
-            fault::wait_quiesced(space, flight.region(), DeviceSet::all(), inv);
+            // A span that outstays it is severed: its pages are the CPU's, and the change is made to those.
+            let _ = overrun::shoot_down(space, flight.region(), DeviceSet::all(), inv);
         }
     }
 

@@ -19,7 +19,7 @@
 use core::ops::Range;
 
 use crate::addr::PAGES_PER_BLOCK;
-use crate::error::Result;
+use crate::error::{Access, Result};
 use crate::mask::PageMask;
 pub use crate::notifier::{Blocking, WouldBlock};
 use crate::sync::{Mutex, MutexGuard};
@@ -32,6 +32,9 @@ use crate::sync::{Mutex, MutexGuard};
 /// - After `invalidate(table, inv)` returned `Ok`, no new access through a translation of `inv.pages()` may begin (no
 ///   *write*, if [`Invalidation::keep`] is [`Keep::Reads`]) until a later [`Valid`](crate::Valid) covers it again.
 /// - `quiesced(table, inv)` may return true only when every access that had begun has ended.
+/// - `overrun` says [`Overrun::Park`] only of a thread that is the device's own, and that may stop where it is, for good and
+///   without unwinding: what others would wait for, its open accesses above all, is released before the return, and
+///   nothing it has borrowed or locked is waited for by anybody.
 /// - A translation is installed only with what `end_update` returned, before the device lock is let go of.
 ///
 /// Both callbacks may run on any thread inside a signal handler that interrupted anything, `malloc` included. They must
@@ -64,6 +67,17 @@ pub unsafe trait Device: Send + Sync + 'static {
 
     /// Second pass: whether every access through a removed translation has ended.
     fn quiesced(&self, table: &Self::Table, inv: &Invalidation) -> bool;
+
+    /// A thread touched memory of the device's window that is gone. If it is a worker of the device's, a span of its has
+    /// outstayed a shootdown by [`span_deadline`](crate::AttachOptions::span_deadline), and its pages were taken: `late` says
+    /// which thread and which page. The device may write the thread off and say [`Overrun::Park`].
+    ///
+    /// Called on that thread, in a signal handler, under the rules of the callbacks. The default knows nobody: the fault goes to the
+    /// handler that was there before, as a rule the end of the process.
+    fn overrun(&self, table: &Self::Table, late: &LateAccess) -> Overrun {
+        let _ = (table, late);
+        Overrun::Stranger
+    }
 
     /// Where the device keeps its copies. A device with memory that the CPU cannot reach says [`DeviceMemory::Opaque`] and
     /// implements the two copies below.
@@ -101,6 +115,43 @@ pub unsafe trait Device: Send + Sync + 'static {
 
     /// Ends a pause.
     fn resume(&self) {}
+}
+
+/// An access through a span, after its page was taken from it: what [`Device::overrun`] is told.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct LateAccess {
+    /// The address it was for, in the mirrored range.
+    pub addr: usize,
+    /// What it wanted, where the system tells.
+    pub access: Option<Access>,
+    /// Who made it.
+    pub thread: ThreadId,
+}
+
+/// What is to become of a thread that touched memory its device does not have any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overrun {
+    /// It is no worker of this device's.
+    Stranger,
+    /// It never runs again. Its stack and what it owns stay as they are for as long as the process lives.
+    Park,
+}
+
+/// Names a thread while it lives. A worker learns its own from [`WorkerThread::id`](crate::WorkerThread::id).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ThreadId(usize);
+
+impl ThreadId {
+    pub(crate) const fn of(thread: usize) -> Self {
+        Self(thread)
+    }
+
+    /// As a number, for storing in an atomic; never 0.
+    #[must_use]
+    pub const fn as_usize(self) -> usize {
+        self.0
+    }
 }
 
 /// Where a device keeps its copies of pages.

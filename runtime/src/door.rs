@@ -31,8 +31,10 @@ pub(crate) struct Door {
 pub(crate) enum Role {
     /// The body of a region: missing and write-protect faults.
     Body,
-    /// A window or scratch area: missing faults, none of which should ever come.
+    /// A window: missing faults, which only a late access raises ([`crate::overrun`]). Where there is no MOVE, protection too.
     Window,
+    /// A scratch area: missing faults, none of which should ever come.
+    Scratch,
 }
 
 impl Door {
@@ -188,7 +190,8 @@ impl Door {
     pub(crate) fn register(&self, range: PageRange, role: Role) -> Result<(), i32> {
         let mode = match role {
             Role::Body => Mode::MISSING | Mode::WP,
-            Role::Window => Mode::MISSING,
+            Role::Window if !self.has_move() => Mode::MISSING | Mode::WP,
+            Role::Window | Role::Scratch => Mode::MISSING,
         };
         // SAFETY: a body is memory that a mirror has borrowed or that its maker answers for (`mirror_raw`), published
         // before this call, so that its faults are resolved; a window or scratch area is our own reservation.

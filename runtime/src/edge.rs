@@ -12,6 +12,7 @@ use crate::addr::PAGE_SIZE;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 use crate::mapped::{Mapped, MappedRef};
+use crate::overrun;
 use crate::region::RegionKind;
 use crate::sync::Mutex;
 use crate::sys::process;
@@ -93,6 +94,7 @@ impl<D: Device> MappedRef<D> {
         }
         entered?;
         self.revalidate_protections();
+        overrun::lift_all(region);
         region.begin_use();
         Ok(UseGuard {
             mapped: self.clone(),

@@ -33,10 +33,11 @@ use core::ops::Range;
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::DeviceSet;
 use crate::device::{Invalidation, Keep};
-use crate::fault::{Flight, invalidate, quiesced};
+use crate::fault::{Flight, deadline, invalidate, quiesced};
 use crate::mask::PageMask;
 use crate::notifier::Bracket;
 use crate::options::Delivery;
+use crate::overrun;
 use crate::region::Region;
 use crate::space::{AddressSpace, Door, Place, PlaceKind};
 use crate::stats::count;
@@ -69,6 +70,8 @@ pub(crate) struct Pending {
     since_ns: u64,
     /// When the REMOVE's caller was first known to have run: the zap follows at once, unless it is preempted.
     running_since_ns: Option<u64>,
+    /// When the accesses that are in flight still have had their time.
+    until_ns: u64,
 }
 
 impl Pending {
@@ -88,11 +91,17 @@ impl Pending {
             return false;
         }
         if !quiesced(region, &gate, DeviceSet::all(), &self.inv) {
-            if now < self.since_ns + crate::fault::SPAN_DEADLINE_NS {
+            drop(gate);
+            // Past its time, or the kernel is at work on the mappings: looked at again.
+            if now < self.until_ns
+                || overrun::sever_once(space, region, DeviceSet::all(), &self.inv).is_err()
+            {
                 return false;
             }
-            count(&region.counters().anomalies, 1);
+        } else {
+            drop(gate);
         }
+        let _gate = space.gate().enter();
         region
             .lock_block(self.block)
             .set_pending(*self.inv.pages(), false);
@@ -416,6 +425,7 @@ fn give_up(
                 zap,
                 since_ns: clock::monotonic_ns(),
                 running_since_ns: None,
+                until_ns: deadline(region, closed, DeviceSet::all()),
             });
         }
     }

@@ -9,10 +9,11 @@ use crate::attachment::Attached;
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Device, Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fault::{self, Flight};
+use crate::fault::Flight;
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
+use crate::overrun::{self, Shot};
 use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
@@ -237,7 +238,10 @@ fn release_attempt(
         let flight = Flight::begin(region);
         drop(state);
         drop(gate);
-        fault::wait_quiesced(space, flight.region(), DeviceSet::one(device.id()), &inv);
+        let holder = DeviceSet::one(device.id());
+        if overrun::shoot_down(space, flight.region(), holder, &inv) == Shot::Severed {
+            return Ok(false);
+        }
         let _gate = space.gate().enter();
         let mut state = region.lock_block(block);
         return finish_release(device, region, block, &mut state, resident, scratch, cause)

@@ -12,7 +12,7 @@
 //! 4. Invalidate the holders: all translations for a write, only the right to write for a read (a CPU read never waits
 //!    for a device reader, W1).
 //! 5. If some access is still in flight, let go of the block and the gate, *keep the bracket*, wait, come back, and go on
-//!    only if nothing changed (W3: no wait holds a lock).
+//!    only if nothing changed (W3: no wait holds a lock). An access that does not end is [`crate::overrun`]'s affair.
 //! 6. One system call changes the page table ([`crate::movement`]).
 //! 7. Close the bracket, unlock, leave the gate.
 
@@ -26,6 +26,7 @@ use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granule_around};
 use crate::notifier::{self, Bracket};
+use crate::overrun;
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
@@ -77,9 +78,6 @@ enum Class {
     StaleProtection,
 }
 
-/// How long a shootdown waits for an open span before its page goes home all the same (hazards W2).
-pub(crate) const SPAN_DEADLINE_NS: u64 = 2_000_000_000;
-
 /// How soon a fault on a page that the kernel is at work on looks again.
 const PENDING_POLL_NS: u64 = 50_000;
 
@@ -98,12 +96,9 @@ pub(crate) fn resolve(space: &'static AddressSpace, fault: &CpuFault) -> Verdict
                 begin(space, fault, First::No)
             }
             Attempt::Pending(pending) => {
-                wait_quiesced(
-                    space,
-                    pending.flight.region(),
-                    pending.holders,
-                    &pending.inv,
-                );
+                let region = pending.flight.region();
+                let until = Some(pending.until_ns);
+                wait_until_quiesced(space, region, pending.holders, &pending.inv, until);
                 pending.finish(space, fault)
             }
         };
@@ -137,7 +132,8 @@ pub(crate) struct Pending {
     page: (usize, usize),
     holders: DeviceSet,
     inv: Invalidation,
-    since_ns: u64,
+    /// When the accesses that are in flight still have had their time.
+    until_ns: u64,
 }
 
 impl Pending {
@@ -145,12 +141,20 @@ impl Pending {
     pub(crate) fn is_ready(&self, space: &AddressSpace) -> bool {
         let region = self.flight.region();
         let gate = space.gate().enter();
-        quiesced(region, &gate, self.holders, &self.inv)
-            || clock::monotonic_ns() > self.since_ns + SPAN_DEADLINE_NS
+        quiesced(region, &gate, self.holders, &self.inv) || clock::monotonic_ns() > self.until_ns
     }
 
     /// Goes on where the fault left off, if nothing else has changed.
     pub(crate) fn finish(self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
+        let region = self.flight.region();
+        if quiesced(region, &space.gate().enter(), self.holders, &self.inv) {
+            self.go_on(space, fault)
+        } else {
+            self.overrun(space, fault)
+        }
+    }
+
+    fn go_on(self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
         let Self {
             flight,
             bracket,
@@ -168,6 +172,27 @@ impl Pending {
         };
         drop(bracket);
         attempt
+    }
+
+    /// Goes on where an access did not end in time. Waits for nothing: the monitor calls it.
+    fn overrun(mut self, space: &AddressSpace, fault: &CpuFault) -> Attempt {
+        let region = self.flight.region();
+        if self.inv.keep == Keep::Reads {
+            // The readers, which could stay until now, get as much time as the writers had.
+            (self.inv, self.holders) = overrun::escalate(space, region, &self.inv);
+            self.until_ns = deadline(region, &space.gate().enter(), self.holders);
+            return Attempt::Pending(self);
+        }
+        match overrun::sever_once(space, region, self.holders, &self.inv) {
+            Ok(()) => Attempt::Again,
+            // Passing. Its time is over, so that it is looked at again at once.
+            Err(Stall::Changing | Stall::NoMemory) => {
+                process::sched_yield();
+                Attempt::Pending(self)
+            }
+            // What cannot be taken cannot be had by a fault either, which says so.
+            Err(Stall::Busy(_) | Stall::Refused(_) | Stall::Lost(_)) => self.go_on(space, fault),
+        }
     }
 }
 
@@ -244,9 +269,9 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         bracket,
         class,
         page: (block, page),
+        until_ns: deadline(region, &gate, holders),
         holders,
         inv,
-        since_ns: clock::monotonic_ns(),
     })
 }
 
@@ -380,25 +405,34 @@ fn listeners<'g>(
     holders.iter().filter_map(move |id| region.device(gate, id))
 }
 
-/// Waits until `holders` are done with the pages, or the deadline for stuck spans has passed. No lock is held.
-pub(crate) fn wait_quiesced(
+/// When accesses of `holders` that are in flight now will have had their time (hazards W2).
+pub(crate) fn deadline(region: &Region, gate: &impl Inside, holders: DeviceSet) -> u64 {
+    let longest = listeners(region, gate, holders)
+        .map(|device| device.span_deadline_ns())
+        .max();
+    clock::monotonic_ns().saturating_add(longest.unwrap_or(0))
+}
+
+/// Waits until `holders` are done with the pages, or it is `until_ns`, or, without that, their deadline has passed; says
+/// whether they are. No lock is held.
+pub(crate) fn wait_until_quiesced(
     space: &AddressSpace,
     region: &Region,
     holders: DeviceSet,
     inv: &Invalidation,
-) {
-    let deadline = clock::monotonic_ns() + SPAN_DEADLINE_NS;
+    until_ns: Option<u64>,
+) -> bool {
+    let until_ns = until_ns.unwrap_or_else(|| deadline(region, &space.gate().enter(), holders));
     let mut spins = 0u32;
     loop {
         {
             let gate = space.gate().enter();
             if quiesced(region, &gate, holders, inv) {
-                return;
+                return true;
             }
         }
-        if clock::monotonic_ns() > deadline {
-            count(&region.counters().anomalies, 1);
-            return;
+        if clock::monotonic_ns() > until_ns {
+            return false;
         }
         spins += 1;
         if spins < 100 {

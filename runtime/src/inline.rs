@@ -1,11 +1,13 @@
 //! The inline door: a thread that touches a page which is away resolves its own fault, in its `SIGBUS` handler.
 //!
+//! A late access to a device's window, through either door, ends here too: see [`crate::overrun`].
+//!
 //! What the handler is allowed to do is design rule 1; how it is installed, chained and guarded is [`crate::sys::signal`].
 
 use crate::error::{Access, Error, ErrorKind, Result};
 use crate::fault::{self, CpuFault};
+use crate::overrun::{self, Fate};
 use crate::space::AddressSpace;
-use crate::stats::count;
 use crate::sys::signal::{self, BusFault};
 
 /// Installs the handler, once per process.
@@ -31,21 +33,20 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         protection,
         thread: signal::thread_pointer(),
     };
-    match fault::resolve(space, &fault) {
+    // Of an access that the monitor has read of there is nothing left to resolve.
+    let resolved = if bus.late {
+        fault::Verdict::Window
+    } else {
+        fault::resolve(space, &fault)
+    };
+    match resolved {
         fault::Verdict::Resolved => signal::Verdict::Resolved,
         fault::Verdict::NotOurs => signal::Verdict::NotOurs,
-        fault::Verdict::Window => overrun(space, bus.addr),
-    }
-}
-
-/// A worker touched a window page that has gone home: its span outstayed a shootdown's deadline (hazards W2). Its launch
-/// is lost; the thread must not go on with memory that is no longer its own, and nothing can make it return from here.
-fn overrun(space: &AddressSpace, addr: usize) -> signal::Verdict {
-    {
-        let gate = space.gate().enter();
-        if let Some(place) = space.lookup(&gate, addr) {
-            count(&place.region.counters().anomalies, 1);
+        fault::Verdict::Window => {
+            match overrun::touched(space, bus.addr, access, signal::thread_pointer()) {
+                Fate::Park => signal::Verdict::Park,
+                Fate::NotThere | Fate::Stray => signal::Verdict::NotOurs,
+            }
         }
     }
-    signal::Verdict::NotOurs
 }

@@ -108,6 +108,7 @@ mod monitor;
 mod movement;
 pub mod notifier;
 mod options;
+mod overrun;
 mod page_bits;
 mod pin;
 mod ptr;
@@ -136,8 +137,8 @@ pub use buffer::Buffer;
 pub use calls::{madvise, mprotect, mremap, munmap};
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
-    Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo,
-    WouldBlock,
+    Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, LateAccess,
+    MapInfo, Overrun, ThreadId, WouldBlock,
 };
 pub use edge::UseGuard;
 pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};

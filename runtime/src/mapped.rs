@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU8, Ordering};
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::attachment::{Attached, Residency};
 use crate::block::DeviceId;
-use crate::device::{Device, DeviceMemory, Invalidation, MapInfo, WouldBlock};
+use crate::device::{Device, DeviceMemory, Invalidation, LateAccess, MapInfo, Overrun, WouldBlock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::notifier::Listener;
 use crate::region::{Region, RegionKind};
@@ -39,6 +39,10 @@ pub(crate) trait AnyMapped: Listener<Invalidation> + Send + Sync {
     fn window(&self) -> &Window;
     fn counters(&self) -> &Counters;
     fn residency(&self) -> &Residency;
+    /// How long accesses in flight are waited for.
+    fn span_deadline_ns(&self) -> u64;
+    /// A thread touched a window page that is gone.
+    fn overrun(&self, late: &LateAccess) -> Overrun;
     fn pause(&self);
     fn is_paused(&self) -> bool;
     fn resume(&self);
@@ -83,6 +87,14 @@ impl<D: Device> AnyMapped for Mapped<D> {
 
     fn residency(&self) -> &Residency {
         &self.attached.residency
+    }
+
+    fn span_deadline_ns(&self) -> u64 {
+        self.attached.span_deadline_ns
+    }
+
+    fn overrun(&self, late: &LateAccess) -> Overrun {
+        self.attached.device.overrun(&self.table, late)
     }
 
     fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>> {

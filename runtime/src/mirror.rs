@@ -37,12 +37,14 @@ use core::ptr::NonNull;
 use bytemuck::Pod;
 
 use crate::addr::PageRange;
+use crate::block::DeviceSet;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::evict;
 use crate::fork;
 use crate::mask::PageMask;
 use crate::options::Options;
+use crate::overrun;
 use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
@@ -313,16 +315,21 @@ impl Raw {
             space.unpublish_in_place(region);
             region.wait_landed();
         }
-        // 6. The windows go.
+        // 6. The windows go, but for one that a span is still open on: that stays, empty, until its device is detached.
+        let mut kept = [const { None }; crate::block::MAX_DEVICES];
         for device in devices.iter().flatten() {
+            if overrun::is_outstayed(space, region, DeviceSet::one(device.id())) {
+                kept[device.id().index()] = Some(device.clone());
+                continue;
+            }
             space.unpublish_window(device.window());
             device.unmap();
         }
         if devices.iter().any(Option::is_some) {
             crate::attachment::retry_no_memory(|| {
-                region.devices_cell().update(space.gate(), |_| {
-                    Ok([const { None }; crate::block::MAX_DEVICES])
-                })
+                region
+                    .devices_cell()
+                    .update(space.gate(), |_| Ok(kept.clone()))
             });
         }
         result

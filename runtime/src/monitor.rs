@@ -21,7 +21,7 @@ use crate::space::{AddressSpace, Door};
 use crate::sys::clock;
 use crate::sys::event::{Event, EventBuffer};
 use crate::sys::process;
-use crate::sys::signal::AsyncSignalsBlocked;
+use crate::sys::signal::{self, AsyncSignalsBlocked};
 use crate::sys::uffd::Wake;
 
 /// Faults that can be put aside. It is more than there are threads to fault, as a rule; what comes beyond it is sent back to fault
@@ -195,7 +195,13 @@ impl Reader {
             // Most resolutions have woken the thread already; the one that found nothing to do has not.
             Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
             // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
-            Attempt::Done(Verdict::NotOurs | Verdict::Window) => {
+            Attempt::Done(verdict @ (Verdict::NotOurs | Verdict::Window)) => {
+                let write = fault.access == Some(Access::Write);
+                if verdict == Verdict::Window
+                    && signal::send_late(fault.thread, fault.addr, write).is_ok()
+                {
+                    return;
+                }
                 if let Some(range) = crate::addr::PageRange::containing(page, 1) {
                     // SAFETY: a fault is read from the descriptor that its page is registered with.
                     let poisoned = unsafe { door.uffd().poison(range, Wake::Yes) };

@@ -922,6 +922,23 @@ impl<'a> Mover<'a> {
 }
 
 impl Mover<'_> {
+    /// Where pages leave a window by being copied: keeps `device` from writing what it holds of `pages` meanwhile, for good.
+    pub(crate) fn protect_frames(&mut self, device: &dyn AnyMapped, pages: PageMask) -> Movement {
+        if self.has_move() || device.bounce().is_some() {
+            return Ok(());
+        }
+        for run in (self.state.frames(device.id()) & pages).runs() {
+            count(&self.region.counters().write_protect_calls, 1);
+            let (at, len) = (self.frame(device, run.start), run.len() * PAGE_SIZE);
+            match self.region.door().protect(at, len) {
+                Stop::Complete => {}
+                Stop::Changing => return Err(Stall::Changing),
+                _ => return Err(Stall::Refused(run.start)),
+            }
+        }
+        Ok(())
+    }
+
     /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
     pub(crate) fn clear_junk(
         &mut self,

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
+use crate::overrun::{self, Shot};
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside};
 use crate::stats::Cause;
@@ -122,8 +123,10 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
         let flight = Flight::begin(region);
         drop(state);
         drop(gate);
-        fault::wait_quiesced(space, flight.region(), holders, &inv);
-        // The bracket is still open: no device has got the pages meanwhile. A span that outstays its deadline loses them.
+        if overrun::shoot_down(space, flight.region(), holders, &inv) == Shot::Severed {
+            return Ok(false);
+        }
+        // The bracket is still open: no device has got the pages meanwhile.
         let gate = space.gate().enter();
         let mut state = region.lock_block(block);
         if pages.intersects(&(state.gone() | state.pending())) {
@@ -219,7 +222,8 @@ fn unpin_block(region: &Region, block: usize, pages: PageMask) {
         fault::invalidate(region, &gate, DeviceSet::all(), &inv)
     };
     if !over {
-        fault::wait_quiesced(space, region, DeviceSet::all(), &inv);
+        // A span in place that does not end: its pages stay in place until it does.
+        let _ = overrun::shoot_down(space, region, DeviceSet::all(), &inv);
     }
     let _gate = space.gate().enter();
     region.lock_block(block).set_pinned(pages, false);

@@ -59,6 +59,8 @@ pub(crate) struct Region {
     in_flight: AtomicU32,
     /// The mirror is going: no page goes to a device any more.
     closing: AtomicBool,
+    /// Some block may have severed pages.
+    has_severed: AtomicBool,
     /// The device whose launches write the edges' copies, and how many of them there are.
     edge_writers: Mutex<(Option<DeviceId>, u32)>,
     pins: Mutex<Pins>,
@@ -116,6 +118,7 @@ impl Region {
             uses: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
             closing: AtomicBool::new(false),
+            has_severed: AtomicBool::new(false),
             edge_writers: Mutex::new((None, 0)),
             pins: Mutex::new(Pins::default()),
             has_displacements: AtomicBool::new(false),
@@ -317,6 +320,17 @@ impl Region {
     /// Whether the mirror is going. Inside the gate.
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::SeqCst)
+    }
+
+    /// A block has severed pages: after it was marked.
+    pub(crate) fn set_has_severed(&self) {
+        // Relaxed: where the block's lock does not order it, the next look sees it.
+        self.has_severed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether some block may have severed pages; who asks looks at all blocks, and sets it again if one still has.
+    pub(crate) fn take_has_severed(&self) -> bool {
+        self.has_severed.load(Ordering::Relaxed) && self.has_severed.swap(false, Ordering::Relaxed)
     }
 
     /// Whether some page is with devices alone.

@@ -14,6 +14,7 @@ use crate::error::{Access, DeviceFaultKind};
 use crate::fault::{self, Flight};
 use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
+use crate::overrun;
 use crate::region::{Region, RegionKind};
 use crate::space::AddressSpace;
 use crate::sys::process;
@@ -153,7 +154,8 @@ impl<D: Device> MappedRef<D> {
             if !fault::invalidate(region, &gate, DeviceSet::one(self.id()), &inv) {
                 let flight = Flight::begin(region);
                 drop((state, gate));
-                fault::wait_quiesced(space, flight.region(), DeviceSet::one(self.id()), &inv);
+                let holder = DeviceSet::one(self.id());
+                let _ = overrun::shoot_down(space, flight.region(), holder, &inv);
             }
             drop(bracket);
             return;

@@ -16,7 +16,7 @@ const CAPACITY: usize = 8 * PAGES_PER_BLOCK;
 const ROUND: usize = 3 * PAGES_PER_BLOCK;
 
 /// An area for stale pages, per door it was needed for.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Scratch {
     areas: [Option<Area>; 2],
     current: usize,
@@ -33,14 +33,17 @@ struct Area {
 impl Scratch {
     /// No area yet; they are made by [`ensure`](Self::ensure).
     pub(crate) fn new(_space: &AddressSpace) -> Result<Self> {
-        Ok(Self {
-            areas: [None, None],
-            current: 0,
-        })
+        Ok(Self::default())
     }
 
     /// Makes room for one round of a region behind `door`, emptying the area if need be. Outside every lock and the gate.
     pub(crate) fn ensure(&mut self, door: &'static Door) -> Result<()> {
+        self.reserve(door)
+            .map_err(|errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno))
+    }
+
+    /// [`ensure`](Self::ensure) for the fault path: an `Error` is on the heap. `Err` gives the errno.
+    pub(crate) fn reserve(&mut self, door: &'static Door) -> Result<(), i32> {
         let index = door.index();
         self.current = index;
         let area = match &mut self.areas[index] {
@@ -72,14 +75,13 @@ impl Scratch {
 }
 
 impl Area {
-    fn new(door: &'static Door) -> Result<Self> {
-        let failed = |errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno);
-        let like = PageRange::new(BLOCK_SIZE, BLOCK_SIZE + CAPACITY * PAGE_SIZE)
-            .ok_or_else(|| Error::invalid("scratch area", "the area wraps"))?;
-        let reservation =
-            Reservation::congruent_to(like).map_err(|e| failed(e.raw_os_error().unwrap_or(0)))?;
+    fn new(door: &'static Door) -> Result<Self, i32> {
+        let like =
+            PageRange::new(BLOCK_SIZE, BLOCK_SIZE + CAPACITY * PAGE_SIZE).ok_or(libc::EINVAL)?;
+        let reservation = Reservation::congruent_to(like)
+            .map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))?;
         let registered = reservation.range();
-        door.register(registered, Role::Window).map_err(failed)?;
+        door.register(registered, Role::Scratch)?;
         Ok(Self {
             reservation: Some(reservation),
             registered,
@@ -91,18 +93,16 @@ impl Area {
 
 impl Area {
     /// Drops everything in it. While it is not registered, so that no event comes of it.
-    fn empty(&mut self) -> Result<()> {
+    fn empty(&mut self) -> Result<(), i32> {
         self.door.unregister(self.registered);
         if self.next > 0
             && !self
                 .door
                 .discard(self.registered.start(), self.next * PAGE_SIZE)
         {
-            return Err(Error::new("scratch area", ErrorKind::System).at(self.registered.start()));
+            return Err(libc::EBUSY);
         }
-        self.door
-            .register(self.registered, Role::Window)
-            .map_err(|errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno))?;
+        self.door.register(self.registered, Role::Scratch)?;
         self.next = 0;
         Ok(())
     }

@@ -129,6 +129,10 @@ counters! {
     scan_calls,
     /// Calls the kernel answered with "changing, try again" because an event was pending.
     changing_outcomes,
+    /// Pages taken from under a span that outstayed a shootdown.
+    severed_pages,
+    /// Threads parked because they touched such a page afterwards: the launch ended with an error.
+    overruns,
     /// Faults and events that should not exist: our own bugs. Tests assert zero.
     anomalies,
 }

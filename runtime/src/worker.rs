@@ -2,8 +2,9 @@
 
 use core::fmt;
 
+use crate::device::ThreadId;
 use crate::sys::membarrier;
-use crate::sys::signal::AsyncSignalsBlocked;
+use crate::sys::signal::{self, AsyncSignalsBlocked};
 
 /// Masks asynchronous signals on this thread while it lives.
 ///
@@ -13,6 +14,14 @@ use crate::sys::signal::AsyncSignalsBlocked;
 #[must_use = "signals are unmasked again when it is dropped"]
 pub struct WorkerThread {
     _signals: AsyncSignalsBlocked,
+}
+
+impl WorkerThread {
+    /// The calling thread's name, for [`Device::overrun`](crate::Device::overrun): the guard is of the thread that made it.
+    #[must_use]
+    pub fn id(&self) -> ThreadId {
+        ThreadId::of(signal::thread_pointer())
+    }
 }
 
 /// Makes the calling thread fit to be a device's worker. See [`WorkerThread`].

@@ -19,11 +19,12 @@ use core::sync::atomic::Ordering;
 use crate::block::{BlockState, DeviceId, Plan};
 use crate::device::{Device, Invalidation, Keep};
 use crate::error::{Access, DeviceFaultKind};
-use crate::fault::{Flight, invalidate, wait_quiesced};
+use crate::fault::{Flight, invalidate};
 use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granules_of};
 use crate::notifier::RangeKey;
+use crate::overrun::{self, Shot};
 use crate::region::{Region, RegionKind};
 use crate::rights::Rights;
 use crate::scratch::Scratch;
@@ -139,6 +140,11 @@ impl<D: Device> Round<'_, D> {
         if !is_whole && let Some(outside) = (self.want - self.servable()).first_from(0) {
             return Outcome::Fault(outside, DeviceFaultKind::OutOfViews);
         }
+        if state.severed().intersects(&self.want)
+            && overrun::lift(self.region, &gate, self.block, &mut state, self.want)
+        {
+            return Outcome::Again;
+        }
         let plain = self.plain(&state);
         let stale = if plain.is_none() {
             self.stale(&state)
@@ -216,7 +222,11 @@ impl<D: Device> Round<'_, D> {
             let flight = Flight::begin(self.region);
             drop(state);
             drop(gate);
-            self.wait_for_others(space, flight.region(), &plan);
+            if self.wait_for_others(space, flight.region(), &plan) == Shot::Severed {
+                self.mapped.residency().release(needed);
+                drop(bracket);
+                return Outcome::Again;
+            }
             let gate = space.gate().enter();
             let mut state = self.region.lock_block(self.block);
             // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
@@ -310,7 +320,7 @@ impl<D: Device> Round<'_, D> {
         over
     }
 
-    fn wait_for_others(&self, space: &AddressSpace, region: &Region, plan: &Plan) {
+    fn wait_for_others(&self, space: &AddressSpace, region: &Region, plan: &Plan) -> Shot {
         let mut others = crate::block::DeviceSet::all();
         others = others.without(self.id());
         for inv in self
@@ -318,8 +328,11 @@ impl<D: Device> Round<'_, D> {
             .iter()
             .filter(|inv| !inv.pages().is_empty())
         {
-            wait_quiesced(space, region, others, inv);
+            if overrun::shoot_down(space, region, others, inv) == Shot::Severed {
+                return Shot::Severed;
+            }
         }
+        Shot::Quiet
     }
 
     #[expect(
@@ -509,7 +522,7 @@ impl<D: Device> Round<'_, D> {
     ) -> Outcome<T> {
         let id = self.id();
         let all = self.want | self.company();
-        let fill = all - state.frames(id);
+        let fill = all - state.frames(id) - state.in_place();
         let needed = (fill - state.resident(id)).count();
         if !self.mapped.residency().reserve(needed) {
             return Outcome::Full(needed);

@@ -21,6 +21,12 @@
 //!    core dump shows it where it was. An ignored SIGBUS is honoured where one was *sent*; one that was
 //!    *raised* by an instruction can't be ignored, and the kernel does not either.
 //!
+//! # A thread that must not go on
+//!
+//! A thread that has lost the memory it works on ([`crate::overrun`]) is parked: it sleeps in its handler, for ever, with nothing
+//! taken, not even a stack of ours. On a userfaultfd without the SIGBUS feature it sleeps in its fault instead, which a monitor
+//! reads; [`send_late`] wakes it with a SIGBUS that says what it was, by a code of our own ([`LATE`]).
+//!
 //! # How a nested fault is recognised
 //!
 //! A thread-local flag is not fit: in a shared object that was loaded late the first access allocates.
@@ -57,6 +63,8 @@ pub(crate) struct BusFault {
     pub(crate) pc: usize,
     /// The stack pointer at that instruction; 0 where unknown.
     pub(crate) sp: usize,
+    /// Whether it is a monitor that says so, of a fault in which the thread slept.
+    pub(crate) late: bool,
 }
 
 /// What an access wanted, and what it found. Where it is unknown the page's own state decides.
@@ -79,6 +87,8 @@ pub(crate) enum Verdict {
     Resolved,
     /// Not ours: the handler that was there before is called.
     NotOurs,
+    /// The thread never runs again.
+    Park,
 }
 
 /// Resolves faults. It runs under the fault-path law ([`super`]).
@@ -188,12 +198,17 @@ extern "C" fn on_sigbus(
     // nobody writes before the chained handler runs.
     let details = unsafe { &*info };
     let code = details.si_code;
-    let verdict = if code == libc::BUS_ADRERR {
+    let verdict = if code == libc::BUS_ADRERR || code == LATE {
         let context: *mut libc::ucontext_t = context.cast();
-        // SAFETY: for SIGBUS with a positive code the kernel fills in the address.
-        let addr = unsafe { details.si_addr() }.addr();
-        // SAFETY: with SA_SIGINFO the third argument is the interrupted context, valid for this frame.
-        let fault = unsafe { decode(addr, context) };
+        let fault = if code == LATE {
+            late_fault(details)
+        } else {
+            // SAFETY: for SIGBUS with a positive code the kernel fills in the address.
+            let addr = unsafe { details.si_addr() }.addr();
+            // SAFETY: with SA_SIGINFO the third argument is the interrupted context, valid for this frame.
+            unsafe { decode(addr, context) }
+        };
+        let addr = fault.addr;
         // SAFETY: as above; the kernel says there which alternate stack the thread has.
         let alternate = unsafe { &(*context).uc_stack };
         let resolve = || {
@@ -217,11 +232,84 @@ extern "C" fn on_sigbus(
     } else {
         Verdict::NotOurs
     };
+    if verdict == Verdict::Park {
+        park();
+    }
     if verdict == Verdict::NotOurs {
         // SAFETY: the arguments are the kernel's, unchanged.
         unsafe { chain(installed, code, info, context) };
     }
     set_errno(saved_errno);
+}
+
+/// Sleeps for ever. Asynchronous signals are masked here, and what libc sends its threads returns.
+fn park() -> ! {
+    loop {
+        // SAFETY: no preconditions; async-signal-safe.
+        unsafe { libc::pause() };
+    }
+}
+
+/// The code of a SIGBUS that [`send_late`] sends: as of a signal that a process sends (negative), and none that the system uses.
+const LATE: libc::c_int = -0x5356;
+
+/// A `siginfo_t` of a signal that a process sends: `si_errno` says whether the access was a store, the value is its address.
+#[repr(C)]
+struct LateInfo {
+    signo: libc::c_int,
+    errno: libc::c_int,
+    code: libc::c_int,
+    #[cfg(target_pointer_width = "64")]
+    _pad: libc::c_int,
+    pid: libc::pid_t,
+    uid: libc::uid_t,
+    value: usize,
+    _rest: [u64; 12],
+}
+
+const _: () =
+    assert!(size_of::<LateInfo>() == size_of::<libc::siginfo_t>() || !cfg!(target_os = "linux"));
+
+/// Wakes thread `tid` of this process out of a fault at `addr` that nobody will serve, into its handler. Fault path.
+///
+/// # Errors
+///
+/// `ESRCH` if there is no such thread; `EAGAIN` where too many signals are queued.
+pub(crate) fn send_late(tid: usize, addr: usize, write: bool) -> io::Result<()> {
+    // SAFETY: it is integers.
+    let mut info: LateInfo = unsafe { std::mem::zeroed() };
+    info.signo = libc::SIGBUS;
+    info.errno = libc::c_int::from(write);
+    info.code = LATE;
+    info.value = addr;
+    // SAFETY: `info` is laid out as the kernel's siginfo, and outlives the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            std::process::id(),
+            tid,
+            libc::SIGBUS,
+            &raw const info,
+        )
+    };
+    check(result).map(drop)
+}
+
+/// What [`send_late`] says.
+fn late_fault(details: &libc::siginfo_t) -> BusFault {
+    // SAFETY: a signal with a negative code carries a value.
+    let value = unsafe { details.si_value() };
+    BusFault {
+        addr: value.sival_ptr.addr(),
+        access: if details.si_errno == 0 {
+            Access::ReadMissing
+        } else {
+            Access::WriteMissing
+        },
+        pc: 0,
+        sp: 0,
+        late: true,
+    }
 }
 
 /// Does what would have been done had our handler not been there.
@@ -331,6 +419,7 @@ unsafe fn decode(addr: usize, context: *const libc::ucontext_t) -> BusFault {
         access,
         pc: register(libc::REG_RIP).cast_unsigned() as usize,
         sp: register(libc::REG_RSP).cast_unsigned() as usize,
+        late: false,
     }
 }
 
@@ -383,6 +472,7 @@ unsafe fn decode(addr: usize, context: *const libc::ucontext_t) -> BusFault {
         access,
         pc: machine.pc as usize,
         sp: machine.sp as usize,
+        late: false,
     }
 }
 
@@ -398,6 +488,7 @@ unsafe fn decode(addr: usize, _context: *const libc::ucontext_t) -> BusFault {
         access: Access::Unknown,
         pc: 0,
         sp: 0,
+        late: false,
     }
 }
 

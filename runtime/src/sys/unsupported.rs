@@ -176,6 +176,7 @@ pub(crate) mod signal {
         pub(crate) access: Access,
         pub(crate) pc: usize,
         pub(crate) sp: usize,
+        pub(crate) late: bool,
     }
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +191,11 @@ pub(crate) mod signal {
     pub(crate) enum Verdict {
         Resolved,
         NotOurs,
+        Park,
+    }
+
+    pub(crate) fn send_late(_: usize, _: usize, _: bool) -> io::Result<()> {
+        super::unsupported()
     }
 
     pub(crate) fn install(_: fn(&BusFault) -> Verdict) -> io::Result<()> {

@@ -498,3 +498,63 @@ fn a_full_bucket_leaves_the_surplus_unguarded() {
     }
     assert!(matches!(table.enter(*surplus), Entered::Unguarded));
 }
+
+/// What [`park_late`] was told: the address, and whether it was a store.
+static LATE_AT: AtomicUsize = AtomicUsize::new(0);
+static LATE_STORE: AtomicBool = AtomicBool::new(false);
+
+fn park_late(fault: &BusFault) -> Verdict {
+    if !fault.late {
+        return Verdict::NotOurs;
+    }
+    LATE_STORE.store(fault.access == Access::WriteMissing, SeqCst);
+    LATE_AT.store(fault.addr, SeqCst);
+    Verdict::Park
+}
+
+#[test]
+fn a_thread_asleep_in_a_fault_is_told_and_parked() {
+    let name = test_name!("a_thread_asleep_in_a_fault_is_told_and_parked");
+    let ended = in_child(name, &[], || {
+        static TID: AtomicU32 = AtomicU32::new(0);
+        static WENT_ON: AtomicBool = AtomicBool::new(false);
+        install(park_late).unwrap();
+        let uffd = Uffd::open(FaultScope::UserMode, Features::empty()).unwrap();
+        let memory =
+            Reservation::congruent_to(PageRange::from_pages(0x20_0000, 1).unwrap()).unwrap();
+        // SAFETY: the memory is the test's own; only raw pointers lead there.
+        unsafe { uffd.register(memory.range(), Mode::MISSING) }.unwrap();
+        let addr = memory.range().start() + 40;
+        std::thread::spawn(move || {
+            let _masked = AsyncSignalsBlocked::new();
+            TID.store(super::super::process::gettid(), SeqCst);
+            // SAFETY: in bounds; nobody resolves it.
+            unsafe { std::ptr::with_exposed_provenance_mut::<u8>(addr).write_volatile(1) };
+            WENT_ON.store(true, SeqCst);
+        });
+        while !uffd.has_message() {
+            std::thread::yield_now();
+        }
+        assert_eq!(
+            send_late(usize::MAX >> 33, addr, true)
+                .unwrap_err()
+                .raw_os_error(),
+            Some(libc::ESRCH)
+        );
+        send_late(TID.load(SeqCst) as usize, addr, true).unwrap();
+        while LATE_AT.load(SeqCst) == 0 {
+            std::thread::yield_now();
+        }
+        assert_eq!(
+            (LATE_AT.load(SeqCst), LATE_STORE.load(SeqCst)),
+            (addr, true)
+        );
+        // Memory that comes back: it does not go on.
+        uffd.unregister(memory.range()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!WENT_ON.load(SeqCst));
+    });
+    if let Some(ended) = ended {
+        ended.assert_passed();
+    }
+}
