@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The stress, for each door, granule and forced fallback: workers and CPU threads on shared counters and checked pages.
+# The stress, for each door, granule and forced fallback: workers and CPU threads on shared counters and checked
+# pages; then the storm.
 #
 #   ci/stress.sh           60 s each
 #   ci/stress.sh --quick   a second each
@@ -12,7 +13,7 @@ case "${1:-60}" in
     *) seconds="${1:-60}" ;;
 esac
 
-cargo build --release --locked -p tests --bin stress
+cargo build --release --locked -p tests --bin stress --bin storm
 stress="${CARGO_TARGET_DIR:-target}/release/stress"
 
 run() {
@@ -29,3 +30,10 @@ for delivery in inline thread; do
     done
 done
 run --device-memory none
+
+# The storm: every change of the mappings there is, by bare calls and by ours.
+storm="${CARGO_TARGET_DIR:-target}/release/storm"
+for missing in "" move events; do
+    echo "\$ SVM_DISABLE=$missing storm --seconds $seconds"
+    SVM_DISABLE="$missing" timeout --kill-after=10 $((seconds + 60)) "$storm" --seconds "$seconds"
+done

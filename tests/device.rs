@@ -311,6 +311,26 @@ impl TestDevice {
             .count())
     }
 
+    /// How many of the pages from `addr` on the device has translations to at this moment that permit `access`.
+    ///
+    /// # Errors
+    /// As [`Attachment::map`].
+    pub fn nr_translated(
+        &self,
+        region: RegionRef<'_>,
+        addr: usize,
+        nr_pages: usize,
+        access: Access,
+    ) -> Result<usize, Error> {
+        let mapped = self.attachment.map(region)?;
+        let first = (addr - region.base()) / PAGE;
+        let _guard = self.attachment.device().lock.lock();
+        let right = mapped.table().rights(access);
+        Ok((first..first + nr_pages)
+            .filter(|&page| right.contains(page, Ordering::Acquire))
+            .count())
+    }
+
     /// What the device could do with each page of `pages` now, without faulting: readable, writable, in device memory.
     ///
     /// # Errors

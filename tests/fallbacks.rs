@@ -7,7 +7,11 @@ use tests::{Watchdog, usable};
 
 /// Runs the stress, and fails with what it printed if something was lost.
 fn stress(disabled: &str, args: &[&str]) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_stress"));
+    run(env!("CARGO_BIN_EXE_stress"), disabled, args);
+}
+
+fn run(program: &str, disabled: &str, args: &[&str]) {
+    let mut command = Command::new(program);
     let output = command
         .args(args)
         .env("SVM_DISABLE", disabled)
@@ -15,7 +19,7 @@ fn stress(disabled: &str, args: &[&str]) {
         .unwrap();
     assert!(
         output.status.success(),
-        "SVM_DISABLE={disabled} stress {}: {}\n{}{}",
+        "SVM_DISABLE={disabled} {program} {}: {}\n{}{}",
         args.join(" "),
         output.status,
         String::from_utf8_lossy(&output.stdout),
@@ -120,4 +124,23 @@ fn each_fallback() {
     }
     // Without SIGBUS delivery there is one door left.
     stress("sigbus", &["--seconds", "0.5", "--delivery", "thread"]);
+}
+
+#[test]
+fn a_storm_of_changed_mappings() {
+    let _watchdog = Watchdog::new("storm");
+    if !usable() {
+        return;
+    }
+    for disabled in [
+        "",
+        "move",
+        "events",
+        "move,events,pagemap_scan,procmap_query",
+    ] {
+        for delivery in ["inline", "thread"] {
+            let args = ["--seconds", "1.5", "--delivery", delivery, "--seed", "5"];
+            run(env!("CARGO_BIN_EXE_storm"), disabled, &args);
+        }
+    }
 }

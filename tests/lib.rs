@@ -9,12 +9,15 @@
 
 pub mod device;
 pub mod idle;
+pub mod mapping;
 pub mod mm;
+pub mod storm;
 pub mod stress;
 pub mod watchdog;
 
 pub use device::{Dummy, TestDevice};
 pub use idle::Idle;
+pub use mapping::{Map, in_own_process};
 pub use watchdog::Watchdog;
 
 /// Whether this machine lets the process have a userfaultfd; says so if not, so that a skipped test is seen.

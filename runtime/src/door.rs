@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
+use crate::sys::event::Doorbell;
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
 use crate::sys::{mmap, process};
 
@@ -21,6 +22,8 @@ pub(crate) struct Door {
     /// Of the process that the descriptor is of.
     pid: u32,
     disowned: AtomicBool,
+    /// Has the reader look again at what is pending.
+    doorbell: Doorbell,
 }
 
 /// What a range is registered for.
@@ -52,7 +55,14 @@ impl Door {
             Delivery::Thread => wanted |= Features::EXACT_ADDRESS | Features::THREAD_ID,
         }
         wanted |= Features::EVENT_REMAP | Features::EVENT_UNMAP;
-        if Uffd::probe(FaultScope::UserMode).is_ok_and(|has| has.contains(Features::MOVE)) {
+        let probed = Uffd::probe(FaultScope::UserMode);
+        if let Err(error) = &probed
+            && let errno @ Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM) = error.syscall_errno()
+        {
+            // Not to be taken for a kernel without: the door lasts as long as the process.
+            return Err(exhausted(operation, errno));
+        }
+        if probed.is_ok_and(|has| has.contains(Features::MOVE)) {
             // Without MOVE our own discards are `madvise`, which would wait for our own reader (hazards M4).
             wanted |= Features::EVENT_REMOVE;
         }
@@ -65,7 +75,13 @@ impl Door {
         for &scope in scopes {
             match Uffd::open(scope, wanted) {
                 Ok(uffd) => return Self::checked(operation, uffd, delivery),
-                Err(error) => refused = Some(error),
+                Err(error) => {
+                    let errno = error.syscall_errno();
+                    if matches!(errno, Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM)) {
+                        return Err(exhausted(operation, errno));
+                    }
+                    refused = Some(error);
+                }
             }
         }
         let why = refused.map_or_else(String::new, |e| e.to_string());
@@ -87,9 +103,13 @@ impl Door {
             let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
+        let failed = |e: std::io::Error| {
+            Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0))
+        };
         Ok(Self {
             uffd,
             delivery,
+            doorbell: Doorbell::new().map_err(failed)?,
             pid: std::process::id(),
             disowned: AtomicBool::new(false),
         })
@@ -97,6 +117,11 @@ impl Door {
 
     pub(crate) fn uffd(&self) -> &Uffd {
         &self.uffd
+    }
+
+    /// Has the reader look again at what is pending: it would otherwise do so within a millisecond.
+    pub(crate) fn doorbell(&self) -> &Doorbell {
+        &self.doorbell
     }
 
     pub(crate) fn delivery(&self) -> Delivery {
@@ -130,6 +155,18 @@ impl Door {
         self.uffd
             .enabled()
             .intersects(Features::EVENT_REMAP | Features::EVENT_UNMAP | Features::EVENT_REMOVE)
+    }
+
+    /// Whether the removal of pages arrives as an event.
+    pub(crate) fn hears_of_removal(&self) -> bool {
+        self.uffd.enabled().contains(Features::EVENT_REMOVE)
+    }
+
+    /// Whether the unmapping and the moving of mappings arrive as events.
+    pub(crate) fn hears_of_unmapping(&self) -> bool {
+        self.uffd
+            .enabled()
+            .contains(Features::EVENT_UNMAP | Features::EVENT_REMAP)
     }
 
     /// Whether a fault or an event waits to be read.
@@ -253,6 +290,10 @@ impl Door {
             unsafe { mmap::discard(range) }.is_ok()
         })
     }
+}
+
+fn exhausted(operation: &'static str, errno: Option<i32>) -> Error {
+    Error::new(operation, ErrorKind::OutOfMemory).errno(errno.unwrap_or(libc::ENOMEM))
 }
 
 /// Index of the door for `delivery`, below 2.

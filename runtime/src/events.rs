@@ -17,6 +17,14 @@
 //! | UNMAP | the pages are gone | devices are quiesced |
 //! | REMAP | the pages are displaced: those away come home at the new address, by later faults | devices are quiesced |
 //!
+//! With `MREMAP_DONTUNMAP` no UNMAP follows a REMAP: the old range stays mapped, registered and empty. It is published as memory
+//! that is merely zero-filled until an UNMAP says otherwise.
+//!
+//! An event names addresses, and says nothing of when it was: the kernel makes the change, lets go of the map, and posts the event
+//! then. What is mirrored anew at vacated addresses waits until no such event is outstanding ([`AddressSpace::settle`]). What the
+//! application *moves* there by a bare `mremap`, in the microseconds between another thread's change and its event, cannot be told
+//! from what was there before. The calls of [`crate::calls`] wait for each other, and are safe of it.
+//!
 //! Through the thread door faults come by the same descriptor, so devices are not paused before each read; there, a
 //! device may use a stale translation for the moment between the read and step 4.
 
@@ -34,15 +42,22 @@ use crate::region::Region;
 use crate::space::{AddressSpace, Door, Place, PlaceKind};
 use crate::stats::count;
 use crate::sync::Closed;
+use crate::sys::arc::MapArc;
 use crate::sys::event::Event;
+use crate::sys::mmap::MapArray;
 use crate::sys::{clock, process};
 
 /// How long the reader waits for paused devices before it reads all the same: the access that does not end may be the
 /// event's own cause, a `free` inside a kernel.
 const PAUSE_NS: u64 = 1_000_000;
 
-/// How long a discarded range stays pending if it does not become empty: `MADV_FREE` leaves the pages there.
+/// How long a discarded range stays pending if it does not become empty, from when its caller has run: `MADV_FREE` leaves the
+/// pages there.
 const ZAP_NS: u64 = 20_000_000;
+
+/// How long it is at most believed that the caller has not run yet. The kernel says so of all callers together, and where
+/// mappings change without end there is always one that has not.
+const UNSCHEDULED_NS: u64 = 1_000_000_000;
 
 /// Pages of one block on which the kernel, or a device, is still at work after an event.
 pub(crate) struct Pending {
@@ -53,23 +68,32 @@ pub(crate) struct Pending {
     /// Some page was present when a REMOVE was read: the zap is still to come.
     zap: bool,
     since_ns: u64,
+    /// When the REMOVE's caller was first known to have run: the zap follows at once, unless it is preempted.
+    running_since_ns: Option<u64>,
     /// When the accesses that are in flight still have had their time.
     until_ns: u64,
 }
 
 impl Pending {
-    /// Ends it if nobody is at work any more; says whether it did.
-    pub(crate) fn poll(&mut self, space: &AddressSpace) -> bool {
+    /// Ends it if nobody is at work any more; says whether it did. `changing`: the door said, after the event was read, that some
+    /// event's caller has not run yet.
+    fn poll(&mut self, space: &AddressSpace, changing: bool) -> bool {
         let region = self.flight.region();
         let gate = space.gate().enter();
-        let late = clock::monotonic_ns() > self.since_ns + ZAP_NS;
+        let now = clock::monotonic_ns();
+        if self.running_since_ns.is_none() && (!changing || now > self.since_ns + UNSCHEDULED_NS) {
+            self.running_since_ns = Some(now);
+        }
+        let late = self
+            .running_since_ns
+            .is_some_and(|since| now > since + ZAP_NS);
         if self.zap && !late && self.is_present(space, region) {
             return false;
         }
         if !quiesced(region, &gate, DeviceSet::all(), &self.inv) {
             drop(gate);
             // Past its time, or the kernel is at work on the mappings: looked at again.
-            if clock::monotonic_ns() < self.until_ns
+            if now < self.until_ns
                 || overrun::sever_once(space, region, DeviceSet::all(), &self.inv).is_err()
             {
                 return false;
@@ -90,6 +114,61 @@ impl Pending {
             let len = run.len();
             space.nr_empty(region.addr_of(self.block, run.start), len) < len
         })
+    }
+}
+
+/// What is pending after the events of one door, in a mapping of its own: it grows without `malloc`, under whose locks the
+/// caller of the event may be (hazards W6).
+pub(crate) struct PendingList {
+    /// `slots[..len]` are taken.
+    slots: MapArray<Option<Pending>>,
+    len: usize,
+}
+
+impl PendingList {
+    const FIRST_LEN: usize = 256;
+
+    pub(crate) fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            slots: MapArray::from_fn(Self::FIRST_LEN, |_| None)?,
+            len: 0,
+        })
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    fn push(&mut self, pending: Pending) {
+        while self.len == self.slots.len() {
+            let (old, len) = (&mut self.slots, self.len);
+            let grown = MapArray::from_fn(2 * len, |at| old.get_mut(at).and_then(Option::take));
+            match grown {
+                Ok(grown) => self.slots = grown,
+                // No memory for a few pages: it will come, and an event may not be forgotten. Refused, nothing was taken out.
+                Err(_) => process::sched_yield(),
+            }
+        }
+        self.slots[self.len] = Some(pending);
+        self.len += 1;
+    }
+
+    /// Ends what is over.
+    pub(crate) fn poll(&mut self, space: &AddressSpace, changing: bool) {
+        let mut kept = 0;
+        for at in 0..self.len {
+            let over = match &mut self.slots[at] {
+                Some(pending) => pending.poll(space, changing),
+                None => true,
+            };
+            if over {
+                self.slots[at] = None;
+            } else {
+                self.slots.swap(kept, at);
+                kept += 1;
+            }
+        }
+        self.len = kept;
     }
 }
 
@@ -139,7 +218,7 @@ pub(crate) fn apply(
     space: &AddressSpace,
     closed: &Closed<'_>,
     event: &Event,
-    pending: &mut Vec<Pending>,
+    pending: &mut PendingList,
 ) {
     match *event {
         Event::Remove(range) => for_each_part(space, closed, range, |place, part| {
@@ -149,65 +228,55 @@ pub(crate) fn apply(
             for_each_part(space, closed, range, |place, part| {
                 give_up(space, closed, place, part, What::Gone, pending);
             });
-            republish(space, closed, range, &[]);
+            republish(space, closed, [range, range], |_| [None, None], None);
         }
         Event::Remap { from, to, len } => {
-            let Some(range) = PageRange::new(from, from + len) else {
+            let (Some(range), Some(target)) = (
+                PageRange::new(from, from + len),
+                PageRange::new(to, to + len),
+            ) else {
                 return;
             };
-            let mut moved: [Option<Place>; 16] = [const { None }; 16];
-            let mut next = 0;
+            let mut owner = None;
             for_each_part(space, closed, range, |place, part| {
-                give_up(
-                    space,
-                    closed,
-                    place,
-                    part,
-                    What::Displaced(part.start() - from + to),
-                    pending,
-                );
-                if let (Some(slot), Some(target)) = (
-                    moved.get_mut(next),
-                    PageRange::from_pages(part.start() - from + to, part.nr_pages()),
-                ) {
-                    let origin = place.original(part.start());
-                    *slot = Some(Place {
-                        range: target,
-                        kind: PlaceKind::Moved(origin),
-                        region: place.region.clone(),
-                    });
-                    next += 1;
-                }
+                let to = part.start() - from + to;
+                give_up(space, closed, place, part, What::Displaced(to), pending);
+                owner.get_or_insert_with(|| place.region.clone());
             });
-            // What earlier moves have added goes along.
-            for place in space
-                .places(closed)
-                .iter()
-                .filter(|p| p.kind == PlaceKind::Tail)
-            {
-                if let (Some(slot), Some(part)) =
-                    (moved.get_mut(next), place.range.intersect(range))
-                {
-                    let target = PageRange::from_pages(part.start() - from + to, part.nr_pages());
-                    *slot = target.map(|range| Place {
-                        range,
-                        kind: PlaceKind::Tail,
-                        region: place.region.clone(),
-                    });
-                    next += usize::from(slot.is_some());
-                }
-            }
-            if next > 0 {
-                let tail = grown_tail(space, closed, to, len, &moved[0]);
-                if let Some(slot) = moved.get_mut(next) {
-                    *slot = tail;
-                }
-            }
-            republish(space, closed, range, &moved);
+            let tail = owner.and_then(|region| grown_tail(space, closed, to, len, region));
+            let follow = |place: &Place| match place.kind {
+                PlaceKind::Window(_) => [None, None],
+                _ => match place.range.intersect(range) {
+                    Some(part) => followed(place, part, part.start() - from + to),
+                    None => [None, None],
+                },
+            };
+            // What was taken for a tail of other memory there, which the kernel had joined with this before it told of either.
+            republish(space, closed, [range, target], follow, tail);
         }
         // Asked for by nobody, or of a version to come: nothing of ours has changed.
         Event::PageFault { .. } | Event::Fork(_) | Event::Unknown(_) => {}
     }
+}
+
+/// What is published of `part` of a place when the kernel has moved it to `to`: the part there, and what is left behind. What
+/// earlier moves have added goes along.
+fn followed(place: &Place, part: PageRange, to: usize) -> [Option<Place>; 2] {
+    let kind = match place.kind {
+        PlaceKind::Tail => PlaceKind::Tail,
+        _ => PlaceKind::Moved(place.original(part.start())),
+    };
+    let moved = PageRange::from_pages(to, part.nr_pages()).map(|range| Place {
+        range,
+        kind,
+        region: place.region.clone(),
+    });
+    let left_behind = Place {
+        range: part,
+        kind: PlaceKind::Tail,
+        region: place.region.clone(),
+    };
+    [moved, Some(left_behind)]
 }
 
 /// The memory behind `len` bytes at `to` that belongs to the same mapping and is not published.
@@ -216,7 +285,7 @@ fn grown_tail(
     closed: &Closed<'_>,
     to: usize,
     len: usize,
-    moved: &Option<Place>,
+    region: MapArc<Region>,
 ) -> Option<Place> {
     let end = space.vma(to)?.range.end();
     let next = space
@@ -229,13 +298,22 @@ fn grown_tail(
     Some(Place {
         range,
         kind: PlaceKind::Tail,
-        region: moved.as_ref()?.region.clone(),
+        region,
     })
 }
 
-/// The addresses of `range` are somebody else's from now on; those of `moved` are ours.
-fn republish(space: &AddressSpace, closed: &Closed<'_>, range: PageRange, moved: &[Option<Place>]) {
-    while space.republish(closed, range, moved).is_err() {
+/// The addresses of both ranges are somebody else's from now on; what `follow` makes of each place is ours, and so is `more`.
+fn republish(
+    space: &AddressSpace,
+    closed: &Closed<'_>,
+    ranges: [PageRange; 2],
+    follow: impl Fn(&Place) -> [Option<Place>; 2] + Copy,
+    more: Option<Place>,
+) {
+    while space
+        .republish(closed, ranges, follow, more.as_ref())
+        .is_err()
+    {
         // No memory for a table of a few pages: it will come, and the old picture must not stay.
         process::sched_yield();
     }
@@ -278,15 +356,16 @@ fn give_up(
     place: &Place,
     part: PageRange,
     what: What,
-    pending: &mut Vec<Pending>,
+    pending: &mut PendingList,
 ) {
     let region = &*place.region;
     let start = place.original(part.start());
     if let What::Displaced(to) = what {
-        let remembered = PageRange::from_pages(start, part.nr_pages())
-            .is_some_and(|from| region.displace(from, to));
-        if !remembered {
-            count(&region.counters().anomalies, 1);
+        // Its pages would be lost if it were forgotten: a page of memory will come.
+        while PageRange::from_pages(start, part.nr_pages())
+            .is_some_and(|from| region.displace(from, to).is_err())
+        {
+            process::sched_yield();
         }
     }
     let first = (start - region.base()) / PAGE_SIZE;
@@ -304,7 +383,12 @@ fn give_up(
         };
         let bracket = open_bracket(region, block, bounds);
         let inv = Invalidation::new(block, concerned, Keep::Nothing);
-        let holders = state.holders(&concerned);
+        // Translations in place are with devices that hold nothing.
+        let holders = if state.in_place().intersects(&concerned) {
+            DeviceSet::all()
+        } else {
+            state.holders(&concerned)
+        };
         let over = invalidate(region, closed, holders, &inv);
         let zap = what == What::Discarded && {
             let present = concerned - state.away();
@@ -315,7 +399,21 @@ fn give_up(
         match what {
             What::Discarded => state.discarded(concerned),
             What::Gone => state.left(concerned),
-            What::Displaced(_) => state.displaced_to_new_address(concerned),
+            What::Displaced(to) => {
+                // Dropped by a round after the kernel had moved them, the round having copied them before: they are there.
+                let shift = to.wrapping_sub(part.start());
+                let origin = part.start().wrapping_sub(start);
+                let is_there = |page: usize| {
+                    let here = region.addr_of(block, page).wrapping_add(origin);
+                    space.is_populated(here.wrapping_add(shift))
+                };
+                for page in (concerned & state.away()).runs().flatten() {
+                    if is_there(page) {
+                        state.discarded(PageMask::page(page));
+                    }
+                }
+                state.displaced_to_new_address(concerned);
+            }
         }
         if zap || !over {
             state.set_pending(concerned, true);
@@ -326,6 +424,7 @@ fn give_up(
                 inv,
                 zap,
                 since_ns: clock::monotonic_ns(),
+                running_since_ns: None,
                 until_ns: deadline(region, closed, DeviceSet::all()),
             });
         }
@@ -337,7 +436,8 @@ fn open_bracket(region: &Region, block: usize, pages: Range<usize>) -> Option<Br
     Bracket::start(Flight::begin(region), region.interval(block, pages), None).ok()
 }
 
-fn blocks(pages: Range<usize>) -> impl Iterator<Item = (usize, PageMask)> {
+/// The blocks that a range of page indices touches, with its pages in each.
+pub(crate) fn blocks(pages: Range<usize>) -> impl Iterator<Item = (usize, PageMask)> {
     (pages.start / PAGES_PER_BLOCK..pages.end.div_ceil(PAGES_PER_BLOCK)).map(move |block| {
         let origin = block * PAGES_PER_BLOCK;
         let (start, end) = (
@@ -350,7 +450,7 @@ fn blocks(pages: Range<usize>) -> impl Iterator<Item = (usize, PageMask)> {
 
 impl Place {
     /// The address in the region's own range that `addr`, in this place, stands for.
-    fn original(&self, addr: usize) -> usize {
+    pub(crate) fn original(&self, addr: usize) -> usize {
         match self.kind {
             PlaceKind::Moved(from) => addr - self.range.start() + from,
             PlaceKind::Body | PlaceKind::Tail | PlaceKind::Window(_) => addr,

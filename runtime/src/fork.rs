@@ -6,7 +6,7 @@
 //! 1. Mirrored bodies are `MADV_DONTFORK`, windows and scratch areas always: a raw `clone` that runs no handler gets a
 //!    child that faults where it would read zeros.
 //! 2. *prepare*, in the forking thread: from now on device rounds wait; every page comes home; bodies are `DOFORK`.
-//!    Threads that fork at once are counted: the first opens this bracket, the last closes it.
+//!    Threads that fork at once are counted: the last closes this bracket.
 //! 3. *parent*: bodies are `DONTFORK` again, device rounds go on. Pages are shared copy-on-write with the child until written;
 //!    what refuses to move for that reason is written to first ([`crate::range`]).
 //! 4. *child*: the parent's descriptors are disowned, handles of the parent answer [`Forked`](crate::ErrorKind::Forked), and
@@ -57,22 +57,45 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
 fn advise_bodies(space: &AddressSpace, advice: Advice) {
     let mut next = 0;
     loop {
-        // One at a time: `madvise` takes the mmap lock, and is not called inside the gate.
-        let range = {
-            let gate = space.gate().enter();
-            let bodies = space
-                .places(&gate)
-                .iter()
-                .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
-            bodies
-                .map(|p| p.range)
-                .filter(|r| r.start() >= next)
-                .min_by_key(|r| r.start())
-        };
+        // Inside the gate: who unmaps part of it waits until that is heard of, and does not map there anew what would then be
+        // kept from children for ever. One at a time, for `madvise` takes the mmap lock.
+        let gate = space.gate().enter();
+        let bodies = space
+            .places(&gate)
+            .iter()
+            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+        let range = bodies
+            .map(|p| p.range)
+            .filter(|r| r.start() >= next)
+            .min_by_key(|r| r.start());
         let Some(range) = range else { return };
         // Where part of it was unmapped meanwhile there is nothing to inherit.
         let _ = mmap::advise(range, advice);
+        drop(gate);
+        if advice == Advice::DontFork && space.is_changing() {
+            give_back(space, range);
+        }
         next = range.end();
+    }
+}
+
+/// Mapped over by `MAP_FIXED` when it was advised, but not heard of yet, part of `range` may have been somebody else's memory
+/// already: what is no place once all is heard of is inherited like any other.
+fn give_back(space: &AddressSpace, range: PageRange) {
+    space.settle();
+    let mut from = range.start();
+    while from < range.end() {
+        let gate = space.gate().enter();
+        let bodies = space
+            .places(&gate)
+            .iter()
+            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)) && p.range.end() > from);
+        let next = bodies.map(|p| p.range).min_by_key(|r| r.start());
+        let start = next.map_or(range.end(), PageRange::start).min(range.end());
+        if let Some(other) = PageRange::new(from, start) {
+            let _ = mmap::advise(other, Advice::DoFork);
+        }
+        from = next.map_or(range.end(), PageRange::end);
     }
 }
 
@@ -83,7 +106,7 @@ extern "C" fn prepare() {
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
-    let first = space.forking().fetch_add(1, Ordering::SeqCst) == 0;
+    space.forking().fetch_add(1, Ordering::SeqCst);
     space.gate().synchronize();
     if let Ok(mut scratch) = Scratch::new(space) {
         for region in regions(space) {
@@ -94,9 +117,8 @@ extern "C" fn prepare() {
             }
         }
     }
-    if first {
-        advise_bodies(space, Advice::DoFork);
-    }
+    // Not the first alone: what was moved since, ahead of those who went through the bodies before us, is not inherited yet.
+    advise_bodies(space, Advice::DoFork);
 }
 
 extern "C" fn parent() {

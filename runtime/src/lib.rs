@@ -17,7 +17,8 @@
 //! # For applications
 //! [`mirror`], [`mirror_ref`] and [`Buffer`] give views ([`View`], [`ViewMut`], [`SharedView`]) that a device's launches borrow; the
 //! package `accel-sim` has a device to launch kernels on. [`Options`] choose how faults are delivered ([`Delivery`]) and how much
-//! moves at a time ([`Granule`]); [`Mirror::pin`] guards system calls; [`Ptr`] links nodes that both sides follow;
+//! moves at a time ([`Granule`]); [`Mirror::pin`] guards system calls; [`munmap`], [`mremap`], [`madvise`] and
+//! [`mprotect`] change mirrored mappings with a bracket from start to end; [`Ptr`] links nodes that both sides follow;
 //! [`Capabilities`] says what this process may have of the kernel, and which fallback is in force for the rest.
 //!
 //! # For authors of devices
@@ -80,13 +81,16 @@
 //! - A thread that blocks `SIGBUS` and touches a page that is away is killed by the kernel ([`Delivery::Inline`]).
 //! - A system call on a page that a device holds fails with `EFAULT` unless the page is pinned, or the process may handle faults of
 //!   the kernel and asked for it ([`Options::transparent_syscalls`]).
-//! - Without `UFFDIO_MOVE` (Linux < 6.8) a bare `madvise` that discards mirrored memory is not seen; see [`Capabilities`].
-//! - A raw `mprotect` is seen when the next fault is served, not before.
+//! - Without `UFFDIO_MOVE` (Linux < 6.8) a bare `madvise` that discards mirrored memory is not seen; [`madvise`] is. See [`Capabilities`].
+//! - A raw `mprotect` is seen when the next fault is served, not before; [`mprotect`] when it returns.
+//! - Bare changes of memory that devices access in place (pinned, shared, of files) are not seen, or not in time: a device's access may
+//!   then end as the CPU's would, in a signal. [`munmap`], [`mremap`] and [`mprotect`] take the translations first.
 
 pub mod addr;
 mod attachment;
 mod block;
 mod buffer;
+mod calls;
 pub mod capabilities;
 mod device;
 mod door;
@@ -130,6 +134,7 @@ mod worker;
 pub use attachment::{AttachOptions, Attachment, attach};
 pub use block::MAX_DEVICES;
 pub use buffer::Buffer;
+pub use calls::{madvise, mprotect, mremap, munmap};
 pub use capabilities::{Capabilities, Capability, Support};
 pub use device::{
     Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, LateAccess,

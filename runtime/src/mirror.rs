@@ -190,6 +190,9 @@ impl Raw {
             open: true,
         };
         let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
+            if kind == RegionKind::InPlace {
+                space.publish_in_place(&region)?;
+            }
             return Ok(open(region));
         };
         space.settle();
@@ -217,6 +220,7 @@ impl Raw {
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
                         let region =
                             Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
+                        space.publish_in_place(&region)?;
                         Ok(open(region))
                     }
                     libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory)
@@ -306,6 +310,9 @@ impl Raw {
                 unregister_what_is_left(region, body);
                 space.unpublish_region(region);
             }
+            region.wait_landed();
+        } else if region.kind() == RegionKind::InPlace {
+            space.unpublish_in_place(region);
             region.wait_landed();
         }
         // 6. The windows go, but for one that a span is still open on: that stays, empty, until its device is detached.

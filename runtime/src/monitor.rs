@@ -14,12 +14,12 @@ use std::time::Duration;
 use crate::addr::PAGE_SIZE;
 use crate::addr::page_floor;
 use crate::error::{Access, Error, ErrorKind, Result};
-use crate::events;
+use crate::events::{self, PendingList};
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
 use crate::options::Delivery;
 use crate::space::{AddressSpace, Door};
 use crate::sys::clock;
-use crate::sys::event::{Doorbell, Event, EventBuffer};
+use crate::sys::event::{Event, EventBuffer};
 use crate::sys::process;
 use crate::sys::signal::{self, AsyncSignalsBlocked};
 use crate::sys::uffd::Wake;
@@ -46,9 +46,9 @@ pub(crate) fn spawn(
     let failed = |e: std::io::Error| {
         Error::new(operation, ErrorKind::System).errno(e.raw_os_error().unwrap_or(0))
     };
-    let doorbell = Doorbell::new().map_err(failed)?;
-    // Room for all that can be outstanding: the reader does not allocate while somebody waits for it.
-    let (aside, pending) = (VecDeque::with_capacity(ASIDE), Vec::with_capacity(4096));
+    // Room for all that can be outstanding: the reader does not call malloc while somebody waits for it.
+    let aside = VecDeque::with_capacity(ASIDE);
+    let pending = PendingList::new().map_err(failed)?;
     std::thread::Builder::new()
         .name(
             if door.delivery() == Delivery::Thread {
@@ -68,7 +68,7 @@ pub(crate) fn spawn(
                 aside,
                 pending,
             }
-            .run(&doorbell);
+            .run();
         })
         .map(drop)
         .map_err(failed)
@@ -90,14 +90,18 @@ struct Reader {
     door: &'static Door,
     /// In the order in which they are looked at again: every one of them, in each round.
     aside: VecDeque<Aside>,
-    pending: Vec<events::Pending>,
+    pending: PendingList,
 }
 
 impl Reader {
-    fn run(mut self, doorbell: &Doorbell) {
+    fn run(mut self) {
         let mut message = EventBuffer::<1>::new();
+        let doorbell = self.door.doorbell();
         loop {
             let ready = self.door.uffd().poll(doorbell, self.timeout());
+            if ready.doorbell {
+                doorbell.silence();
+            }
             if ready.broken {
                 return;
             }
@@ -156,7 +160,10 @@ impl Reader {
     /// Looks at everything that was put aside once more.
     fn look_again(&mut self) {
         let space = self.space;
-        self.pending.retain_mut(|pending| !pending.poll(space));
+        if !self.pending.is_empty() {
+            self.pending
+                .poll(space, self.door.is_changing(space.zeros()));
+        }
         for _ in 0..self.aside.len() {
             // From the front, and back to the end: each is seen once, whatever becomes of the others.
             let Some(next) = self.aside.pop_front() else {

@@ -256,13 +256,18 @@ impl<'a> Mover<'a> {
     ) -> Movement {
         let mut at = run.start;
         let mut again = 0;
+        // A copy must not cross the border of a mapping either; it says ENOENT.
+        let mut limit = run.end;
         while at < run.end {
+            if at >= limit {
+                limit = run.end;
+            }
             let (src, dst) = (source(self, at), destination(self, at));
             count(&self.region.counters().copy_calls, 1);
             let Moved { bytes, stop } =
                 self.region
                     .door()
-                    .copy(dst, src, (run.end - at) * PAGE_SIZE, mode);
+                    .copy(dst, src, (limit - at) * PAGE_SIZE, mode);
             let n = bytes / PAGE_SIZE;
             if n > 0 {
                 copied(self.state, PageMask::range(at..at + n));
@@ -284,12 +289,19 @@ impl<'a> Mover<'a> {
                     return Err(Stall::Changing);
                 }
                 Stop::NoMemory => return Err(Stall::NoMemory),
-                Stop::Exists
-                | Stop::NotPresent
-                | Stop::Busy
-                | Stop::Invalid
-                | Stop::Fault
-                | Stop::Other(_) => {
+                Stop::NotPresent => match self.border(src, dst, limit - at) {
+                    Some(pages) if pages > 0 => limit = at + pages,
+                    // Unmapped just now: the call had looked for a change before, and nobody has heard of it.
+                    _ if self
+                        .region
+                        .door()
+                        .is_changing(AddressSpace::global().zeros()) =>
+                    {
+                        return Err(Stall::Changing);
+                    }
+                    _ => return Err(Stall::Refused(at)),
+                },
+                Stop::Exists | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
                     return Err(Stall::Refused(at));
                 }
             }
@@ -567,6 +579,17 @@ impl<'a> Mover<'a> {
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
+        if run.len() > 1
+            && self
+                .state
+                .displaced()
+                .intersects(&PageMask::range(run.clone()))
+        {
+            // Not one run on the CPU's side: some of it, or all, is elsewhere.
+            return run
+                .into_iter()
+                .try_for_each(|page| self.bring_home(device, page..page + 1));
+        }
         if device.bounce().is_some() {
             return self.copy_from_opaque(device, run, Self::host, Protect::No, |state, pages| {
                 state.moved_home(id, pages);
@@ -757,9 +780,7 @@ impl<'a> Mover<'a> {
                 .door()
                 .discard(self.host(run.start), run.len() * PAGE_SIZE)
             {
-                // Locked into memory, say: the CPU keeps its copy, and devices will use that one in place.
-                self.unprotect(run.clone())?;
-                return Err(Stall::Refused(run.start));
+                return self.not_all_discarded(run);
             }
             self.state.host_dropped(PageMask::range(run));
             return Ok(());
@@ -853,12 +874,31 @@ impl<'a> Mover<'a> {
             .door()
             .discard(self.host(run.start), run.len() * PAGE_SIZE)
         {
-            // As in `drop_host`.
-            self.unprotect(run.clone())?;
-            return Err(Stall::Refused(run.start));
+            return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));
         Ok(())
+    }
+
+    /// The kernel refused to discard the CPU's pages of `run`, all or some: it stops at memory that is locked, and passes over what is
+    /// mapped no more. What is gone is the device's alone; of the rest the CPU keeps its copy, and devices will use that one in place.
+    fn not_all_discarded(&mut self, run: Range<usize>) -> Movement {
+        let space = AddressSpace::global();
+        let mut kept = PageMask::EMPTY;
+        for page in run.clone() {
+            let at = self.host(page);
+            // Unmapped, and not heard of yet: perhaps it is elsewhere, with its contents.
+            if self.is_populated(at) || space.vma(at).is_none() {
+                kept |= PageMask::page(page);
+            } else {
+                self.state.host_dropped(PageMask::page(page));
+            }
+        }
+        let first = kept.first_from(0).unwrap_or(run.start);
+        for part in kept.runs() {
+            self.unprotect(part)?;
+        }
+        Err(Stall::Refused(first))
     }
 
     /// Copies pages that the CPU can no longer write. Both hold them.

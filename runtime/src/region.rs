@@ -21,7 +21,7 @@ use crate::options::Options;
 use crate::space::{Door, Gated, Inside};
 use crate::stats::{Counters, Stats};
 use crate::sync::{Mutex, MutexGuard};
-use crate::sys::arc::MapArc;
+use crate::sys::arc::{MapArc, MapSlice};
 use crate::sys::mmap::MapArray;
 
 /// How the pages of a region reach a device.
@@ -65,7 +65,8 @@ pub(crate) struct Region {
     edge_writers: Mutex<(Option<DeviceId>, u32)>,
     pins: Mutex<Pins>,
     has_displacements: AtomicBool,
-    displacements: Mutex<[Option<Displacement>; 8]>,
+    /// In the order in which they came: where two overlap the later one is right.
+    displacements: Mutex<MapSlice<Displacement>>,
     counters: Counters,
 }
 
@@ -121,7 +122,7 @@ impl Region {
             edge_writers: Mutex::new((None, 0)),
             pins: Mutex::new(Pins::default()),
             has_displacements: AtomicBool::new(false),
-            displacements: Mutex::new([None; 8]),
+            displacements: Mutex::new(MapSlice::empty()),
             counters: Counters::default(),
         };
         MapArc::new(region).map_err(no_memory)
@@ -202,31 +203,22 @@ impl Region {
         moved
             .iter()
             .rev()
-            .flatten()
             .find(|d| d.from.contains_addr(addr))
             .map_or(addr, |d| addr - d.from.start() + d.to)
     }
 
-    /// Records that the kernel moved `from`, an original address, to `to`. False if there is no room to remember it.
-    pub(crate) fn displace(&self, from: PageRange, to: usize) -> bool {
+    /// Records that the kernel moved `from`, an original address, to `to`. `Err` gives the errno: there is no memory to remember it.
+    pub(crate) fn displace(&self, from: PageRange, to: usize) -> Result<(), i32> {
         let mut moved = self.displacements.lock();
-        // What lies wholly in `from` has moved on: only the newest place counts. The order of the others stays, for where two
-        // overlap the later one is right.
-        let mut kept = 0;
-        for at in 0..moved.len() {
-            if moved[at].is_some_and(|d| d.from.intersect(from) != Some(d.from)) {
-                moved.swap(kept, at);
-                kept += 1;
-            }
-        }
-        moved[kept..].fill(None);
-        let Some(slot) = moved.get_mut(kept) else {
-            return false;
-        };
-        *slot = Some(Displacement { from, to });
+        // What lies wholly in `from` has moved on: only the newest place counts.
+        let kept = moved
+            .iter()
+            .filter(|d| d.from.intersect(from) != Some(d.from));
+        let displacement = Displacement { from, to };
+        *moved = MapSlice::collect(kept.copied().chain([displacement]))?;
         // Relaxed: under the closed gate, and read inside it.
         self.has_displacements.store(true, Ordering::Relaxed);
-        true
+        Ok(())
     }
 
     /// Block and page within it of `addr`, which lies in the range.

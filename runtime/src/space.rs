@@ -82,9 +82,6 @@ impl Place {
 /// Slots for threads whose fault found no place; those that share one only try once more.
 const MISS_SLOTS: usize = 64;
 
-/// How many ranges may be published when a mapping that is mirrored changes; the sort's room on the reader's stack.
-const MAX_PLACES: usize = 16_384;
-
 /// All published ranges, sorted, none overlapping another.
 type Places = MapSlice<Place>;
 
@@ -92,6 +89,8 @@ type Places = MapSlice<Place>;
 pub(crate) struct AddressSpace {
     gate: Gate,
     places: Gated<Places>,
+    /// Regions that are accessed where they are: nobody faults on them, but who changes their mappings by our calls is heard.
+    in_place: Gated<MapSlice<MapArc<Region>>>,
     doors: [OnceLock<Door>; 2],
     /// Which doors are served: their handler is installed, and their reader runs.
     served: [AtomicBool; 2],
@@ -105,6 +104,8 @@ pub(crate) struct AddressSpace {
     misses: [AtomicU64; MISS_SLOTS],
     forking: AtomicU32,
     fork_bracket: StdMutex<()>,
+    /// Held across a call of [`crate::calls`] that vacates addresses, until it is applied.
+    vacating: StdMutex<()>,
     pagemap: Pagemap,
     maps: Maps,
     /// A block of zeros to copy from: never written, so it costs no memory.
@@ -123,6 +124,7 @@ impl AddressSpace {
         Ok(Self {
             gate: Gate::new(),
             places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
+            in_place: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
             doors: [const { OnceLock::new() }; 2],
             served: [const { AtomicBool::new(false) }; 2],
             control: StdMutex::new(()),
@@ -132,6 +134,7 @@ impl AddressSpace {
             misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
             forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
+            vacating: StdMutex::new(()),
             pagemap,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
@@ -251,6 +254,12 @@ impl AddressSpace {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Serialises the application's calls that vacate addresses, so that nothing mirrored moves to an address before everybody has heard
+    /// that it is free. Held while the kernel waits for a reader, which does not take it.
+    pub(crate) fn vacating(&self) -> MutexGuard<'_, ()> {
+        self.vacating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// In the child of a fork: this space was the parent's. Async-signal-safe.
     pub(crate) fn abandon_in_child(&self) {
         self.forked.store(true, Ordering::Relaxed);
@@ -352,6 +361,14 @@ impl AddressSpace {
             .any(|door| door.has_events() && door.has_message())
     }
 
+    /// Whether the kernel has changed a mapping of which nobody has heard yet, or whose cause has not run since.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .any(|door| door.has_events() && door.is_changing(self.zeros()))
+    }
+
     /// The region whose memory `addr` has become part of, if it lies in no place itself: the kernel joins mappings, and lets one
     /// grow, only where all of it is registered with the same userfaultfd.
     pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
@@ -391,23 +408,26 @@ impl AddressSpace {
         self.places.load(gate)
     }
 
-    /// While the gate is closed: takes `range` out of every published body (or moved part of one), and publishes `moved`.
+    /// While the gate is closed: takes two ranges out of every published body (or moved part of one), and publishes what `follow`
+    /// makes of each place, and `more`.
     pub(crate) fn republish(
         &self,
         closed: &Closed<'_>,
-        range: PageRange,
-        moved: &[Option<Place>],
+        [from, to]: [PageRange; 2],
+        follow: impl Fn(&Place) -> [Option<Place>; 2] + Copy,
+        more: Option<&Place>,
     ) -> Result<(), i32> {
         self.nr_changes.fetch_add(1, Ordering::Relaxed);
         self.places.update_closed(closed, |places| {
-            let left = places.iter().flat_map(|place| place.without(range));
-            let all = MapSlice::collect(left.chain(moved.iter().flatten().cloned()))?;
-            // Sorted anew, into a second slice: the iterators above are in no common order.
-            let mut order: [u32; MAX_PLACES] = [0; MAX_PLACES];
-            let order = order.get_mut(..all.len()).ok_or(libc::ENOMEM)?;
-            order.iter_mut().zip(0..).for_each(|(slot, i)| *slot = i);
-            order.sort_unstable_by_key(|&i| all[i as usize].range.start());
-            MapSlice::collect(order.iter().map(|&i| all[i as usize].clone()))
+            let left = places.iter().flat_map(|place| place.without(from));
+            let left = left.flat_map(move |place| place.without(to));
+            let followed = places
+                .iter()
+                .flat_map(|place| follow(place).into_iter().flatten());
+            let mut all = MapSlice::collect(left.chain(followed).chain(more.cloned()))?;
+            // The iterators are in no common order.
+            all.sort_unstable_by_key(|place| place.range.start());
+            Ok(all)
         })
     }
 
@@ -427,6 +447,36 @@ impl AddressSpace {
                 .inspect_err(|_| self.unpublish_region(region))?;
         }
         Ok(())
+    }
+
+    /// Makes a region known that is accessed where it is.
+    pub(crate) fn publish_in_place(&self, region: &MapArc<Region>) -> Result<()> {
+        let added = self.in_place.update(&self.gate, |regions| {
+            MapSlice::collect(regions.iter().chain([region]).cloned())
+        });
+        added.map_err(|errno| {
+            Error::new("mirror", ErrorKind::OutOfMemory)
+                .at(region.addr())
+                .errno(errno)
+        })
+    }
+
+    /// Makes it unknown again.
+    pub(crate) fn unpublish_in_place(&self, region: &Region) {
+        while self
+            .in_place
+            .update(&self.gate, |regions| {
+                MapSlice::collect(regions.iter().filter(|r| r.id() != region.id()).cloned())
+            })
+            .is_err()
+        {
+            std::thread::yield_now();
+        }
+    }
+
+    /// The regions that are accessed where they are.
+    pub(crate) fn in_place<'g>(&'g self, gate: &'g impl Inside) -> &'g [MapArc<Region>] {
+        self.in_place.load(gate)
     }
 
     /// Makes a window known to faults.

@@ -112,6 +112,18 @@ impl core::error::Error for BeginError {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
+/// There is no memory for one more range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory;
+
+impl fmt::Display for NoMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no memory for one more range of a hub")
+    }
+}
+
+impl core::error::Error for NoMemory {}
+
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("too many open invalidations of one region")
@@ -212,8 +224,24 @@ impl<H: Deref<Target = Hub>> Subscription<H> {
     ///
     /// If there is no memory for it, or the hub holds some sixty million ranges.
     pub fn insert(hub: H, interval: Interval) -> Self {
-        let key = hub.insert_range(interval);
-        Self { hub, key }
+        match Self::try_insert(hub, interval) {
+            Ok(subscription) => subscription,
+            Err(NoMemory) => panic!("no memory for the ranges of a hub"),
+        }
+    }
+
+    /// [`insert`](Self::insert) for who can go on without.
+    ///
+    /// # Errors
+    ///
+    /// [`NoMemory`]; nothing has changed.
+    ///
+    /// # Panics
+    ///
+    /// If the hub holds some sixty million ranges.
+    pub fn try_insert(hub: H, interval: Interval) -> Result<Self, NoMemory> {
+        let key = hub.insert_range(interval)?;
+        Ok(Self { hub, key })
     }
 
     /// The range's name, for `except`.
@@ -494,21 +522,21 @@ impl Hub {
         to_wake.wake_all(&self.words);
     }
 
-    fn insert_range(&self, interval: Interval) -> RangeKey {
+    fn insert_range(&self, interval: Interval) -> Result<RangeKey, NoMemory> {
         loop {
             let segment = {
                 let mut inner = self.inner.lock();
                 if let Some(index) = inner.tree.insert(interval) {
-                    return RangeKey {
+                    return Ok(RangeKey {
                         index,
                         generation: inner.tree.at(index).generation,
-                    };
+                    });
                 }
                 inner.tree.nr_segments()
             };
             assert!(segment < storage::SEGMENTS, "too many ranges in one hub");
-            let nodes = Tree::allocate_segment(segment);
-            let words = storage::allocate(segment, RangeWord::new);
+            let nodes = Tree::allocate_segment(segment)?;
+            let words = storage::allocate(segment, RangeWord::new)?;
             let mut inner = self.inner.lock();
             if inner.tree.nr_segments() == segment {
                 inner.tree.grow(nodes);

@@ -202,6 +202,6 @@ mod tree;
 #[cfg(all(test, svm_loom))]
 mod wrong;
 
-pub use hub::{BeginError, Bracket, Counters, Full, Hub, RangeKey, Subscription, Token};
+pub use hub::{BeginError, Bracket, Counters, Full, Hub, NoMemory, RangeKey, Subscription, Token};
 pub use interval::Interval;
 pub use listener::{Blocking, Listener, WouldBlock, all_quiesced, invalidate_all};

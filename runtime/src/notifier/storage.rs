@@ -5,6 +5,8 @@
 
 use std::sync::OnceLock;
 
+use super::hub::NoMemory;
+
 /// The memory of one segment: a mapping of our own, for malloc's may become mirrored (hazards W6).
 #[cfg(not(svm_loom))]
 pub(super) type Chunk<T> = crate::sys::mmap::MapArray<T>;
@@ -21,19 +23,22 @@ pub(super) const SEGMENTS: usize = if cfg!(svm_loom) { 3 } else { 20 };
 
 /// The memory of segment `segment`: a system call, so not for the fault path and not under a lock.
 #[cfg(not(svm_loom))]
-pub(super) fn allocate<T>(segment: usize, mut element: impl FnMut() -> T) -> Chunk<T> {
-    match Chunk::from_fn(FIRST << segment, |_| element()) {
-        Ok(chunk) => chunk,
-        Err(error) => panic!("no memory for the ranges of a hub: {error}"),
-    }
+pub(super) fn allocate<T>(
+    segment: usize,
+    mut element: impl FnMut() -> T,
+) -> Result<Chunk<T>, NoMemory> {
+    Chunk::from_fn(FIRST << segment, |_| element()).map_err(|_| NoMemory)
 }
 
 /// The memory of segment `segment`.
 #[cfg(svm_loom)]
-pub(super) fn allocate<T>(segment: usize, element: impl FnMut() -> T) -> Chunk<T> {
-    core::iter::repeat_with(element)
+pub(super) fn allocate<T>(
+    segment: usize,
+    element: impl FnMut() -> T,
+) -> Result<Chunk<T>, NoMemory> {
+    Ok(core::iter::repeat_with(element)
         .take(FIRST << segment)
-        .collect()
+        .collect())
 }
 
 /// Where the element `index` lives: segment, and place in it.
@@ -146,10 +151,10 @@ mod tests {
     #[test]
     fn growing_moves_nothing() {
         let array = Shared::new();
-        array.grow(0, allocate(0, || 7));
+        array.grow(0, allocate(0, || 7).unwrap());
         let first = core::ptr::from_ref(array.get(0).expect("grown"));
         assert!(array.get(FIRST as u32).is_none());
-        array.grow(1, allocate(1, || 8));
+        array.grow(1, allocate(1, || 8).unwrap());
         assert_eq!(array.get(FIRST as u32), Some(&8));
         assert_eq!(
             core::ptr::from_ref(array.get(0).expect("still there")),

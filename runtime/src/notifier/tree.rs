@@ -65,7 +65,7 @@ impl Tree {
     }
 
     /// The memory of one more segment; allocates.
-    pub(super) fn allocate_segment(segment: usize) -> Chunk<Node> {
+    pub(super) fn allocate_segment(segment: usize) -> Result<Chunk<Node>, super::hub::NoMemory> {
         storage::allocate(segment, || Node::FREE)
     }
 
@@ -342,7 +342,7 @@ mod tests {
             if let Some(index) = tree.insert(interval) {
                 return index;
             }
-            tree.grow(Tree::allocate_segment(tree.nr_segments()));
+            tree.grow(Tree::allocate_segment(tree.nr_segments()).unwrap());
         }
     }
 

@@ -34,7 +34,7 @@ use crate::evict;
 use crate::mapped::{AnyMapped, Mapped, MappedRef};
 use crate::mask::PageMask;
 use crate::movement::Stall;
-use crate::notifier::{BeginError, Hub, Subscription, Token};
+use crate::notifier::{BeginError, Hub, NoMemory, Subscription, Token};
 use crate::pin;
 use crate::region::{Region, RegionKind};
 use crate::round::{Outcome, Round, Valid};
@@ -113,7 +113,9 @@ impl<D: Device> Range<D> {
             ));
         }
         let covered = covered_by_granules(region, &pages);
-        let at = self.subscription(region);
+        let at = self
+            .subscription(region)
+            .map_err(|kind| DeviceFault::new(addr, Access::Read, kind))?;
         let (_, subscription) = &mut self.subscriptions[at];
         let token = subscription
             .begin_at(interval_of(region, &covered), deadline)
@@ -169,7 +171,7 @@ impl<D: Device> Range<D> {
         let want = PageMask::range(
             pages.start - block * PAGES_PER_BLOCK..pages.end - block * PAGES_PER_BLOCK,
         );
-        let at = self.subscription(region);
+        let at = self.subscription(region).map_err(fault)?;
         let covered = interval_of(region, &covered_by_granules(region, &pages));
         // Set at the first wait: a round that has nothing to wait for does not ask what time it is.
         let mut deadline = None;
@@ -248,22 +250,23 @@ impl<D: Device> Range<D> {
     }
 
     /// The subscription to `region`'s hub, made on first use.
-    fn subscription(&mut self, region: &MapArc<Region>) -> usize {
+    fn subscription(&mut self, region: &MapArc<Region>) -> Result<usize, DeviceFaultKind> {
         if let Some(at) = self
             .subscriptions
             .iter()
             .position(|(id, _)| *id == region.id())
         {
-            return at;
+            return Ok(at);
         }
         const KEPT: usize = 16;
         if self.subscriptions.len() >= KEPT {
             drop(self.subscriptions.remove(0));
         }
         let whole = crate::notifier::Interval::new(region.base() as u64, region.base() as u64 + 1);
-        let subscription = Subscription::insert(HubOf(region.clone()), whole);
+        let subscription = Subscription::try_insert(HubOf(region.clone()), whole)
+            .map_err(|NoMemory| DeviceFaultKind::OutOfMemory)?;
         self.subscriptions.push((region.id(), subscription));
-        self.subscriptions.len() - 1
+        Ok(self.subscriptions.len() - 1)
     }
 
     /// Lets go of what this range keeps of regions, so that they can be freed. For when a launch has ended.
@@ -276,7 +279,7 @@ impl<D: Device> Range<D> {
         &mut self,
         info: &RoundInfo<'_, D>,
         outcome: Outcome<T>,
-        stuck: &mut Option<usize>,
+        stuck: &mut Option<(usize, u32)>,
     ) -> Result<Progress, DeviceFault> {
         let region = info.mapped.shared_region();
         let fault = |page: usize, kind| {
@@ -309,8 +312,12 @@ impl<D: Device> Range<D> {
                 Ok(Progress::Made)
             }
             Outcome::Stuck(page, stall) => {
-                let first_time = stuck.replace(page) != Some(page);
-                unstick(region, info, page, stall, first_time).map_err(|kind| fault(page, kind))?;
+                let times = match *stuck {
+                    Some((at, times)) if at == page => times + 1,
+                    _ => 0,
+                };
+                *stuck = Some((page, times));
+                unstick(region, info, page, stall, times).map_err(|kind| fault(page, kind))?;
                 Ok(Progress::Made)
             }
             Outcome::NoFrames => Ok(Progress::None),
@@ -390,26 +397,30 @@ fn count_round<D: Device>(mapped: &Mapped<D>, access: Access) {
     );
 }
 
-/// The kernel refused to move `page`. First break a sharing with other processes (hazards M3); if it is refused again, look
+/// The kernel refused to move `page`. First break a sharing with other processes (hazards M3); if it is refused again and again, look
 /// whether the mapping permits the access at all, and if so serve the page in place from now on.
 fn unstick<D: Device>(
     region: &Region,
     info: &RoundInfo<'_, D>,
     page: usize,
     stall: Stall,
-    first_time: bool,
+    times: u32,
 ) -> Result<(), DeviceFaultKind> {
     let addr = region.addr_of(info.block, page);
     if let Stall::Lost(_) = stall {
         return Err(DeviceFaultKind::Lost);
     }
-    let Some(vma) = AddressSpace::global().vma(addr) else {
-        return Err(DeviceFaultKind::Unmapped);
+    // Unmapped or protected since the round began; and it may be a page beside those that are wanted, whose affair that is not. The
+    // next round looks anew, leaves such neighbours out, and says of the others what it is.
+    let vma = AddressSpace::global().vma(addr);
+    let Some(vma) = vma.filter(|v| v.readable && (v.writable || info.access == Access::Read))
+    else {
+        process::sched_yield();
+        return Ok(());
     };
-    if !vma.readable || (info.access == Access::Write && !vma.writable) {
-        return Err(DeviceFaultKind::Protection);
-    }
-    if first_time && vma.writable && matches!(stall, Stall::Busy(_)) {
+    // Where processes fork all the time a page may be shared again before it has moved; one pinned for DMA stays as it is.
+    const MAX_BROKEN: u32 = 8;
+    if times < MAX_BROKEN && vma.writable && matches!(stall, Stall::Busy(_)) {
         // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
         let granule = region.granule() * crate::addr::PAGE_SIZE;
         let body = region.body().and_then(|body| {

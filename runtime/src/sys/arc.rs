@@ -4,7 +4,7 @@
 //! pages to our own boxes, and a fault would be needed to serve a fault (hazards W6).
 
 use core::fmt;
-use core::ops::Deref;
+use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicUsize, Ordering, fence};
 
@@ -204,6 +204,13 @@ impl<T> Deref for MapSlice<T> {
     fn deref(&self) -> &[T] {
         // SAFETY: `collect` initialised `len` items there; `empty` has none and a dangling, aligned pointer.
         unsafe { core::slice::from_raw_parts(self.items.as_ptr(), self.len) }
+    }
+}
+
+impl<T> DerefMut for MapSlice<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and `&mut self` makes the borrow exclusive.
+        unsafe { core::slice::from_raw_parts_mut(self.items.as_ptr(), self.len) }
     }
 }
 

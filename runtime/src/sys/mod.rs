@@ -6,6 +6,7 @@
 //! | [`signal`] | the SIGBUS handler and its chain; masking asynchronous signals |
 //! | [`pagemap`] | which pages are present, write-protected, swapped (PAGEMAP_SCAN) |
 //! | [`maps`] | which mapping covers an address (PROCMAP_QUERY) |
+//! | [`calls`] | munmap, mremap, madvise, mprotect for an application |
 //! | [`mmap`] | address-space reservations; memory of our own that malloc never sees |
 //! | [`futex`], [`membarrier`], [`clock`], [`process`] | waiting, fences, time, and the rest |
 //!
@@ -27,6 +28,7 @@
 //! waking and looking change no contents, and are safe.
 
 pub(crate) mod arc;
+pub(crate) mod calls;
 pub(crate) mod clock;
 pub(crate) mod disable;
 pub(crate) mod event;

@@ -298,6 +298,13 @@ impl fmt::Display for OpenError {
     }
 }
 
+impl OpenError {
+    /// The error number of the system call.
+    pub(crate) fn syscall_errno(&self) -> Option<i32> {
+        self.syscall.raw_os_error()
+    }
+}
+
 impl From<OpenError> for io::Error {
     /// The system call's error: it is what a caller can act on, and keeps its errno.
     fn from(error: OpenError) -> Self {

@@ -136,6 +136,36 @@ pub(crate) mod process {
     }
 }
 
+/// The unsafe ones have the contracts that they have on Linux, where they do something.
+#[allow(clippy::missing_safety_doc, reason = "they do nothing")]
+pub(crate) mod calls {
+    use std::io;
+
+    use super::unsupported;
+
+    pub(crate) unsafe fn munmap(_: usize, _: usize) -> io::Result<()> {
+        unsupported()
+    }
+
+    pub(crate) unsafe fn mremap(
+        _: usize,
+        _: usize,
+        _: usize,
+        _: i32,
+        _: usize,
+    ) -> io::Result<usize> {
+        unsupported()
+    }
+
+    pub(crate) unsafe fn madvise(_: usize, _: usize, _: i32) -> io::Result<()> {
+        unsupported()
+    }
+
+    pub(crate) unsafe fn mprotect(_: usize, _: usize, _: i32) -> io::Result<()> {
+        unsupported()
+    }
+}
+
 pub(crate) mod signal {
     use std::io;
     use std::marker::PhantomData;
@@ -597,6 +627,12 @@ pub(crate) mod uffd {
 
     #[derive(Debug)]
     pub(crate) struct OpenError;
+
+    impl OpenError {
+        pub(crate) fn syscall_errno(&self) -> Option<i32> {
+            None
+        }
+    }
 
     impl fmt::Display for OpenError {
         fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

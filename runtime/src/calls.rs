@@ -1,0 +1,725 @@
+//! [`munmap`], [`mremap`], [`madvise`] and [`mprotect`] with true brackets.
+//!
+//! A bare system call on mirrored memory is heard of by an event, and events give half of a bracket each (see the module
+//! `events`); of `mprotect` there is none. These functions make the same calls and are both halves. Between the first
+//! and the last step no device can establish a translation to what changes:
+//!
+//! 1. Find the regions that the range meets; open a bracket of each one's hub over the pages concerned.
+//! 2. Take the translations from every device, in place or not; then wait until no access through one is in flight.
+//! 3. Make the system call. It may wait for the reader of a userfaultfd, which needs the gate and never a bracket; so nothing
+//!    is held here but brackets, and whoever waits for a bracket waits outside the gate.
+//! 4. The call has returned, so its events are read; and they were read with the gate closed, which opens when they are
+//!    applied. Once through the gate is enough.
+//! 5. Wait until nothing of the range is pending: the pages that a `madvise` discarded are gone when it has returned, which
+//!    the reader sees as soon as it looks; ring it up.
+//! 6. Close the brackets.
+//!
+//! Calls that vacate addresses are made one at a time. The kernel tells of a change some time after it has made it, and what is
+//! vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was moved there since looks
+//! as if it were of that. (With bare calls this can happen; see the module `events`.)
+//!
+//! # Without events
+//!
+//! A kernel, or a test, may lack the events; and where there is no `UFFDIO_MOVE` removal events are not asked for. Then step 3
+//! does what the reader would have done:
+//!
+//! | change | before the call | after it |
+//! |---|---|---|
+//! | discarding | the pages are pending: their faults wait | every copy is stale, the pages are zero-fill; no longer pending |
+//! | unmapping, moving | every page comes home, and is pending | what is no longer mapped there has left its region |
+//!
+//! The kernel moves a mapping without its registration where it does not tell of it: at the new address it is memory like any
+//! other. A discarding call is made piece by piece, so that it is known what a call that fails half-way has discarded.
+
+use core::ops::Range;
+
+use crate::addr::{PAGE_SIZE, PageRange};
+use crate::block::{BlockState, DeviceSet};
+use crate::device::{Invalidation, Keep};
+use crate::error::{Error, ErrorKind, Result};
+use crate::events::{self, PendingList, blocks};
+use crate::evict;
+use crate::fault::{self, Flight};
+use crate::mask::PageMask;
+use crate::notifier::{Bracket, Interval};
+use crate::overrun;
+use crate::scratch::Scratch;
+use crate::space::{AddressSpace, PlaceKind};
+use crate::stats::Cause;
+use crate::sys::event::Event;
+use crate::sys::mmap::{self, Advice};
+use crate::sys::signal::AsyncSignalsBlocked;
+use crate::sys::{calls, clock, process};
+
+// Linux's numbers; `libc` has them on Linux alone.
+const PROT_READ: i32 = 1;
+const PROT_WRITE: i32 = 2;
+const MREMAP_FIXED: i32 = 2;
+const MREMAP_DONTUNMAP: i32 = 4;
+const MADV_DONTNEED: i32 = 4;
+const MADV_FREE: i32 = 8;
+const MADV_REMOVE: i32 = 9;
+const MADV_DONTNEED_LOCKED: i32 = 24;
+const MADV_GUARD_INSTALL: i32 = 102;
+
+/// How long a call waits for its range to cease to be pending. It does within moments; where other threads discard the same
+/// range without end it may not.
+const PENDING_NS: u64 = 1_000_000_000;
+
+/// `munmap(2)`, for memory that may be mirrored.
+///
+/// On memory that is not mirrored, whole or in part, it is the system call and nothing else. What is mirrored leaves its
+/// mirror: when the function returns no device has a translation to it, and a device that touches it faults with
+/// [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something else is mapped there later. The rest of the mirror lives on.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+/// # let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+/// // SAFETY: a fresh mapping.
+/// let at = unsafe { libc::mmap(std::ptr::null_mut(), 8 * 4096, prot, flags, -1, 0) }.cast::<u8>();
+/// // SAFETY: it is readable and writable, and what is unmapped below is not used again.
+/// let mirror = unsafe { svm::mirror_raw(at, 8 * 4096, &svm::Options::new()) }?;
+/// // SAFETY: nobody uses the second half any more.
+/// unsafe { svm::munmap(at.add(4 * 4096), 4 * 4096) }?;
+/// mirror.close()?; // the first half
+/// # }
+/// # Ok::<(), svm::Error>(())
+/// ```
+///
+/// # Errors
+/// The system call's, with its number in [`os_error`](Error::os_error): [`Invalid`](ErrorKind::Invalid) for `EINVAL`,
+/// [`OutOfMemory`](ErrorKind::OutOfMemory) where unmapping a middle needs one mapping more than the process may have.
+///
+/// # Safety
+/// As the system call: nobody refers to the memory any more, but by a mirror made with [`mirror_raw`](crate::mirror_raw). It is not
+/// called from a signal handler. A kernel that calls it on pages of which it has a span open waits for itself until the
+/// deadline for stuck spans.
+pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
+    let addr = ptr.expose_provenance();
+    let range = pages(addr, len_bytes);
+    let change = Change::begin(range, Some(Keep::Nothing));
+    let _alone = change.alone();
+    let home = change.hold_home()?;
+    // SAFETY: by the caller's contract.
+    let outcome = unsafe { calls::munmap(addr, len_bytes) };
+    change.let_go(home, |_| match outcome {
+        Ok(()) => Fate::gone(range),
+        Err(_) => Fate::Unknown,
+    });
+    change.end();
+    outcome.map_err(|e| refused("munmap", addr, &e))
+}
+
+/// `mremap(2)`, for memory that may be mirrored. `new_addr` is used where `flags` say so (`MREMAP_FIXED`, or with
+/// `MREMAP_DONTUNMAP`); gives the address of the mapping.
+///
+/// On memory that is not mirrored it is the system call and nothing else. A mirrored mapping that moves takes its contents
+/// along: pages that a device had come home at the new address. But it is out of the devices' reach there, until it is
+/// mirrored anew: a device that touches the old addresses faults. What `MREMAP_FIXED` replaces, or what is cut off, is unmapped
+/// as by [`munmap`]. With `MREMAP_DONTUNMAP` the old range stays, as zeros.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+/// # let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+/// // SAFETY: a fresh mapping.
+/// let at = unsafe { libc::mmap(std::ptr::null_mut(), 8 * 4096, prot, flags, -1, 0) }.cast::<u8>();
+/// // SAFETY: it is readable and writable.
+/// let mirror = unsafe { svm::mirror_raw(at, 8 * 4096, &svm::Options::new()) }?;
+/// // SAFETY: in the mapping.
+/// unsafe { at.write(7) };
+/// // SAFETY: nobody uses the old address any more.
+/// let now = unsafe { svm::mremap(at, 8 * 4096, 16 * 4096, libc::MREMAP_MAYMOVE, std::ptr::null_mut()) }?;
+/// // SAFETY: in the mapping, where it is now.
+/// assert_eq!(unsafe { now.read() }, 7);
+/// mirror.close()?;
+/// # }
+/// # Ok::<(), svm::Error>(())
+/// ```
+///
+/// # Errors
+/// The system call's, as [`munmap`]; [`Unmapped`](ErrorKind::Unmapped) for `EFAULT`.
+///
+/// # Safety
+/// As [`munmap`], for the old range and for what the mapping replaces.
+pub unsafe fn mremap(
+    ptr: *mut u8,
+    old_len_bytes: usize,
+    new_len_bytes: usize,
+    flags: i32,
+    new_addr: *mut u8,
+) -> Result<*mut u8> {
+    let (addr, target) = (ptr.expose_provenance(), new_addr.expose_provenance());
+    let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
+    // All of the old range: whether it moves nobody knows before the call.
+    let mut change = Change::begin(old, Some(Keep::Nothing));
+    let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
+    change.extend(replaced, Some(Keep::Nothing));
+    let _alone = change.alone();
+    let home = change.hold_home()?;
+    let was_held = home.is_some();
+    // SAFETY: by the caller's contract.
+    let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
+    change.let_go(home, |part| match outcome {
+        Err(_) => Fate::Unknown,
+        _ if replaced.is_some_and(|replaced| replaced.overlaps(part)) => Fate::gone(replaced),
+        Ok(now) if now != addr && flags & MREMAP_DONTUNMAP != 0 => Fate::Emptied,
+        Ok(now) if now != addr => Fate::gone(old),
+        // Cut off, if anything.
+        Ok(_) => match (old, new) {
+            (Some(old), Some(new)) => Fate::gone(PageRange::new(new.end(), old.end())),
+            _ => Fate::Unchanged,
+        },
+    });
+    if let Ok(now) = outcome
+        && let Some(there) = pages(now, new_len_bytes).filter(|_| was_held && now != addr)
+    {
+        // No memory of ours any more, so nobody would have children inherit it.
+        let _ = mmap::advise(there, Advice::DoFork);
+    }
+    change.end();
+    match outcome {
+        Ok(now) => Ok(core::ptr::with_exposed_provenance_mut(now)),
+        Err(e) => Err(refused("mremap", addr, &e)),
+    }
+}
+
+/// `madvise(2)`, for memory that may be mirrored. `advice` is the system's number.
+///
+/// On memory that is not mirrored it is the system call and nothing else. Advice that discards (`MADV_DONTNEED`,
+/// `MADV_DONTNEED_LOCKED`, `MADV_FREE`, `MADV_REMOVE`) discards what devices hold as well: when the function returns neither the CPU
+/// nor a device finds anything of the old contents, but zeros. `MADV_FREE` on mirrored memory, which permits the kernel to discard
+/// at any time from then on, does so at once. `MADV_GUARD_INSTALL` discards in the same way; devices are not to touch guards.
+/// Other advice changes no contents, and reaches the kernel as it is.
+///
+/// **Where the kernel has no `UFFDIO_MOVE` this is the only way to discard mirrored memory**: a bare `madvise` is not heard of there,
+/// and a device goes on with what it has.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+/// let mut buffer = svm::Buffer::<u64>::zeroed(4096)?;
+/// buffer.as_mut_slice().fill(7);
+/// let at = buffer.as_mut_slice().as_mut_ptr().cast::<u8>();
+/// // SAFETY: the buffer is exclusively ours, and zeros are numbers.
+/// unsafe { svm::madvise(at, 2 * 4096, libc::MADV_DONTNEED) }?;
+/// assert_eq!(buffer.as_slice()[0], 0);
+/// assert_eq!(buffer.as_slice()[2 * 512], 7);
+/// # }
+/// # Ok::<(), svm::Error>(())
+/// ```
+///
+/// # Errors
+/// The system call's, as [`munmap`]; [`Unmapped`](ErrorKind::Unmapped) for `ENOMEM`: part of the range is not mapped, and the rest
+/// was done.
+///
+/// # Safety
+/// As the system call: nobody counts on the contents that go. The rest as for [`munmap`].
+pub unsafe fn madvise(ptr: *mut u8, len_bytes: usize, advice: i32) -> Result<()> {
+    let addr = ptr.expose_provenance();
+    let discards = matches!(
+        advice,
+        MADV_DONTNEED | MADV_DONTNEED_LOCKED | MADV_FREE | MADV_REMOVE | MADV_GUARD_INSTALL
+    );
+    let range = pages(addr, len_bytes).filter(|_| discards);
+    let change = Change::begin(range, Some(Keep::Nothing));
+    // Of guards no event tells, whatever was asked for.
+    let unheard = |part: &Part| {
+        part.published.is_some()
+            && (advice == MADV_GUARD_INSTALL || !part.flight.region().door().hears_of_removal())
+    };
+    let outcome = match range {
+        // SAFETY: by the caller's contract.
+        Some(range) if change.parts.iter().any(unheard) => unsafe {
+            change.discard_piecewise(range, advice, unheard)
+        },
+        // SAFETY: by the caller's contract.
+        _ => unsafe { calls::madvise(addr, len_bytes, advice) },
+    };
+    if advice == MADV_FREE && outcome.is_ok() {
+        for part in change.parts.iter().filter_map(|part| part.published) {
+            // SAFETY: the caller has just given its contents up. Where it fails the kernel discards when it likes.
+            let _ = unsafe { calls::madvise(part.start(), part.len_bytes(), MADV_DONTNEED) };
+        }
+    }
+    change.wait_while_pending();
+    change.end();
+    outcome.map_err(|e| refused("madvise", addr, &e))
+}
+
+/// `mprotect(2)`, for memory that may be mirrored. `prot` is the system's number.
+///
+/// On memory that is not mirrored it is the system call and nothing else. Of mirrored memory the devices' translations that the
+/// protection no longer permits are gone when the function returns, so that a device's next access looks at the protection:
+/// any access to a `PROT_NONE` page faults with [`NoAccess`](crate::DeviceFaultKind::NoAccess), a write to a read-only one with
+/// [`Protection`](crate::DeviceFaultKind::Protection). (A bare `mprotect` tells nobody: there it is looked at when a page faults in, and
+/// when a launch begins.) The contents stay where they are, and a page that comes home comes home protected.
+///
+/// ```
+/// # #[cfg(target_os = "linux")] {
+/// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+/// let mut buffer = svm::Buffer::<u64>::zeroed(4096)?;
+/// buffer.as_mut_slice().fill(7);
+/// let at = buffer.as_mut_slice().as_mut_ptr().cast::<u8>();
+/// // SAFETY: nobody writes it until it is writable again.
+/// unsafe { svm::mprotect(at, 4096, libc::PROT_READ) }?;
+/// assert_eq!(buffer.as_slice()[0], 7);
+/// // SAFETY: this permits more.
+/// unsafe { svm::mprotect(at, 4096, libc::PROT_READ | libc::PROT_WRITE) }?;
+/// # }
+/// # Ok::<(), svm::Error>(())
+/// ```
+///
+/// # Errors
+/// The system call's, as [`munmap`]; [`Unmapped`](ErrorKind::Unmapped) for `ENOMEM` where part of the range is not mapped,
+/// [`Protection`](ErrorKind::Protection) for `EACCES`.
+///
+/// # Safety
+/// As the system call: nobody makes an access that is no longer permitted, but devices that work on a mirror made with
+/// [`mirror_raw`](crate::mirror_raw). The rest as for [`munmap`].
+pub unsafe fn mprotect(ptr: *mut u8, len_bytes: usize, prot: i32) -> Result<()> {
+    let addr = ptr.expose_provenance();
+    let keep = match (prot & PROT_READ != 0, prot & PROT_WRITE != 0) {
+        (true, true) => None,
+        (true, false) => Some(Keep::Reads),
+        (false, _) => Some(Keep::Nothing),
+    };
+    let change = Change::begin(pages(addr, len_bytes), keep);
+    // SAFETY: by the caller's contract.
+    let outcome = unsafe { calls::mprotect(addr, len_bytes, prot) };
+    change.end();
+    outcome.map_err(|e| refused("mprotect", addr, &e))
+}
+
+/// The pages of a range as the system calls take it: the start is theirs to refuse, the length is rounded up.
+fn pages(addr: usize, len_bytes: usize) -> Option<PageRange> {
+    let len_bytes = len_bytes.checked_next_multiple_of(PAGE_SIZE)?;
+    PageRange::new(addr, addr.checked_add(len_bytes)?)
+}
+
+/// A change of mappings while it is made: the brackets of all that is mirrored there.
+struct Change {
+    /// None where nothing was ever mirrored, or what was is the parent's.
+    space: Option<&'static AddressSpace>,
+    parts: Vec<Part>,
+    _signals: Option<AsyncSignalsBlocked>,
+}
+
+/// Pages of one region that a change is about.
+struct Part {
+    flight: Flight,
+    _bracket: Bracket<Flight>,
+    /// Where they are published; none of a region that is accessed where it is.
+    published: Option<PageRange>,
+    /// Published elsewhere than at the region's own addresses.
+    moved: bool,
+    /// Their indices from the region's base.
+    pages: Range<usize>,
+}
+
+/// What has become of a part that was held home.
+enum Fate {
+    /// What of this range is in the part was unmapped.
+    Gone(PageRange),
+    /// Its pages went elsewhere, and zeros are in their place.
+    Emptied,
+    /// Nothing has happened to it.
+    Unchanged,
+    /// The call has failed, and may have unmapped something before it did.
+    Unknown,
+}
+
+impl Fate {
+    fn gone(range: Option<PageRange>) -> Self {
+        range.map_or(Self::Unchanged, Self::Gone)
+    }
+}
+
+/// The parts that are held home, of a kernel that does not tell of unmapping.
+struct HeldHome<'a>(Vec<&'a Part>);
+
+impl Change {
+    /// Steps 1 and 2 for `range`; what `keep` says may stay with the devices, all of it if it says nothing.
+    fn begin(range: Option<PageRange>, keep: Option<Keep>) -> Self {
+        let space = AddressSpace::existing().filter(|space| space.is_usable());
+        let mut change = Self {
+            space,
+            parts: Vec::new(),
+            _signals: space.map(|_| AsyncSignalsBlocked::new()),
+        };
+        change.extend(range, keep);
+        change
+    }
+
+    /// The same for one more range.
+    fn extend(&mut self, range: Option<PageRange>, keep: Option<Keep>) {
+        let (Some(space), Some(range)) = (self.space, range) else {
+            return;
+        };
+        let first = self.parts.len();
+        let mut from = range.start();
+        while let Some((part, end)) = next_published(space, range, from) {
+            self.parts.push(part);
+            from = end;
+        }
+        let mut after = 0;
+        while let Some((part, id)) = next_in_place(space, range, after) {
+            self.parts.push(part);
+            after = id;
+        }
+        let Some(keep) = keep else { return };
+        // All are told before any is waited for (I9).
+        let mut in_flight = Vec::new();
+        for part in &self.parts[first..] {
+            let region = part.flight.region();
+            for (block, mask) in blocks(part.pages.clone()) {
+                let inv = Invalidation::new(block, mask, keep);
+                let gate = space.gate().enter();
+                let over = fault::invalidate(region, &gate, DeviceSet::all(), &inv);
+                drop(gate);
+                if !over {
+                    in_flight.push((&part.flight, inv));
+                }
+            }
+        }
+        for (flight, inv) in &in_flight {
+            // A span that outstays it is severed: its pages are the CPU's, and the change is made to those.
+            let _ = overrun::shoot_down(space, flight.region(), DeviceSet::all(), inv);
+        }
+    }
+
+    /// One change at a time that vacates addresses, or that makes pages pending itself: two of the former could make a moved mapping
+    /// look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
+    fn alone(&self) -> Option<std::sync::MutexGuard<'static, ()>> {
+        let space = self.space.filter(|_| !self.parts.is_empty());
+        space.map(AddressSpace::vacating)
+    }
+
+    /// Steps 4 and 6.
+    fn end(self) {
+        if let Some(space) = self.space.filter(|_| !self.parts.is_empty()) {
+            drop(space.gate().enter());
+        }
+    }
+
+    /// Step 5, for pages that were discarded, and step 4, which precedes it.
+    fn wait_while_pending(&self) {
+        let Some(space) = self.space else { return };
+        let deadline = clock::monotonic_ns() + PENDING_NS;
+        for part in self.parts.iter().filter(|part| part.published.is_some()) {
+            while part.is_pending(space) && clock::monotonic_ns() < deadline {
+                part.flight.region().door().doorbell().ring();
+                process::sched_yield();
+            }
+        }
+    }
+
+    /// Where the kernel does not tell of unmapping: brings home what the parts have with devices, and makes them pending, so that
+    /// it stays.
+    fn hold_home(&self) -> Result<Option<HeldHome<'_>>> {
+        let unheard = |part: &&Part| {
+            part.published.is_some() && !part.flight.region().door().hears_of_unmapping()
+        };
+        let Some(space) = self
+            .space
+            .filter(|_| self.parts.iter().any(|p| unheard(&p)))
+        else {
+            return Ok(None);
+        };
+        let mut held = HeldHome(Vec::new());
+        let mut scratch = Scratch::new(space)?;
+        for part in self.parts.iter().filter(unheard) {
+            held.0.push(part);
+            let home = blocks(part.pages.clone()).try_for_each(|(block, mask)| {
+                part.hold_block_home(space, block, mask, &mut scratch)
+            });
+            if let Err(error) = home {
+                for part in held.0 {
+                    part.for_each_block(space, |state, mask| state.set_pending(mask, false));
+                }
+                return Err(error);
+            }
+        }
+        Ok(Some(held))
+    }
+
+    /// After the call: records what has become of each part that was held home.
+    fn let_go(&self, home: Option<HeldHome<'_>>, fate: impl Fn(PageRange) -> Fate) {
+        let (Some(space), Some(home)) = (self.space, home) else {
+            return;
+        };
+        for part in home.0 {
+            let Some(published) = part.published else {
+                continue;
+            };
+            match fate(published) {
+                Fate::Gone(gone) => part.unmapped(space, published.intersect(gone)),
+                Fate::Emptied => part.for_each_block(space, |state, mask| state.discarded(mask)),
+                Fate::Unchanged => {}
+                Fate::Unknown => {
+                    for page in published.pages().filter(|&page| space.vma(page).is_none()) {
+                        part.unmapped(space, PageRange::from_pages(page, 1));
+                    }
+                }
+            }
+            part.for_each_block(space, |state, mask| state.set_pending(mask, false));
+        }
+    }
+
+    /// Step 3 for discarding advice of which the kernel does not tell: mapping by mapping, as the kernel goes itself, so that it is
+    /// known how far it came.
+    ///
+    /// # Safety
+    /// As [`madvise`].
+    unsafe fn discard_piecewise(
+        &self,
+        range: PageRange,
+        advice: i32,
+        unheard: impl Fn(&Part) -> bool,
+    ) -> std::io::Result<()> {
+        let Some(space) = self.space else {
+            return Ok(());
+        };
+        let _alone = self.alone();
+        let mut hole = None;
+        let mut advise = |start: usize, end: usize| {
+            if start == end {
+                return Ok(());
+            }
+            // SAFETY: by the caller's contract.
+            match unsafe { calls::madvise(start, end - start, advice) } {
+                // A part that is not mapped: the kernel goes on, and says so in the end.
+                Err(e) if e.raw_os_error() == Some(libc::ENOMEM) => {
+                    hole = Some(e);
+                    Ok(())
+                }
+                outcome => outcome,
+            }
+        };
+        let mut at = range.start();
+        for part in self.parts.iter().filter(|part| unheard(part)) {
+            let Some(published) = part.published else {
+                continue;
+            };
+            advise(at, published.start())?;
+            part.make_pending(space);
+            let mut outcome = Ok(());
+            at = published.start();
+            while at < published.end() && outcome.is_ok() {
+                let end = space.mapping_end(at).unwrap_or(at + PAGE_SIZE);
+                let end = end.min(published.end());
+                outcome = advise(at, end);
+                if outcome.is_ok() {
+                    part.for_each_block_of(space, PageRange::new(at, end), |state, mask| {
+                        state.discarded(mask);
+                    });
+                }
+                at = end;
+            }
+            part.for_each_block(space, |state, mask| state.set_pending(mask, false));
+            outcome?;
+        }
+        advise(at, range.end())?;
+        hole.map_or(Ok(()), Err)
+    }
+}
+
+impl Part {
+    /// Opens the bracket. Where all slots of the hub are taken it waits for one: whoever has them holds nothing else.
+    fn new(
+        flight: Flight,
+        published: Option<PageRange>,
+        moved: bool,
+        start: usize,
+        nr_pages: usize,
+    ) -> Self {
+        let region = flight.region();
+        let first = (start - region.base()) / PAGE_SIZE;
+        let interval = Interval::new(start as u64, (start + nr_pages * PAGE_SIZE) as u64);
+        let bracket = loop {
+            if let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) {
+                break bracket;
+            }
+            process::sched_yield();
+        };
+        Self {
+            flight,
+            _bracket: bracket,
+            published,
+            moved,
+            pages: first..first + nr_pages,
+        }
+    }
+
+    /// Calls `f` with the directory of each block, locked, and the part's pages in it.
+    fn for_each_block(&self, space: &AddressSpace, f: impl FnMut(&mut BlockState, PageMask)) {
+        self.for_each_block_of(space, self.published, f);
+    }
+
+    /// The same for those pages that are published in `range`, within the part.
+    fn for_each_block_of(
+        &self,
+        space: &AddressSpace,
+        range: Option<PageRange>,
+        mut f: impl FnMut(&mut BlockState, PageMask),
+    ) {
+        let (Some(published), Some(range)) = (self.published, range) else {
+            return;
+        };
+        let first = self.pages.start + (range.start() - published.start()) / PAGE_SIZE;
+        for (block, mask) in blocks(first..first + range.nr_pages()) {
+            let _gate = space.gate().enter();
+            let mut state = self.flight.region().lock_block(block);
+            let mask = self.concerned(&state, mask);
+            f(&mut state, mask);
+        }
+    }
+
+    /// Which of `pages` are where the part is published: some may have gone elsewhere since.
+    fn concerned(&self, state: &BlockState, pages: PageMask) -> PageMask {
+        if self.moved {
+            pages & state.displaced()
+        } else {
+            pages - state.displaced()
+        }
+    }
+
+    fn is_pending(&self, space: &AddressSpace) -> bool {
+        let mut is_pending = false;
+        self.for_each_block(space, |state, mask| {
+            is_pending |= state.pending().intersects(&mask);
+        });
+        is_pending
+    }
+
+    /// Makes all pages pending, once they are not any more on an event's account.
+    fn make_pending(&self, space: &AddressSpace) {
+        for (block, mask) in blocks(self.pages.clone()) {
+            while !self.try_make_pending(space, block, mask, |_, _| true) {
+                process::sched_yield();
+            }
+        }
+    }
+
+    /// Makes pages of one block pending, unless some are already, or are not as `if_` wants them.
+    fn try_make_pending(
+        &self,
+        space: &AddressSpace,
+        block: usize,
+        pages: PageMask,
+        if_: impl FnOnce(&BlockState, PageMask) -> bool,
+    ) -> bool {
+        let _gate = space.gate().enter();
+        let mut state = self.flight.region().lock_block(block);
+        let mask = self.concerned(&state, pages);
+        let now = !state.pending().intersects(&mask) && if_(&state, mask);
+        if now {
+            state.set_pending(mask, true);
+        }
+        now
+    }
+
+    /// Brings the pages of one block home, and makes them pending as soon as all of them are.
+    fn hold_block_home(
+        &self,
+        space: &AddressSpace,
+        block: usize,
+        pages: PageMask,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let region = self.flight.region();
+        let devices = region.devices(&space.gate().enter()).clone();
+        loop {
+            for device in devices.iter().flatten() {
+                evict::release_pages(&**device, region, block, pages, scratch, Cause::Explicit)?;
+            }
+            let is_home = |state: &BlockState, mask: PageMask| {
+                !(state.away() | state.held_by_devices(None)).intersects(&mask)
+            };
+            if self.try_make_pending(space, block, pages, is_home) {
+                return Ok(());
+            }
+            process::sched_yield();
+        }
+    }
+
+    /// What the reader does when it is told of an unmapping.
+    fn unmapped(&self, space: &AddressSpace, range: Option<PageRange>) {
+        let (Some(range), Ok(mut pending)) = (range, PendingList::new()) else {
+            return;
+        };
+        let closed = space.gate().close();
+        events::apply(space, &closed, &Event::Unmap(range), &mut pending);
+        drop(closed);
+        while !pending.is_empty() {
+            pending.poll(space, false);
+        }
+    }
+}
+
+/// The first part of `range` at or after `from` where pages of a region are published, and where it ends.
+fn next_published(space: &AddressSpace, range: PageRange, from: usize) -> Option<(Part, usize)> {
+    let range = PageRange::new(from, range.end())?;
+    let (flight, part, moved, start) = {
+        let gate = space.gate().enter();
+        let places = space.places(&gate);
+        let next = places.partition_point(|place| place.range.end() <= range.start());
+        places[next..]
+            .iter()
+            .take_while(|place| place.range.start() < range.end())
+            .find_map(|place| {
+                let moved = match place.kind {
+                    PlaceKind::Body => false,
+                    PlaceKind::Moved(_) => true,
+                    // Nobody but the CPU has ever touched it.
+                    PlaceKind::Tail | PlaceKind::Window(_) => return None,
+                };
+                let part = place.range.intersect(range)?;
+                let start = place.original(part.start());
+                Some((Flight::begin(&place.region), part, moved, start))
+            })?
+    };
+    Some((
+        Part::new(flight, Some(part), moved, start, part.nr_pages()),
+        part.end(),
+    ))
+}
+
+/// The region with the lowest number above `after` that is accessed where it is, in `range`.
+fn next_in_place(space: &AddressSpace, range: PageRange, after: u64) -> Option<(Part, u64)> {
+    let (flight, part, id) = {
+        let gate = space.gate().enter();
+        space
+            .in_place(&gate)
+            .iter()
+            .filter(|region| region.id() > after)
+            .filter_map(|region| {
+                let pages = PageRange::containing(region.addr(), region.len_bytes())?;
+                Some((region, pages.intersect(range)?))
+            })
+            .min_by_key(|(region, _)| region.id())
+            .map(|(region, part)| (Flight::begin(region), part, region.id()))?
+    };
+    Some((
+        Part::new(flight, None, false, part.start(), part.nr_pages()),
+        id,
+    ))
+}
+
+/// What the kernel's refusal means.
+fn refused(operation: &'static str, addr: usize, error: &std::io::Error) -> Error {
+    let Some(errno) = error.raw_os_error() else {
+        return Error::new(operation, ErrorKind::Unsupported(error.to_string())).at(addr);
+    };
+    let kind = match (errno, operation) {
+        (libc::EINVAL, _) => ErrorKind::Invalid(
+            "the kernel refuses the range, the argument, or this for memory of this kind",
+        ),
+        (libc::EFAULT, _) | (libc::ENOMEM, "madvise" | "mprotect") => ErrorKind::Unmapped,
+        (libc::ENOMEM, _) => ErrorKind::OutOfMemory,
+        (libc::EACCES, _) => ErrorKind::Protection,
+        _ => ErrorKind::System,
+    };
+    Error::new(operation, kind).at(addr).errno(errno)
+}

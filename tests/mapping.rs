@@ -1,0 +1,137 @@
+//! [`Map`]: an anonymous mapping that a test mirrors by address, and changes by system calls; and tests in processes of their
+//! own.
+
+use std::process::Command;
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use svm::{Mirror, Options};
+
+const PAGE: usize = 4096;
+
+/// Readable and writable.
+pub const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// An anonymous mapping. It stays when it is dropped: tests change it in every way, and some of it may be somebody else's.
+#[derive(Clone, Copy, Debug)]
+pub struct Map {
+    /// Where it begins.
+    pub addr: usize,
+    /// Its length.
+    pub pages: usize,
+}
+
+impl Map {
+    /// A mapping of `pages` pages, each filled with its number, from 1.
+    ///
+    /// # Panics
+    /// If there is no room.
+    #[must_use]
+    pub fn new(pages: usize) -> Self {
+        // Far from where the kernel looks for room, so that a hole made in it stays one.
+        const START: usize = 0x3456_0000_0000;
+        static NEXT: AtomicUsize = AtomicUsize::new(START);
+        let hint = NEXT.fetch_add((pages + 16) * PAGE, Ordering::Relaxed);
+        let map = Self::at_hint(hint, pages, READ_WRITE, 0);
+        (0..pages).for_each(|page| map.write(page, page as u64 + 1));
+        map
+    }
+
+    /// `pages` pages at `addr` if `flags` say so.
+    ///
+    /// # Panics
+    /// If there is no room.
+    #[must_use]
+    pub fn at_hint(addr: usize, pages: usize, prot: i32, flags: i32) -> Self {
+        let hint = ptr::with_exposed_provenance_mut(addr);
+        let flags = if flags & libc::MAP_SHARED == 0 {
+            flags | libc::MAP_PRIVATE
+        } else {
+            flags
+        };
+        // SAFETY: a fresh mapping, or one over what the test has.
+        let at =
+            unsafe { libc::mmap(hint, pages * PAGE, prot, flags | libc::MAP_ANONYMOUS, -1, 0) };
+        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        Self {
+            addr: at.expose_provenance(),
+            pages,
+        }
+    }
+
+    /// The first word of a page.
+    #[must_use]
+    pub fn word(&self, page: usize) -> *mut u64 {
+        ptr::with_exposed_provenance_mut(self.addr + page * PAGE)
+    }
+
+    /// The first byte of a page, as the system calls take it.
+    #[must_use]
+    pub fn at(&self, page: usize) -> *mut u8 {
+        self.word(page).cast()
+    }
+
+    /// Writes a page's first word.
+    pub fn write(&self, page: usize, value: u64) {
+        // SAFETY: in the mapping; tests touch what is mapped.
+        unsafe { self.word(page).write_volatile(value) }
+    }
+
+    /// Reads a page's first word.
+    #[must_use]
+    pub fn read(&self, page: usize) -> u64 {
+        // SAFETY: as in `write`.
+        unsafe { self.word(page).read_volatile() }
+    }
+
+    /// Mirrors all of it.
+    ///
+    /// # Panics
+    /// If that fails.
+    #[must_use]
+    pub fn mirror(&self, options: &Options) -> Mirror<'static, u8> {
+        // SAFETY: memory of the test's, which it changes by system calls as it says.
+        unsafe { svm::mirror_raw(self.at(0), self.pages * PAGE, options) }.unwrap()
+    }
+
+    /// Unmaps all of it, by a bare call.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn unmap(self) {
+        // SAFETY: the test is done with it.
+        let outcome = unsafe { libc::munmap(self.at(0).cast(), self.pages * PAGE) };
+        assert_eq!(outcome, 0);
+    }
+}
+
+/// Runs `body` in a process of its own for each of `lacking`, which is disabled there (`SVM_DISABLE`): it is the test of that name,
+/// run again.
+///
+/// # Panics
+/// If the body does, or the process dies; with what it printed.
+pub fn in_own_process(test: &str, lacking: &[&str], body: impl FnOnce()) {
+    const MARK: &str = "SVM_TEST_OWN_PROCESS";
+    if std::env::var_os(MARK).is_some_and(|mark| mark == test) {
+        return body();
+    }
+    lacking
+        .iter()
+        .for_each(|lacking| run_again(MARK, test, lacking));
+}
+
+fn run_again(mark: &str, test: &str, lacking: &str) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(mark, test)
+        .env("SVM_DISABLE", lacking);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success() && said.contains("1 passed"),
+        "{test} without {lacking:?}: {}\n{said}",
+        output.status
+    );
+}
