@@ -53,7 +53,7 @@
 use super::mutation::{Mutation, mutated, ordering};
 use super::shim::atomic::AtomicU32;
 use super::shim::atomic::Ordering::{Relaxed, Release, SeqCst};
-use super::shim::{Backoff, fence_for_model};
+use super::shim::{Backoff, fence_for_model, point};
 use super::{Deadline, Futex, Mutex, MutexGuard, WaitQueue};
 use core::marker::PhantomData;
 use crossbeam_utils::CachePadded;
@@ -162,6 +162,7 @@ impl Gate {
     /// Rule 1. Fails with a state in which it could not be entered, or that has changed since.
     #[inline]
     fn try_enter<'a>(&'a self, shard: &'a Shard) -> Result<GateGuard<'a>, u32> {
+        point();
         // Relaxed: a guess, which the second look confirms.
         let state = self.state.load(Relaxed);
         if state & CLOSED != 0 {

@@ -7,22 +7,35 @@
 use super::shim::atomic::Ordering;
 
 macro_rules! mutations {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
+    ($(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($(#[$doc:meta])* $name:ident,)* } $($rest:tt)*) => {
+        mutations! { @ [$($(#[$doc])* $name,)*] [$(#[$all_doc])* $all on [$cfg] { $($name,)* }] $($rest)* }
+    };
+    (@ [$($variants:tt)*] [$($lists:tt)*]
+     $(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($(#[$doc:meta])* $name:ident,)* } $($rest:tt)*) => {
+        mutations! { @ [$($variants)* $($(#[$doc])* $name,)*] [$($lists)* $(#[$all_doc])* $all on [$cfg] { $($name,)* }] $($rest)* }
+    };
+    (@ [$($(#[$doc:meta])* $name:ident,)*]
+       [$($(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($listed:ident,)* })*]) => {
         /// One way to break the code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[cfg_attr(not(svm_loom), allow(dead_code, reason = "asked about in the code, set by models alone"))]
+        #[cfg_attr(not(any(svm_loom, svm_shuttle)), allow(dead_code, reason = "asked about in the code, set by models alone"))]
         pub(crate) enum Mutation {
             $($(#[$doc])* $name,)*
         }
 
-        #[cfg(all(test, svm_loom))]
-        impl Mutation {
-            pub(crate) const ALL: &[Self] = &[$(Self::$name),*];
-        }
+        $(
+            #[cfg($cfg)]
+            impl Mutation {
+                $(#[$all_doc])*
+                pub(crate) const $all: &[Self] = &[$(Self::$listed),*];
+            }
+        )*
     };
 }
 
 mutations! {
+    /// What loom finds.
+    ALL on [all(test, svm_loom)] {
     /// `Mutex::lock` takes the word without acquiring what its last holder wrote.
     MutexLockRelaxed,
     /// `Mutex` unlocks without releasing what its holder wrote.
@@ -79,9 +92,30 @@ mutations! {
     RefusalWithoutCancel,
     /// The first pass goes on to the second before all have been told.
     PassesInterleaved,
+    }
+
+    /// What Shuttle finds, on whole fault paths.
+    PATHS on [svm_shuttle] {
+    /// A CPU fault closes its bracket before it changes the page table.
+    FaultWithoutBracket,
+    /// `end_update` does not look whether the update was interrupted.
+    CommitWithoutCheck,
+    /// Devices are not told of an invalidation.
+    InvalidateNobody,
+    /// An EEXIST or ENOENT of MOVE is believed.
+    MoveErrorBelieved,
+    /// A collapse lets the CPU write before the devices' copies are invalidated.
+    UnprotectFirst,
+    /// A CPU read of a device's page gets a copy that it may write.
+    ShareHomeWritable,
+    /// A missing page that is shared is filled with zeros.
+    RestoreZeros,
+    /// A page is duplicated without being protected before.
+    DuplicateUnprotected,
+    }
 }
 
-#[cfg(not(svm_loom))]
+#[cfg(not(any(svm_loom, svm_shuttle)))]
 mod switch {
     use super::Mutation;
 
@@ -120,6 +154,28 @@ mod switch {
     }
 }
 
+#[cfg(svm_shuttle)]
+mod switch {
+    use super::Mutation;
+    use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    /// The position of the active one in `PATHS`, plus one.
+    static ACTIVE: AtomicUsize = AtomicUsize::new(0);
+
+    pub(crate) fn mutated(mutation: Mutation) -> bool {
+        let active = ACTIVE.load(Relaxed);
+        active != 0 && Mutation::PATHS[active - 1] == mutation
+    }
+
+    /// Switches `mutation` on, for good.
+    pub(crate) fn mutate(mutation: Mutation) {
+        let at = Mutation::PATHS.iter().position(|&m| m == mutation);
+        ACTIVE.store(at.map_or(0, |at| at + 1), Relaxed);
+    }
+}
+
+#[cfg(svm_shuttle)]
+pub(crate) use switch::mutate;
 pub(crate) use switch::mutated;
 #[cfg(all(test, svm_loom))]
 pub(crate) use switch::with_mutation;
