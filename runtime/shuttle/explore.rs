@@ -116,6 +116,8 @@ static RUNNING: Mutex<Running> = Mutex::new(Running {
     nr_schedules: 0,
 });
 static LONGEST: AtomicUsize = AtomicUsize::new(0);
+/// How many steps random schedules have, on the average: what PCT's switches are spread over.
+static USUAL: AtomicUsize = AtomicUsize::new(0);
 
 fn running() -> std::sync::MutexGuard<'static, Running> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
@@ -164,7 +166,7 @@ impl Chooser {
             Budget::Time(_, limit) if self.nr_begun > 0 && self.begun.elapsed() > limit => None,
             Budget::Time(first, _) => {
                 let seed = first + self.nr_begun;
-                let length = LONGEST.load(Relaxed);
+                let length = USUAL.load(Relaxed);
                 let way = if self.nr_begun.is_multiple_of(2) || length == 0 {
                     Way::Random
                 } else {
@@ -181,6 +183,17 @@ impl Scheduler for Chooser {
     fn new_execution(&mut self) -> Option<Schedule> {
         let ticket = self.next_ticket()?;
         LONGEST.fetch_max(self.step, Relaxed);
+        if self.way == Way::Random && self.step > 0 {
+            let usual = USUAL.load(Relaxed);
+            USUAL.store(
+                if usual == 0 {
+                    self.step
+                } else {
+                    (usual * 7 + self.step) / 8
+                },
+                Relaxed,
+            );
+        }
         self.nr_begun += 1;
         self.dice = Dice(ticket.seed);
         // Seeds are neighbours; what they are expanded to is not.
@@ -248,6 +261,7 @@ fn run(scenario: &'static Scenario, budget: Budget) -> usize {
         ..Running::default()
     };
     LONGEST.store(0, Relaxed);
+    USUAL.store(0, Relaxed);
     let mut config = Config::new();
     config.stack_size = 1 << 20;
     config.failure_persistence = FailurePersistence::None;
@@ -296,37 +310,36 @@ fn ladder() -> String {
         .ok()
         .and_then(|n| n.parse().ok());
     let shown: usize = shown.unwrap_or(60);
-    kernel::with(|kernel| {
-        let steps = kernel.steps();
-        let last = &steps[steps.len().saturating_sub(shown)..];
-        let lanes: BTreeSet<usize> = last.iter().map(|step| step.thread).collect();
-        let lanes: Vec<usize> = lanes.into_iter().collect();
-        const WIDTH: usize = 34;
-        let mut drawn = String::new();
-        for &lane in &lanes {
-            let name = kernel.name_of(lane);
-            drawn += &format!("    {name:WIDTH$}");
-        }
-        for step in last {
-            let lane = lanes
-                .iter()
-                .position(|&lane| lane == step.thread)
-                .unwrap_or(0);
-            let at = step.at;
-            let outcome = match step.outcome {
-                Outcome::Done => String::new(),
-                Outcome::Stopped(stop) => format!(": {stop:?}"),
-                Outcome::Value(value) => format!(" {value}"),
-            };
-            drawn.truncate(drawn.trim_end().len());
-            drawn += &format!(
-                "\n    {}{} {at:#x}{outcome}",
-                " ".repeat(lane * (WIDTH + 4)),
-                step.what
-            );
-        }
-        drawn + "\n"
-    })
+    let log = kernel::log();
+    let steps = &log.steps;
+    let last = &steps[steps.len().saturating_sub(shown)..];
+    let lanes: BTreeSet<usize> = last.iter().map(|step| step.thread).collect();
+    let lanes: Vec<usize> = lanes.into_iter().collect();
+    const WIDTH: usize = 34;
+    let mut drawn = String::new();
+    for &lane in &lanes {
+        let name = log.names.get(&lane).map_or("", String::as_str);
+        drawn += &format!("    {name:WIDTH$}");
+    }
+    for step in last {
+        let lane = lanes
+            .iter()
+            .position(|&lane| lane == step.thread)
+            .unwrap_or(0);
+        let at = step.at;
+        let outcome = match step.outcome {
+            Outcome::Done => String::new(),
+            Outcome::Stopped(stop) => format!(": {stop:?}"),
+            Outcome::Value(value) => format!(" {value}"),
+        };
+        drawn.truncate(drawn.trim_end().len());
+        drawn += &format!(
+            "\n    {}{} {at:#x}{outcome}",
+            " ".repeat(lane * (WIDTH + 4)),
+            step.what
+        );
+    }
+    drawn + "\n"
 }
 
 pub(crate) fn main() -> ExitCode {
@@ -418,8 +431,9 @@ fn all(is_quick: bool, name: &str) -> ExitCode {
             Budget::Time(first, Duration::from_millis(holds_ms)),
         );
         println!(
-            "{:24} {nr:6} schedules hold, {} points at most, {:.1?}",
+            "{:24} {nr:6} schedules hold, {} points each, {} at most, {:.1?}",
             scenario.name,
+            USUAL.load(Relaxed),
             LONGEST.load(Relaxed),
             begun.elapsed()
         );

@@ -109,8 +109,24 @@ pub(crate) struct Kernel {
     futexes: BTreeMap<usize, VecDeque<Thread>>,
     quirks: Quirks,
     over: bool,
-    steps: Vec<Step>,
-    names: BTreeMap<usize, String>,
+}
+
+/// What has happened: apart from the machine, so that a step which fails half-way can still be shown.
+#[derive(Debug)]
+pub(crate) struct Log {
+    pub(crate) steps: Vec<Step>,
+    /// What the threads are called.
+    pub(crate) names: BTreeMap<usize, String>,
+}
+
+static LOG: Mutex<Log> = Mutex::new(Log {
+    steps: Vec::new(),
+    names: BTreeMap::new(),
+});
+
+/// The schedule so far.
+pub(crate) fn log() -> MutexGuard<'static, Log> {
+    LOG.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 static KERNEL: Mutex<Option<Box<Kernel>>> = Mutex::new(None);
@@ -129,6 +145,10 @@ pub(crate) fn boot(quirks: Quirks) {
     std::time::restart();
     // The handler is the process's, and installed once.
     let handler = with(|kernel| kernel.handler);
+    *log() = Log {
+        steps: Vec::new(),
+        names: BTreeMap::new(),
+    };
     *lock() = Some(Box::new(Kernel {
         next_reservation: 0x20_0000_0000,
         quirks,
@@ -210,6 +230,22 @@ pub(crate) fn is_over() -> bool {
     with(|kernel| kernel.over)
 }
 
+/// Notes what the calling thread does.
+pub(crate) fn note_step(what: &'static str, at: usize, outcome: Outcome) {
+    let thread = thread::current();
+    let id = usize::from(thread.id());
+    let mut log = log();
+    log.names
+        .entry(id)
+        .or_insert_with(|| thread.name().unwrap_or("main").to_owned());
+    log.steps.push(Step {
+        thread: id,
+        what,
+        at,
+        outcome,
+    });
+}
+
 // Setting up.
 
 impl Kernel {
@@ -258,32 +294,9 @@ impl Kernel {
         Some((page.contents, page.protected))
     }
 
-    pub(crate) fn note(&mut self, what: &'static str, at: usize, stop: Option<Stop>) {
+    pub(crate) fn note(&self, what: &'static str, at: usize, stop: Option<Stop>) {
         let outcome = stop.map_or(Outcome::Done, Outcome::Stopped);
-        self.note_step(what, at, outcome);
-    }
-
-    pub(crate) fn note_step(&mut self, what: &'static str, at: usize, outcome: Outcome) {
-        let thread = thread::current();
-        let id = usize::from(thread.id());
-        self.names
-            .entry(id)
-            .or_insert_with(|| thread.name().unwrap_or("main").to_owned());
-        self.steps.push(Step {
-            thread: id,
-            what,
-            at,
-            outcome,
-        });
-    }
-
-    /// What the thread of this number is called.
-    pub(crate) fn name_of(&self, thread: usize) -> &str {
-        self.names.get(&thread).map_or("", String::as_str)
-    }
-
-    pub(crate) fn steps(&self) -> &[Step] {
-        &self.steps
+        note_step(what, at, outcome);
     }
 
     fn mapping(&self, addr: usize) -> Option<&Mapping> {

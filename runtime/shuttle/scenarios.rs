@@ -1,10 +1,12 @@
 //! What the actors do, and which ways of breaking the code each scenario finds.
 
-use crate::error::Access;
+use crate::error::Access::{Read, Write};
 use crate::kernel::Quirks;
 use crate::options::{Delivery, Granule};
 use crate::sync::mutation::Mutation;
 use crate::world::{Setup, Style, World};
+use shuttle::thread::JoinHandle;
+use std::sync::Arc;
 
 /// What some threads do; each schedule of it must hold.
 pub(crate) struct Scenario {
@@ -27,13 +29,78 @@ macro_rules! scenarios {
     };
 }
 
-scenarios! {
-    cpu_and_device
+macro_rules! mutations {
+    ($($mutation:ident in $scenario:ident: $($reason:literal)|*;)*) => {
+        pub(crate) const MUTATIONS: &[Mutated] = &[$(Mutated {
+            mutation: Mutation::$mutation,
+            scenario: stringify!($scenario),
+            reasons: &[$($reason),*],
+        }),*];
+    };
 }
 
-pub(crate) const MUTATIONS: &[Mutated] = &[];
+scenarios! {
+    cpu_and_device
+    cpu_and_update
+    cpu_and_span
+    two_and_two
+    duplicates_and_collapse
+    shared_home
+    far_faults_coalesce
+    granules
+    evictions
+    evictions_of_spans
+    pin_and_rounds
+    close_and_faults
+    detach_and_faults
+    moves_that_lie
+    changing_all_the_time
+    shared_with_a_child
+    discard
+    unmap
+    remap
+    thread_door
+    thread_door_shared
+    thread_door_discard
+}
 
-/// A CPU and a device write and read one page.
+mutations! {
+    FaultWithoutBracket in cpu_and_update: "was written last" | "empty page" | "write-protected page";
+    CommitWithoutCheck in cpu_and_update: "was written last" | "empty page" | "write-protected page";
+    InvalidateNobody in cpu_and_device: "was written last" | "empty page";
+    RoundTellsNobody in two_and_two: "was written last" | "empty page";
+    ShootdownNotAwaited in cpu_and_span: "was written last" | "empty page" | "write-protected page";
+    FinishWithoutLook in cpu_and_span: "anomalies" | "is killed" | "was written last" | "empty page";
+    HomeLeavesCopies in two_and_two: "was written last" | "the CPU may write it";
+    MoveErrorBelieved in moves_that_lie: "anomalies" | "is killed" | "fails" | "page 0 in the window" | "starved";
+    UnprotectFirst in duplicates_and_collapse: "was written last" | "the CPU may write it";
+    ShareHomeWritable in shared_home: "was written last" | "the CPU may write it";
+    DuplicateUnprotected in duplicates_and_collapse: "was written last" | "the CPU may write it";
+    UnpinTellsNobody in pin_and_rounds: "empty page" | "a pin fails" | "was written last";
+    CloseNotSeen in close_and_faults: "the close fails" | "empty page" | "not given back" | "was written last" | "Lost";
+    CloseWithoutGrace in close_and_faults: "the close fails" | "empty page" | "not given back" | "was written last" | "Lost";
+    EvictBusy in evictions_of_spans: "empty page" | "was written last";
+    EvictUncounted in evictions: "not given back" | "starved" | "steps";
+    GateStaysOpen in discard: "was written last" | "empty page";
+    EventOverAtOnce in discard: "was written last" | "empty page" | "anomalies" | "is away, and present" | "is killed";
+    // What loom finds in the small is found in the large as well.
+    HubStartWithoutBump in cpu_and_update: "was written last" | "empty page";
+    HubEndWithoutWake in cpu_and_update: "deadlock";
+    MutexForgetsSleepers in cpu_and_device: "deadlock";
+    GateLeaveWithoutWake in discard: "deadlock";
+}
+
+/// Waits for all of them, then ends the world.
+fn join(world: Arc<World>, threads: impl IntoIterator<Item = JoinHandle<()>>) {
+    for thread in threads {
+        thread
+            .join()
+            .expect("a thread that panics ends the program");
+    }
+    world.finish();
+}
+
+/// A CPU and a device write and read one page: it goes back and forth.
 fn cpu_and_device() {
     let world = World::new(Setup::default());
     let threads = [
@@ -48,8 +115,502 @@ fn cpu_and_device() {
             d.write(0);
         }),
     ];
+    join(world, threads);
+}
+
+/// The same with the token taken outside the block's lock, so that only the protocol keeps the commit right.
+fn cpu_and_update() {
+    let world = World::new(Setup::default());
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.read(0);
+            d.write(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The same with accesses that a shootdown has to wait for, bracket open and no lock held.
+fn cpu_and_span() {
+    let world = World::new(Setup {
+        granule: Granule::Big,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.cpu(|w| {
+            w.read(0);
+            w.write(1);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(1);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Two CPUs and two devices on one page.
+fn two_and_two() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        nr_pages: 1,
+        in_use: true,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.cpu(|w| {
+            w.read(0);
+            w.write(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+        world.worker(1, Style::Span, |d| {
+            d.read(0);
+            d.write(0);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Devices that mostly read get duplicates; the CPU's writes collapse them; the device copies over what has become stale.
+fn duplicates_and_collapse() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        read_mostly: true,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(0);
+            w.write(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.read(0);
+            d.read(0);
+            d.read(0);
+        }),
+        world.worker(1, Style::Span, |d| {
+            d.read(0);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// While a launch goes on, a load of the CPU shares the device's page, protected from its first instant.
+fn shared_home() {
+    let world = World::new(Setup {
+        in_use: true,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.read(0);
+            w.read(0);
+        }),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+            w.write(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.read(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Workers of one device that fault on the same page: it moves once, and the others find it there.
+fn far_faults_coalesce() {
+    let world = World::new(Setup {
+        nr_pages: 1,
+        ..Setup::default()
+    });
+    world.write(0);
+    let threads: Vec<_> = [Style::Locked, Style::Update, Style::Span]
+        .into_iter()
+        .map(|style| world.worker(0, style, |d| d.write(0)))
+        .collect();
     for thread in threads {
-        thread.join().expect("it has not panicked");
+        thread
+            .join()
+            .expect("a thread that panics ends the program");
     }
-    world.finish();
+    let stats = world.stats();
+    assert_eq!(stats.to_device_pages(), 1, "the page moved more than once");
+    assert_eq!(stats.to_host_pages(), 0, "the page came home");
+    join(world, []);
+}
+
+/// Faults move more than the page they are for.
+fn granules() {
+    let world = World::new(Setup {
+        nr_pages: 4,
+        granule: Granule::Big,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(3);
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(2);
+            d.read(0);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.read(1);
+            d.write(3);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A device with memory for less than it works on.
+fn evictions() {
+    let world = World::new(Setup {
+        nr_pages: 3,
+        memory: Some(2),
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.write(1);
+            d.write(2);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Two workers, memory for one page, and accesses that an eviction must not interrupt.
+fn evictions_of_spans() {
+    let world = World::new(Setup {
+        memory: Some(1),
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| w.read(0)),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(1);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Pages are pinned for a system call while devices work on them.
+fn pin_and_rounds() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.with_pinned(0..2);
+            w.write(0);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(1);
+            d.write(0);
+        }),
+        world.worker(1, Style::Locked, |d| {
+            d.write(1);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The mirror is closed while the CPU faults and devices are at work.
+fn close_and_faults() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| w.close()),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(1);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.try_access(0, Write);
+            d.try_access(1, Write);
+        }),
+        world.worker(1, Style::Update, |d| {
+            d.try_access(0, Write);
+            d.try_access(0, Read);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A device is detached while the CPU and another device fault on what it has.
+fn detach_and_faults() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        ..Setup::default()
+    });
+    let first = world.worker(1, Style::Locked, |d| {
+        d.write(0);
+        d.write(1);
+    });
+    first.join().expect("a thread that panics ends the program");
+    let threads = [
+        world.cpu(|w| w.detach()),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(1);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// MOVE says EEXIST or ENOENT of pages that it has moved.
+fn moves_that_lie() {
+    let world = World::new(Setup {
+        granule: Granule::Big,
+        quirks: Quirks {
+            stale_errors: 3,
+            ..Quirks::default()
+        },
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(1);
+            w.read(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Any call may stop half-way since something else has changed a mapping.
+fn changing_all_the_time() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        granule: Granule::Big,
+        in_use: true,
+        quirks: Quirks {
+            spurious_changing: 4,
+            ..Quirks::default()
+        },
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(1);
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.read(1);
+        }),
+        world.worker(1, Style::Update, |d| {
+            d.read(0);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Pages that a child shares: MOVE says EBUSY until the sharing is broken.
+fn shared_with_a_child() {
+    let world = World::new(Setup::default());
+    world.write(0);
+    world.write(1);
+    world.share(0);
+    world.share(1);
+    let threads = [
+        world.cpu(|w| {
+            w.read(0);
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// `madvise(MADV_DONTNEED)` against faults of both sides. The pages go late: after the event was read.
+fn discard() {
+    let world = World::new(Setup::default());
+    world.write(0);
+    let threads = [
+        world.cpu(|w| {
+            w.discard(0..1);
+            w.write(0);
+        }),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// `munmap` against faults of both sides.
+fn unmap() {
+    let world = World::new(Setup::default());
+    let threads = [
+        world.cpu(|w| w.unmap(0..1)),
+        world.cpu(|w| {
+            w.try_access(0, Write);
+            w.read(1);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.try_access(0, Write);
+            d.try_access(0, Read);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// `mremap` against faults of both sides: what is away comes home at its new address.
+fn remap() {
+    let world = World::new(Setup::default());
+    world.write(0);
+    let threads = [
+        world.cpu(|w| {
+            w.remap(0..1);
+            w.read(0);
+            w.write(0);
+        }),
+        world.cpu(|w| w.write(1)),
+        world.worker(0, Style::Span, |d| {
+            d.try_access(0, Write);
+            d.try_access(0, Read);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+fn by_thread() -> Setup {
+    Setup {
+        delivery: Delivery::Thread,
+        ..Setup::default()
+    }
+}
+
+/// The monitor resolves the faults.
+fn thread_door() {
+    let world = World::new(by_thread());
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(0);
+            w.read(0);
+        }),
+        world.cpu(|w| {
+            w.write(1);
+            w.read(0);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(1);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The monitor shares and collapses.
+fn thread_door_shared() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        in_use: true,
+        ..by_thread()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.read(0);
+            w.write(0);
+        }),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+        world.worker(1, Style::Update, |d| {
+            d.read(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The monitor reads faults and events.
+fn thread_door_discard() {
+    let world = World::new(by_thread());
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.discard(0..1);
+            w.write(0);
+        }),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
 }

@@ -91,19 +91,13 @@ impl History {
 }
 
 /// One access of `page` that finds `contents`: checks them, and returns what they are then.
-fn witness(
-    kernel: &mut kernel::Kernel,
-    who: Who,
-    page: usize,
-    contents: u64,
-    access: Access,
-) -> u64 {
+fn witness(who: Who, page: usize, contents: u64, access: Access) -> u64 {
     let mut oracle = held(&ORACLE);
     let oracle = &mut *oracle;
     let history = &mut oracle.pages[page];
     let write = access == Access::Write;
     let value = if write { oracle.last + 1 } else { contents };
-    kernel.note_step(
+    kernel::note_step(
         if write { "WRITES" } else { "READS" },
         BASE + page * PAGE_SIZE,
         Outcome::Value(value),
@@ -137,6 +131,8 @@ pub(crate) struct Setup {
     pub(crate) read_mostly: bool,
     /// Pages of memory of each device.
     pub(crate) memory: Option<usize>,
+    /// Whether a launch goes on meanwhile: then a load of the CPU shares a device's page instead of taking it.
+    pub(crate) in_use: bool,
     pub(crate) quirks: Quirks,
 }
 
@@ -149,6 +145,7 @@ impl Default for Setup {
             granule: Granule::Page,
             read_mostly: false,
             memory: None,
+            in_use: false,
             quirks: Quirks::default(),
         }
     }
@@ -309,6 +306,9 @@ impl World {
             .iter()
             .map(|d| d.map(RegionRef { region: &region }).expect("a window"))
             .collect();
+        if setup.in_use {
+            region.begin_use();
+        }
         let places = (0..setup.nr_pages).map(|page| BASE + page * PAGE_SIZE);
         Arc::new(Self {
             devices: Mutex::new(devices),
@@ -374,11 +374,21 @@ impl World {
         held(&self.places)[page]
     }
 
+    /// Where `pages` are, which have not been torn apart.
+    fn range(&self, pages: &std::ops::Range<usize>) -> PageRange {
+        PageRange::from_pages(self.place(pages.start), pages.len()).expect("an address")
+    }
+
+    /// An access of the CPU to memory that may be unmapped meanwhile.
+    pub(crate) fn try_access(&self, page: usize, access: Access) {
+        let _ = self.access(page, access);
+    }
+
     /// An access of the CPU.
     pub(crate) fn access(&self, page: usize, access: Access) -> Result<(), Killed> {
         let write = access == Access::Write;
-        let result = kernel::access(self.place(page), write, |kernel, contents| {
-            witness(kernel, Who::Cpu, page, contents, access)
+        let result = kernel::access(self.place(page), write, |_, contents| {
+            witness(Who::Cpu, page, contents, access)
         });
         self.check();
         result
@@ -404,7 +414,8 @@ impl World {
             history.doomed = Some(history.now);
             history.now = 0;
         }
-        kernel::madvise_dontneed(range_of(self.place(pages.start), &pages));
+        kernel::madvise_dontneed(self.range(&pages));
+        self.heard_of();
         for history in &mut held(&ORACLE).pages[pages] {
             history.doomed = None;
             history.maybe_zero = true;
@@ -412,9 +423,17 @@ impl World {
         self.check();
     }
 
+    /// Through the thread door a device may use a translation for a moment after the call has returned: until its event is applied.
+    fn heard_of(&self) {
+        if self.setup.delivery == Delivery::Thread {
+            AddressSpace::global().settle();
+        }
+    }
+
     /// `munmap` of pages.
     pub(crate) fn unmap(&self, pages: std::ops::Range<usize>) {
-        kernel::munmap(range_of(self.place(pages.start), &pages));
+        kernel::munmap(self.range(&pages));
+        self.heard_of();
         for history in &mut held(&ORACLE).pages[pages] {
             history.is_out_of_reach = true;
         }
@@ -423,29 +442,52 @@ impl World {
 
     /// `mremap` of pages to somewhere else.
     pub(crate) fn remap(&self, pages: std::ops::Range<usize>) {
-        kernel::mremap(range_of(self.place(pages.start), &pages), ELSEWHERE);
+        kernel::mremap(self.range(&pages), ELSEWHERE);
         for (i, page) in pages.clone().enumerate() {
             held(&self.places)[page] = ELSEWHERE + i * PAGE_SIZE;
         }
+        self.heard_of();
         for history in &mut held(&ORACLE).pages[pages] {
             history.is_out_of_reach = true;
         }
         self.check();
     }
 
+    /// Another process has the page too, copy-on-write, until somebody writes it.
+    pub(crate) fn share(&self, page: usize) {
+        kernel::with(|kernel| kernel.share(self.place(page)));
+    }
+
     /// Pins pages, works on them as a system call would, and lets them go.
     pub(crate) fn with_pinned(&self, pages: std::ops::Range<usize>) {
-        let bytes = range_of(BASE, &pages);
+        let bytes = self.range(&pages);
         let pinned = crate::pin::with_pinned(&self.region, bytes, || {
             for page in pages.clone() {
                 // The kernel's own access: it does not fault.
-                kernel::touch(self.place(page), true, |kernel, contents| {
-                    witness(kernel, Who::Cpu, page, contents, Access::Write)
+                kernel::touch(self.place(page), true, |_, contents| {
+                    witness(Who::Cpu, page, contents, Access::Write)
                 });
             }
         });
         assert!(pinned.is_ok(), "a pin fails: {pinned:?}");
         self.check();
+    }
+
+    /// Detaches a device whose workers have ended: every page it has comes home.
+    pub(crate) fn detach(&self) {
+        let device = held(&self.devices).pop().expect("a device");
+        let device = Arc::into_inner(device).expect("its workers have ended");
+        drop(device);
+    }
+
+    /// What the runtime has counted.
+    pub(crate) fn stats(&self) -> crate::stats::Stats {
+        held(&self.mirror).as_ref().expect("not closed").stats()
+    }
+
+    /// Ends the launch that [`Setup::in_use`] began.
+    pub(crate) fn end_use(&self) {
+        self.region.end_use();
     }
 
     /// Closes the mirror: every page home.
@@ -498,9 +540,7 @@ impl World {
         assert_eq!(anomalies, 0, "anomalies were counted");
         self.close();
         for page in 0..self.setup.nr_pages {
-            let place = self.place(page);
-            let is_mapped = !kernel::mappings(range_of(place, &(0..1))).is_empty();
-            if is_mapped {
+            if !kernel::mappings(self.range(&(page..page + 1))).is_empty() {
                 self.read(page);
             }
         }
@@ -515,20 +555,6 @@ impl World {
         }
         kernel::shut_down();
     }
-}
-
-fn range_of(start: usize, pages: &std::ops::Range<usize>) -> PageRange {
-    let first = if start >= ELSEWHERE || start == BASE {
-        start
-            + if start == BASE {
-                pages.start * PAGE_SIZE
-            } else {
-                0
-            }
-    } else {
-        start
-    };
-    PageRange::from_pages(first, pages.len()).expect("an address")
 }
 
 /// One thread of a device.
@@ -598,9 +624,8 @@ impl Worker {
         if !table.in_place.contains(page, Relaxed) {
             at = at.wrapping_add_signed(mapped.offset());
         }
-        let witness = |kernel: &mut kernel::Kernel, contents| {
-            witness(kernel, Who::Device, page, contents, access)
-        };
+        let witness =
+            |_: &mut kernel::Kernel, contents| witness(Who::Device, page, contents, access);
         if self.style == Style::Span {
             held(&table.spans).push((page, access));
             device.nr_spans.fetch_add(1, Relaxed);

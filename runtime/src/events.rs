@@ -34,6 +34,7 @@ use crate::region::Region;
 use crate::space::{AddressSpace, Door, Place, PlaceKind};
 use crate::stats::count;
 use crate::sync::Closed;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::event::Event;
 use crate::sys::{clock, process};
 
@@ -317,7 +318,7 @@ fn give_up(
             What::Gone => state.left(concerned),
             What::Displaced(_) => state.displaced_to_new_address(concerned),
         }
-        if zap || !over {
+        if (zap || !over) && !mutated(Mutation::EventOverAtOnce) {
             state.set_pending(concerned, true);
             pending.push(Pending {
                 flight: Flight::begin(region),

@@ -17,6 +17,7 @@ use crate::overrun::{self, Shot};
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside};
 use crate::stats::Cause;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
@@ -216,7 +217,7 @@ fn unpin_block(region: &Region, block: usize, pages: PageMask) {
         }
         process::sched_yield();
     };
-    let over = {
+    let over = mutated(Mutation::UnpinTellsNobody) || {
         let gate = space.gate().enter();
         let _state = region.lock_block(block);
         fault::invalidate(region, &gate, DeviceSet::all(), &inv)

@@ -218,6 +218,12 @@ impl Gate {
     /// The caller is in no section. One closer at a time; others wait.
     pub fn close(&self) -> Closed<'_> {
         let alone = self.exclusive.lock();
+        if mutated(Mutation::GateStaysOpen) {
+            return Closed {
+                gate: self,
+                _alone: alone,
+            };
+        }
         // SeqCst: rule 3, against rule 1.
         let was = self.state.fetch_or(CLOSED, SeqCst);
         if !mutated(Mutation::GateCloseWithoutFence) {

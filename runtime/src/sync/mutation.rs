@@ -96,22 +96,42 @@ mutations! {
 
     /// What Shuttle finds, on whole fault paths.
     PATHS on [svm_shuttle] {
-    /// A CPU fault closes its bracket before it changes the page table.
+    /// A CPU fault changes the page table outside every bracket.
     FaultWithoutBracket,
     /// `end_update` does not look whether the update was interrupted.
     CommitWithoutCheck,
-    /// Devices are not told of an invalidation.
+    /// Devices are not told of what happens to pages they hold.
     InvalidateNobody,
+    /// A device round does not tell the other devices.
+    RoundTellsNobody,
+    /// Nobody waits for accesses in flight.
+    ShootdownNotAwaited,
+    /// A fault that has waited goes on without a look at what has changed meanwhile.
+    FinishWithoutLook,
+    /// A page comes home, and other devices' copies of it stay current.
+    HomeLeavesCopies,
     /// An EEXIST or ENOENT of MOVE is believed.
     MoveErrorBelieved,
     /// A collapse lets the CPU write before the devices' copies are invalidated.
     UnprotectFirst,
     /// A CPU read of a device's page gets a copy that it may write.
     ShareHomeWritable,
-    /// A missing page that is shared is filled with zeros.
-    RestoreZeros,
-    /// A page is duplicated without being protected before.
+    /// A page is copied over a stale one without being write-protected first.
     DuplicateUnprotected,
+    /// A pin ends, and devices keep their translations in place.
+    UnpinTellsNobody,
+    /// A round does not see that the mirror is being closed.
+    CloseNotSeen,
+    /// A close does not wait for the rounds that have not seen it.
+    CloseWithoutGrace,
+    /// An eviction does not pass over a victim with an access in flight.
+    EvictBusy,
+    /// An eviction does not give the memory back.
+    EvictUncounted,
+    /// The gate is not closed while an event is read and applied.
+    GateStaysOpen,
+    /// What an event was about counts as over before the kernel has done it.
+    EventOverAtOnce,
     }
 }
 
@@ -159,18 +179,16 @@ mod switch {
     use super::Mutation;
     use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-    /// The position of the active one in `PATHS`, plus one.
+    /// The number of the active one, plus one.
     static ACTIVE: AtomicUsize = AtomicUsize::new(0);
 
     pub(crate) fn mutated(mutation: Mutation) -> bool {
-        let active = ACTIVE.load(Relaxed);
-        active != 0 && Mutation::PATHS[active - 1] == mutation
+        ACTIVE.load(Relaxed) == mutation as usize + 1
     }
 
     /// Switches `mutation` on, for good.
     pub(crate) fn mutate(mutation: Mutation) {
-        let at = Mutation::PATHS.iter().position(|&m| m == mutation);
-        ACTIVE.store(at.map_or(0, |at| at + 1), Relaxed);
+        ACTIVE.store(mutation as usize + 1, Relaxed);
     }
 }
 
