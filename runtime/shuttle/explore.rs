@@ -265,10 +265,18 @@ fn run(scenario: &'static Scenario, budget: Budget) -> usize {
     let mut config = Config::new();
     config.stack_size = 1 << 20;
     config.failure_persistence = FailurePersistence::None;
-    config.max_steps = MaxSteps::FailAfter(400_000);
+    config.max_steps = MaxSteps::FailAfter(number("SVM_SHUTTLE_MAX_STEPS").unwrap_or(MAX_STEPS));
     config.silence_warnings = true;
     Runner::new(Chooser::new(budget), config).run(scenario.run)
 }
+
+/// A number in the environment.
+fn number<N: std::str::FromStr>(variable: &str) -> Option<N> {
+    std::env::var(variable).ok()?.parse().ok()
+}
+
+/// Points of one schedule: with more of them somebody waits for what does not come.
+const MAX_STEPS: usize = 1_000_000;
 
 /// What a process that found a failing schedule ends with.
 const FOUND: u8 = 3;
@@ -306,10 +314,7 @@ fn report_failures() {
 
 /// The last steps of the schedule, a column per thread.
 fn ladder() -> String {
-    let shown = std::env::var("SVM_SHUTTLE_STEPS")
-        .ok()
-        .and_then(|n| n.parse().ok());
-    let shown: usize = shown.unwrap_or(60);
+    let shown = number("SVM_SHUTTLE_STEPS").unwrap_or(60_usize);
     let log = kernel::log();
     let steps = &log.steps;
     let last = &steps[steps.len().saturating_sub(shown)..];
@@ -326,7 +331,7 @@ fn ladder() -> String {
             .iter()
             .position(|&lane| lane == step.thread)
             .unwrap_or(0);
-        let at = step.at;
+        let at = log.name_of(step.at);
         let outcome = match step.outcome {
             Outcome::Done => String::new(),
             Outcome::Stopped(stop) => format!(": {stop:?}"),
@@ -334,7 +339,7 @@ fn ladder() -> String {
         };
         drawn.truncate(drawn.trim_end().len());
         drawn += &format!(
-            "\n    {}{} {at:#x}{outcome}",
+            "\n    {}{} {at}{outcome}",
             " ".repeat(lane * (WIDTH + 4)),
             step.what
         );
@@ -409,20 +414,15 @@ fn hunt(name: &str, ms: &str, first: &str) -> ExitCode {
 
 /// Every scenario, which must hold, and every mutation, which must be found.
 fn all(is_quick: bool, name: &str) -> ExitCode {
-    let ms = |variable: &str, usual: u64| {
-        let given = std::env::var(variable).ok().and_then(|ms| ms.parse().ok());
-        given.unwrap_or(usual)
-    };
+    let ms = |variable, usual| number(variable).unwrap_or(usual);
     let holds_ms = ms("SVM_SHUTTLE_MS", if is_quick { 1_000 } else { 15_000 });
     let hunt_ms = ms(
         "SVM_SHUTTLE_HUNT_MS",
         if is_quick { 10_000 } else { 60_000 },
     );
     // The short run is the same each time; the long one goes where none has been, and says where.
-    let seed = std::env::var("SVM_SHUTTLE_SEED")
-        .ok()
-        .and_then(|s| s.parse().ok());
-    let first: u64 = seed.unwrap_or_else(|| if is_quick { 1 } else { fresh_seed() });
+    let seed = number("SVM_SHUTTLE_SEED");
+    let first = seed.unwrap_or_else(|| if is_quick { 1 } else { fresh_seed() });
     println!("whole fault paths, seeds from {first} (SVM_SHUTTLE_SEED):");
     for scenario in SCENARIOS.iter().filter(|s| s.name.contains(name)) {
         let begun = Wall::now();

@@ -42,6 +42,8 @@ pub(crate) struct Quirks {
     pub(crate) stale_errors: u32,
     /// A call stops before its end with "changing", as if an event had come, once in so many times.
     pub(crate) spurious_changing: u32,
+    /// A kernel before 6.8: no MOVE.
+    pub(crate) no_move: bool,
 }
 
 /// A page-table entry that is not empty.
@@ -117,11 +119,28 @@ pub(crate) struct Log {
     pub(crate) steps: Vec<Step>,
     /// What the threads are called.
     pub(crate) names: BTreeMap<usize, String>,
+    /// What stretches of the address space are called.
+    pub(crate) places: Vec<(PageRange, String)>,
+}
+
+impl Log {
+    /// What an address is called.
+    pub(crate) fn name_of(&self, addr: usize) -> String {
+        let place = self
+            .places
+            .iter()
+            .find(|(range, _)| range.contains_addr(addr));
+        match place {
+            Some((range, name)) => format!("{name}{}", (addr - range.start()) / PAGE_SIZE),
+            None => format!("{addr:#x}"),
+        }
+    }
 }
 
 static LOG: Mutex<Log> = Mutex::new(Log {
     steps: Vec::new(),
     names: BTreeMap::new(),
+    places: Vec::new(),
 });
 
 /// The schedule so far.
@@ -148,6 +167,7 @@ pub(crate) fn boot(quirks: Quirks) {
     *log() = Log {
         steps: Vec::new(),
         names: BTreeMap::new(),
+        places: Vec::new(),
     };
     *lock() = Some(Box::new(Kernel {
         next_reservation: 0x20_0000_0000,
@@ -160,6 +180,16 @@ pub(crate) fn boot(quirks: Quirks) {
 /// A point: here another thread may run.
 pub(crate) fn point() {
     thread::sleep(Duration::ZERO);
+}
+
+/// What every userfaultfd may have.
+pub(crate) fn features() -> Features {
+    let all = Features::all() - Features::EVENT_FORK;
+    if with(|kernel| kernel.quirks.no_move) {
+        all - Features::MOVE
+    } else {
+        all
+    }
 }
 
 /// The calling thread's number, from 0 in the order in which threads are made.
@@ -328,6 +358,11 @@ impl Kernel {
         (0..self.mappings.len())
             .filter(|&at| self.mappings[at].range.overlaps(range))
             .collect()
+    }
+
+    /// Whether faults at `addr` go to a userfaultfd: for checks.
+    pub(crate) fn is_registered(&self, addr: usize) -> bool {
+        self.registration(addr).is_some()
     }
 
     fn populated(&self, range: PageRange) -> Vec<usize> {
@@ -557,7 +592,7 @@ impl Userfaultfd {
 
 pub(crate) fn poll(id: usize, timeout: Option<Duration>) -> Ready {
     if timeout.is_some() {
-        std::time::pass(Duration::from_micros(5));
+        std::time::pass(Duration::from_micros(20));
         std::thread::yield_now();
     } else {
         sleep_until(|kernel| kernel.over || kernel.uffds[id].has_message());
@@ -680,6 +715,31 @@ pub(crate) fn munmap(range: PageRange) {
         posted
     });
     wait_for_reader(&posted);
+}
+
+/// `mmap(MAP_FIXED)` of ordinary memory over `range`. `is_mapped` is called the moment it is there: before the caller goes on,
+/// and before the event is read.
+pub(crate) fn mmap_fixed(range: PageRange, is_mapped: impl FnOnce()) {
+    point();
+    let posted = with(|kernel| {
+        kernel.note("mmap FIXED", range.start(), None);
+        let posted = kernel.post(range, Features::EVENT_UNMAP, Event::Unmap);
+        kernel.forget(range);
+        kernel.map(range);
+        posted
+    });
+    is_mapped();
+    wait_for_reader(&posted);
+}
+
+/// `fork`: what is present in `range` is shared with the child from now on.
+pub(crate) fn fork(range: PageRange) {
+    with(|kernel| {
+        kernel.note("fork", range.start(), None);
+        for addr in kernel.populated(range) {
+            kernel.share(addr);
+        }
+    });
 }
 
 impl Kernel {

@@ -59,6 +59,12 @@ scenarios! {
     discard
     unmap
     remap
+    mapped_over
+    fork
+    snapshots_and_migrations
+    without_move
+    without_move_shared
+    without_move_evictions
     thread_door
     thread_door_shared
     thread_door_discard
@@ -72,7 +78,7 @@ mutations! {
     ShootdownNotAwaited in cpu_and_span: "was written last" | "empty page" | "write-protected page";
     FinishWithoutLook in cpu_and_span: "anomalies" | "is killed" | "was written last" | "empty page";
     HomeLeavesCopies in two_and_two: "was written last" | "the CPU may write it";
-    MoveErrorBelieved in moves_that_lie: "anomalies" | "is killed" | "fails" | "page 0 in the window" | "starved";
+    MoveErrorBelieved in moves_that_lie: "was written last" | "anomalies" | "is killed" | "fails" | "page 0 in the window" | "starved";
     UnprotectFirst in duplicates_and_collapse: "was written last" | "the CPU may write it";
     ShareHomeWritable in shared_home: "was written last" | "the CPU may write it";
     DuplicateUnprotected in duplicates_and_collapse: "was written last" | "the CPU may write it";
@@ -81,6 +87,11 @@ mutations! {
     CloseWithoutGrace in close_and_faults: "the close fails" | "empty page" | "not given back" | "was written last" | "Lost";
     EvictBusy in evictions_of_spans: "empty page" | "was written last";
     EvictUncounted in evictions: "not given back" | "starved" | "steps";
+    CopyUnprotected in without_move: "was written last" | "the CPU may write it";
+    ForkNotSeen in fork: "what the child finds";
+    MovesAgain in far_faults_coalesce: "moved more than once" | "below zero" | "empty page" | "was written last";
+    MonitorForgetsFault in thread_door: "deadlock";
+    EventNotRecorded in mapped_over: "a device has it" | "was written last" | "empty page" | "anomalies";
     GateStaysOpen in discard: "was written last" | "empty page";
     EventOverAtOnce in discard: "was written last" | "empty page" | "anomalies" | "is away, and present" | "is killed";
     // What loom finds in the small is found in the large as well.
@@ -532,6 +543,156 @@ fn remap() {
             d.try_access(0, Write);
             d.try_access(0, Read);
             d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// Other memory is mapped over a page while its event is unread: nothing of ours may touch it.
+fn mapped_over() {
+    let world = World::new(Setup::default());
+    world.write(0);
+    let threads = [
+        world.cpu(|w| {
+            w.replace(0);
+            let page = w.replacement().expect("just now");
+            w.read(page);
+            w.write(page);
+        }),
+        world.cpu(|w| {
+            if let Some(page) = w.replacement() {
+                w.write(page);
+                w.write(page);
+            }
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.try_access(0, Write);
+            d.try_access(0, Read);
+            d.write(1);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.try_access(0, Write);
+            d.read(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A fork while everybody is at work: the child must find what was written last, and afterwards the pages are shared with it.
+fn fork() {
+    let world = World::new(Setup::default());
+    let threads = [
+        world.cpu(|w| w.fork()),
+        world.cpu(|w| {
+            w.write(0);
+            w.read(1);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.write(1);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The other ways of an update: a look without a fault, and a migration whatever the policy; and the way back, on request.
+fn snapshots_and_migrations() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        in_use: true,
+        ..Setup::default()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.read(0);
+            w.write(0);
+        }),
+        world.cpu(|w| w.release(0)),
+        world.worker(0, Style::Snapshot, |d| {
+            d.write(0);
+            d.read(0);
+            d.write(0);
+        }),
+        world.worker(1, Style::Migrate, |d| {
+            d.read(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+fn no_move() -> Setup {
+    Setup {
+        quirks: Quirks {
+            no_move: true,
+            ..Quirks::default()
+        },
+        ..Setup::default()
+    }
+}
+
+/// A kernel without MOVE: pages are protected, copied and discarded.
+fn without_move() {
+    let world = World::new(no_move());
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(0);
+            w.read(0);
+        }),
+        world.cpu(|w| w.write(0)),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.read(0);
+            d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The same with duplicates, and two devices.
+fn without_move_shared() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        in_use: true,
+        read_mostly: true,
+        ..no_move()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.read(0);
+            d.write(0);
+        }),
+        world.worker(1, Style::Update, |d| {
+            d.read(0);
+            d.write(0);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// The same with little memory.
+fn without_move_evictions() {
+    let world = World::new(Setup {
+        memory: Some(1),
+        ..no_move()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.write(1);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.write(0);
+            d.write(1);
+            d.read(0);
         }),
     ];
     join(world, threads);

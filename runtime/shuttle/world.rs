@@ -160,6 +160,10 @@ pub(crate) enum Style {
     Span,
     /// `start_update`, `fault`, `end_update`: the token is taken before the block's lock. Accesses under the device lock.
     Update,
+    /// As [`Self::Update`], by `snapshot` if that is enough.
+    Snapshot,
+    /// As [`Self::Update`], by `migrate`.
+    Migrate,
 }
 
 /// The device.
@@ -302,12 +306,23 @@ impl World {
                 Arc::new(device.expect("a free slot"))
             })
             .collect();
-        let mappings = devices
+        let mappings: Vec<_> = devices
             .iter()
             .map(|d| d.map(RegionRef { region: &region }).expect("a window"))
             .collect();
         if setup.in_use {
             region.begin_use();
+        }
+        let offsets = mappings.iter().map(|mapped: &MappedRef<_>| mapped.offset());
+        for (place, name) in
+            std::iter::once(0)
+                .chain(offsets)
+                .zip(["CPU's ", "device 0's ", "device 1's "])
+        {
+            let at = BASE.wrapping_add_signed(place);
+            if let Some(range) = PageRange::from_pages(at, setup.nr_pages) {
+                kernel::log().places.push((range, name.to_owned()));
+            }
         }
         let places = (0..setup.nr_pages).map(|page| BASE + page * PAGE_SIZE);
         Arc::new(Self {
@@ -473,6 +488,46 @@ impl World {
         self.check();
     }
 
+    /// A child is made: it must find in its memory what was written last.
+    pub(crate) fn fork(&self) {
+        crate::sys::process::around_fork(|| {
+            kernel::point();
+            let range = self.range(&(0..self.setup.nr_pages));
+            kernel::fork(range);
+            for page in 0..self.setup.nr_pages {
+                let there = kernel::with(|kernel| kernel.look(self.place(page)));
+                let written = held(&ORACLE).pages[page].now;
+                let found = there.map_or(0, |(contents, _)| contents);
+                assert_eq!(found, written, "page {page}: what the child finds");
+            }
+        });
+        self.check();
+    }
+
+    /// Other memory is mapped over the page `page`: it is the page `self.setup.nr_pages` from then on, and no device's.
+    pub(crate) fn replace(&self, page: usize) {
+        let place = self.place(page);
+        let range = PageRange::from_pages(place, 1).expect("an address");
+        kernel::mmap_fixed(range, || {
+            held(&ORACLE).pages.push(History::default());
+            held(&self.places).push(place);
+        });
+        held(&ORACLE).pages[page].is_out_of_reach = true;
+        self.check();
+    }
+
+    /// The page that [`Self::replace`] has made, if it has already.
+    pub(crate) fn replacement(&self) -> Option<usize> {
+        (held(&self.places).len() > self.setup.nr_pages).then_some(self.setup.nr_pages)
+    }
+
+    /// Brings everything home that a device has.
+    pub(crate) fn release(&self, device: usize) {
+        let released = self.attachment(device).release();
+        assert!(released.is_ok(), "the release fails: {released:?}");
+        self.check();
+    }
+
     /// Detaches a device whose workers have ended: every page it has comes home.
     pub(crate) fn detach(&self) {
         let device = held(&self.devices).pop().expect("a device");
@@ -512,7 +567,9 @@ impl World {
             let body = PageMask::range(0..self.setup.nr_pages);
             let settled = body - state.gone() - state.pending() - state.displaced();
             for page in settled.runs().flatten() {
-                let host = kernel.look(BASE + page * PAGE_SIZE);
+                let place = BASE + page * PAGE_SIZE;
+                // Other memory by now, of which nobody has read yet.
+                let host = kernel.look(place).filter(|_| kernel.is_registered(place));
                 let mut shared = false;
                 for (i, mapped) in self.mappings.iter().enumerate() {
                     let id = DeviceId(u8::try_from(i).unwrap_or(u8::MAX));
@@ -539,7 +596,9 @@ impl World {
             .map_or(0, |mirror| mirror.stats().anomalies);
         assert_eq!(anomalies, 0, "anomalies were counted");
         self.close();
-        for page in 0..self.setup.nr_pages {
+        let nr_pages = held(&self.places).len();
+        let first = nr_pages - self.setup.nr_pages;
+        for page in first..nr_pages {
             if !kernel::mappings(self.range(&(page..page + 1))).is_empty() {
                 self.read(page);
             }
@@ -648,10 +707,14 @@ impl Worker {
     fn fault_in(&mut self, page: usize, access: Access, attempt: usize) -> Result<(), DeviceFault> {
         let mapped = self.world.mappings[self.device].clone();
         kernel::with(|kernel| kernel.note("device fault", BASE + page * PAGE_SIZE, None));
-        if self.style == Style::Update {
+        if matches!(self.style, Style::Update | Style::Snapshot | Style::Migrate) {
             let pages = page..page + 1;
             let mut update = self.range.start_update(&mapped, pages, TIMEOUT)?;
-            update.fault(access)?;
+            match self.style {
+                Style::Snapshot if attempt.is_multiple_of(2) => update.snapshot(),
+                Style::Migrate if attempt.is_multiple_of(2) => update.migrate()?,
+                _ => update.fault(access)?,
+            }
             let guard = self.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {
                 valid.iter().for_each(|valid| mapped.table().install(valid));

@@ -315,6 +315,7 @@ fn give_up(
         };
         match what {
             What::Discarded => state.discarded(concerned),
+            What::Gone | What::Displaced(_) if mutated(Mutation::EventNotRecorded) => {}
             What::Gone => state.left(concerned),
             What::Displaced(_) => state.displaced_to_new_address(concerned),
         }

@@ -884,7 +884,12 @@ impl<'a> Mover<'a> {
         let id = device.id();
         let (at, len) = (self.host(run.start), run.len() * PAGE_SIZE);
         count(&self.region.counters().write_protect_calls, 1);
-        match self.region.door().protect(at, len) {
+        let protected = if mutated(Mutation::CopyUnprotected) {
+            Stop::Complete
+        } else {
+            self.region.door().protect(at, len)
+        };
+        match protected {
             Stop::Complete => {}
             Stop::Changing => return Err(Stall::Changing),
             _ => return Err(Stall::Refused(run.start)),

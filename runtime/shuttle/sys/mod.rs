@@ -75,6 +75,7 @@ pub(crate) mod membarrier {
 pub(crate) mod process {
     use crate::addr::PAGE_SIZE;
     use crate::kernel;
+    use std::sync::OnceLock;
     use std::{fmt, io};
 
     pub(crate) fn sched_yield() {
@@ -107,13 +108,24 @@ pub(crate) mod process {
         Ok(len)
     }
 
-    /// The models do not fork.
+    /// What libc calls before a fork, and after it in the parent.
+    static HANDLERS: OnceLock<[extern "C" fn(); 2]> = OnceLock::new();
+
     pub(crate) fn at_fork(
-        _: extern "C" fn(),
-        _: extern "C" fn(),
+        prepare: extern "C" fn(),
+        parent: extern "C" fn(),
         _: extern "C" fn(),
     ) -> io::Result<()> {
+        HANDLERS.get_or_init(|| [prepare, parent]);
         Ok(())
+    }
+
+    /// A fork: `fork` is what the kernel does of it.
+    pub(crate) fn around_fork(fork: impl FnOnce()) {
+        let [prepare, parent] = HANDLERS.get().expect("installed with the first mirror");
+        prepare();
+        fork();
+        parent();
     }
 
     /// The end of a schedule ends the monitor, which takes that for its death.

@@ -83,9 +83,6 @@ impl fmt::Display for OpenError {
     }
 }
 
-/// What the model's kernel has: all that a process may have without privileges.
-const AVAILABLE: Features = Features::all().difference(Features::EVENT_FORK);
-
 #[derive(Debug)]
 pub(crate) struct Uffd {
     id: usize,
@@ -103,14 +100,14 @@ impl Uffd {
     }
 
     pub(crate) fn probe(_: FaultScope) -> Result<Features, OpenError> {
-        Ok(AVAILABLE)
+        Ok(kernel::features())
     }
 
     pub(crate) fn open(scope: FaultScope, wanted: Features) -> Result<Self, OpenError> {
         if scope == FaultScope::UserAndKernel {
             return Err(OpenError);
         }
-        let enabled = wanted.intersection(AVAILABLE);
+        let enabled = wanted.intersection(kernel::features());
         Ok(Self {
             id: kernel::with(|kernel| kernel.open(enabled)),
             enabled,

@@ -124,7 +124,7 @@ impl<D: Device> Round<'_, D> {
         let space = AddressSpace::global();
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
-        if space.forking().load(Ordering::SeqCst) != 0 {
+        if space.forking().load(Ordering::SeqCst) != 0 && !mutated(Mutation::ForkNotSeen) {
             return Outcome::Again;
         }
         // Likewise, against the teardown of the mirror or of the device.

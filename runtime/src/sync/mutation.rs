@@ -128,6 +128,16 @@ mutations! {
     EvictBusy,
     /// An eviction does not give the memory back.
     EvictUncounted,
+    /// A page is copied to an empty place of the window without being write-protected first.
+    CopyUnprotected,
+    /// A round does not see that a fork is being prepared.
+    ForkNotSeen,
+    /// A round does not see that another has moved the page meanwhile.
+    MovesAgain,
+    /// The monitor does not put a fault aside that has to wait.
+    MonitorForgetsFault,
+    /// The directory is not told that pages were unmapped or moved.
+    EventNotRecorded,
     /// The gate is not closed while an event is read and applied.
     GateStaysOpen,
     /// What an event was about counts as over before the kernel has done it.
