@@ -205,10 +205,11 @@ fn chance(one_in: u32) -> bool {
 
 /// Sleeps until `is_so`, which is asked again after each [`wake_sleepers`].
 fn sleep_until(mut is_so: impl FnMut(&mut Kernel) -> bool) {
+    let me = thread::current();
     while !with(|kernel| {
         let is_so = is_so(kernel);
-        if !is_so {
-            kernel.sleepers.push(thread::current());
+        if !is_so && kernel.sleepers.iter().all(|s| s.id() != me.id()) {
+            kernel.sleepers.push(me.clone());
         }
         is_so
     }) {
