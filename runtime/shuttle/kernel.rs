@@ -108,6 +108,8 @@ pub(crate) struct Kernel {
     next_reservation: usize,
     handler: Option<fn(&BusFault) -> signal::Verdict>,
     sleepers: Vec<Thread>,
+    /// Signals that threads have not taken yet.
+    late: BTreeMap<usize, BusFault>,
     futexes: BTreeMap<usize, VecDeque<Thread>>,
     quirks: Quirks,
     over: bool,
@@ -215,6 +217,24 @@ fn sleep_until(mut is_so: impl FnMut(&mut Kernel) -> bool) {
     }) {
         thread::park();
     }
+}
+
+/// Sends a thread that sleeps in a fault the signal of a late access.
+pub(crate) fn send_late(thread: usize, addr: usize, write: bool) {
+    let access = if write {
+        signal::Access::WriteMissing
+    } else {
+        signal::Access::ReadMissing
+    };
+    let fault = BusFault {
+        addr,
+        access,
+        pc: 0,
+        sp: 0,
+        late: true,
+    };
+    with(|kernel| kernel.late.insert(thread, fault));
+    wake_sleepers();
 }
 
 fn wake_sleepers() {
@@ -871,9 +891,14 @@ pub(crate) fn mappings(range: PageRange) -> Vec<Vma> {
 
 // Accesses.
 
-/// The access ends the thread: nothing is mapped there, or nobody serves the fault.
+/// The access ends the thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Killed;
+pub(crate) enum Killed {
+    /// Nothing is mapped there, or nobody serves the fault.
+    Killed,
+    /// It never comes back from its handler.
+    Parked,
+}
 
 /// How often one access may fault: beyond that the thread makes no progress.
 const MAX_FAULTS: usize = 400;
@@ -896,7 +921,7 @@ pub(crate) fn access(
         let tried = with(|kernel| kernel.try_access(addr, write, &mut act));
         match tried {
             Tried::Done => return Ok(()),
-            Tried::Killed => return Err(Killed),
+            Tried::Killed => return Err(Killed::Killed),
             Tried::Handle(handler, access) => {
                 point();
                 let fault = BusFault {
@@ -904,15 +929,29 @@ pub(crate) fn access(
                     access,
                     pc: 0,
                     sp: 0,
+                    late: false,
                 };
-                if handler(&fault) == signal::Verdict::NotOurs {
-                    with(|kernel| kernel.note("not ours", addr, None));
-                    return Err(Killed);
+                match handler(&fault) {
+                    signal::Verdict::Resolved => {}
+                    signal::Verdict::Park => return Err(Killed::Parked),
+                    signal::Verdict::NotOurs => {
+                        with(|kernel| kernel.note("not ours", addr, None));
+                        return Err(Killed::Killed);
+                    }
                 }
             }
             Tried::Wait(id) => {
                 wake_sleepers();
-                sleep_until(|kernel| !kernel.unanswered.contains(&id));
+                let me = thread_id();
+                sleep_until(|kernel| {
+                    !kernel.unanswered.contains(&id) || kernel.late.contains_key(&me)
+                });
+                if let (Some(late), Some(handler)) =
+                    with(|kernel| (kernel.late.remove(&me), kernel.handler))
+                    && handler(&late) == signal::Verdict::Park
+                {
+                    return Err(Killed::Parked);
+                }
             }
         }
     }

@@ -65,6 +65,7 @@ runtime! {
     movement "../src/movement.rs"
     notifier "../src/notifier/mod.rs"
     options "../src/options.rs"
+    overrun "../src/overrun.rs"
     page_bits "../src/page_bits.rs"
     pin "../src/pin.rs"
     ptr "../src/ptr.rs"
@@ -89,8 +90,8 @@ pub use {
     block::MAX_DEVICES,
     buffer::Buffer,
     device::{
-        Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, MapInfo,
-        WouldBlock,
+        Blocking, Device, DeviceGuard, DeviceLock, DeviceMemory, Invalidation, Keep, LateAccess,
+        MapInfo, Overrun, ThreadId, WouldBlock,
     },
     edge::UseGuard,
     error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result},
@@ -101,7 +102,7 @@ pub use {
     page_bits::PageBits,
     pin::Pin,
     ptr::Ptr,
-    range::{Committed, Interrupted, Range, Update},
+    range::{Committed, Interrupted, NotMapped, PageMapper, Range, Update},
     round::Valid,
     share::Shared,
     snapshot::{PageSnapshot, snapshot},

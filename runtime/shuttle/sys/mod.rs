@@ -148,6 +148,7 @@ pub(crate) mod signal {
         pub(crate) access: Access,
         pub(crate) pc: usize,
         pub(crate) sp: usize,
+        pub(crate) late: bool,
     }
 
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +163,13 @@ pub(crate) mod signal {
     pub(crate) enum Verdict {
         Resolved,
         NotOurs,
+        Park,
+    }
+
+    /// A signal of ours to a thread that sleeps in a fault.
+    pub(crate) fn send_late(thread: usize, addr: usize, write: bool) -> io::Result<()> {
+        kernel::send_late(thread, addr, write);
+        Ok(())
     }
 
     pub(crate) fn install(handler: fn(&BusFault) -> Verdict) -> io::Result<()> {
