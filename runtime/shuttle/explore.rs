@@ -276,7 +276,7 @@ fn number<N: std::str::FromStr>(variable: &str) -> Option<N> {
 }
 
 /// Points of one schedule: with more of them somebody waits for what does not come.
-const MAX_STEPS: usize = 1_000_000;
+const MAX_STEPS: usize = 100_000;
 
 /// What a process that found a failing schedule ends with.
 const FOUND: u8 = 3;

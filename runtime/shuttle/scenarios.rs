@@ -7,6 +7,7 @@ use crate::sync::mutation::Mutation;
 use crate::world::{Setup, Style, World};
 use shuttle::thread::JoinHandle;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// What some threads do; each schedule of it must hold.
 pub(crate) struct Scenario {
@@ -60,6 +61,10 @@ scenarios! {
     unmap
     remap
     mapped_over
+    late_spans
+    late_spans_shared
+    late_span_and_reader
+    thread_door_late
     fork
     snapshots_and_migrations
     without_move
@@ -78,7 +83,7 @@ mutations! {
     ShootdownNotAwaited in cpu_and_span: "was written last" | "empty page" | "write-protected page";
     FinishWithoutLook in cpu_and_span: "anomalies" | "is killed" | "was written last" | "empty page";
     HomeLeavesCopies in two_and_two: "was written last" | "the CPU may write it";
-    MoveErrorBelieved in moves_that_lie: "was written last" | "anomalies" | "is killed" | "fails" | "page 0 in the window" | "starved";
+    MoveErrorBelieved in moves_that_lie: "was written last" | "anomalies" | "is killed" | "fails" | "in the window" | "starved";
     UnprotectFirst in duplicates_and_collapse: "was written last" | "the CPU may write it";
     ShareHomeWritable in shared_home: "was written last" | "the CPU may write it";
     DuplicateUnprotected in duplicates_and_collapse: "was written last" | "the CPU may write it";
@@ -92,6 +97,7 @@ mutations! {
     MovesAgain in far_faults_coalesce: "moved more than once" | "below zero" | "empty page" | "was written last";
     MonitorForgetsFault in thread_door: "deadlock";
     EventNotRecorded in mapped_over: "a device has it" | "was written last" | "empty page" | "anomalies";
+    SeveredRefilled in late_span_and_reader: "was written last" | "anomalies" | "empty page";
     GateStaysOpen in discard: "was written last" | "empty page";
     EventOverAtOnce in discard: "was written last" | "empty page" | "anomalies" | "is away, and present" | "is killed";
     // What loom finds in the small is found in the large as well.
@@ -575,6 +581,103 @@ fn mapped_over() {
             d.try_access(0, Write);
             d.read(1);
         }),
+    ];
+    join(world, threads);
+}
+
+fn late() -> Setup {
+    Setup {
+        nr_devices: 2,
+        // A few looks at the clock.
+        span_deadline: Duration::from_micros(2),
+        ..Setup::default()
+    }
+}
+
+/// Spans that outstay a shootdown: their pages are taken, their threads parked, and nobody sees what is not current.
+fn late_spans() {
+    let world = World::new(late());
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+            w.write(0);
+        }),
+        world.worker(0, Style::Late, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+        world.worker(0, Style::Locked, |d| d.write(0)),
+        world.worker(1, Style::Late, |d| d.write(0)),
+    ];
+    join(world, threads);
+}
+
+/// The same, with readers on all sides.
+fn late_spans_shared() {
+    let world = World::new(Setup {
+        in_use: true,
+        read_mostly: true,
+        ..late()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.read(0);
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Late, |d| {
+            d.read(0);
+            d.write(0);
+        }),
+        world.worker(0, Style::Locked, |d| {
+            d.read(0);
+            d.read(0);
+        }),
+        world.worker(1, Style::Late, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A late writer, and another worker of the same device that has the page back meanwhile, to read.
+fn late_span_and_reader() {
+    let world = World::new(Setup {
+        nr_devices: 1,
+        in_use: true,
+        read_mostly: true,
+        ..late()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.worker(0, Style::Late, |d| d.write(0)),
+        world.worker(0, Style::Locked, |d| d.read(0)),
+    ];
+    join(world, threads);
+}
+
+/// The same through the thread door: the late thread is sent a signal of its own.
+fn thread_door_late() {
+    let world = World::new(Setup {
+        delivery: Delivery::Thread,
+        ..late()
+    });
+    let threads = [
+        world.cpu(|w| {
+            w.write(0);
+            w.read(0);
+        }),
+        world.cpu(|w| w.write(0)),
+        world.worker(0, Style::Late, |d| {
+            d.write(0);
+            d.read(0);
+        }),
+        world.worker(1, Style::Locked, |d| d.write(0)),
     ];
     join(world, threads);
 }

@@ -17,7 +17,9 @@
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::attachment::{AttachOptions, Attachment, attach};
 use crate::block::DeviceId;
-use crate::device::{Device, DeviceLock, Invalidation, Keep, MapInfo, WouldBlock};
+use crate::device::{
+    Device, DeviceLock, Invalidation, Keep, LateAccess, MapInfo, Overrun, WouldBlock,
+};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error};
 use crate::kernel::{self, Killed, Outcome, Quirks};
 use crate::mapped::{MappedRef, RegionRef};
@@ -129,6 +131,8 @@ pub(crate) struct Setup {
     pub(crate) delivery: Delivery,
     pub(crate) granule: Granule,
     pub(crate) read_mostly: bool,
+    /// How long a span may outstay a shootdown.
+    pub(crate) span_deadline: Duration,
     /// Pages of memory of each device.
     pub(crate) memory: Option<usize>,
     /// Whether a launch goes on meanwhile: then a load of the CPU shares a device's page instead of taking it.
@@ -144,6 +148,7 @@ impl Default for Setup {
             delivery: Delivery::Inline,
             granule: Granule::Page,
             read_mostly: false,
+            span_deadline: TIMEOUT,
             memory: None,
             in_use: false,
             quirks: Quirks::default(),
@@ -158,6 +163,9 @@ pub(crate) enum Style {
     Locked,
     /// `fault_in`; accesses in a span, which a shootdown has to wait for.
     Span,
+    /// As [`Self::Span`], of a kernel that is in no hurry, on a device that does not wait for it: the span's pages are taken from it,
+    /// and its thread is parked at the next touch.
+    Late,
     /// `start_update`, `fault`, `end_update`: the token is taken before the block's lock. Accesses under the device lock.
     Update,
     /// As [`Self::Update`], by `snapshot` if that is enough.
@@ -179,8 +187,8 @@ pub(crate) struct Table {
     readable: PageBits,
     writable: PageBits,
     in_place: PageBits,
-    /// Open spans: page, and whether they write.
-    spans: Mutex<Vec<(usize, Access)>>,
+    /// Open spans: page, whether they write, and whose they are.
+    spans: Mutex<Vec<(usize, Access, usize)>>,
 }
 
 impl Table {
@@ -235,9 +243,20 @@ unsafe impl Device for ModelDevice {
 
     fn quiesced(&self, table: &Table, inv: &Invalidation) -> bool {
         kernel::point();
-        !held(&table.spans).iter().any(|&(page, access)| {
+        !held(&table.spans).iter().any(|&(page, access, _)| {
             inv.pages().contains(page) && (inv.keep() == Keep::Nothing || access == Access::Write)
         })
+    }
+
+    fn overrun(&self, table: &Table, late: &LateAccess) -> Overrun {
+        let mut spans = held(&table.spans);
+        let before = spans.len();
+        spans.retain(|&(.., thread)| thread != late.thread.as_usize());
+        if spans.len() == before {
+            return Overrun::Stranger;
+        }
+        self.nr_spans.fetch_sub(1, Relaxed);
+        Overrun::Park
     }
 
     fn pause(&self) {
@@ -296,7 +315,7 @@ impl World {
             // SAFETY: leaked from a box by the schedule before, all of whose threads have ended; nobody finds it any more.
             drop(unsafe { Box::from_raw(before) });
         }
-        let mut attach_options = AttachOptions::new();
+        let mut attach_options = AttachOptions::new().span_deadline(setup.span_deadline);
         if let Some(pages) = setup.memory {
             attach_options = attach_options.memory_bytes(pages * PAGE_SIZE);
         }
@@ -381,6 +400,7 @@ impl World {
                 range,
                 device,
                 style,
+                is_parked: false,
             });
         })
     }
@@ -623,6 +643,8 @@ pub(crate) struct Worker {
     range: crate::range::Range<ModelDevice>,
     device: usize,
     style: Style,
+    /// It is in a handler that it never leaves: it does nothing any more.
+    is_parked: bool,
 }
 
 impl Worker {
@@ -651,7 +673,7 @@ impl Worker {
 
     fn access(&mut self, page: usize, access: Access) -> Result<(), DeviceFault> {
         for attempt in 0..MAX_TRIES {
-            if self.through_table(page, access) {
+            if self.is_parked || self.through_table(page, access) {
                 self.world.check();
                 return Ok(());
             }
@@ -685,15 +707,30 @@ impl Worker {
         }
         let witness =
             |_: &mut kernel::Kernel, contents| witness(Who::Device, page, contents, access);
-        if self.style == Style::Span {
-            held(&table.spans).push((page, access));
+        if matches!(self.style, Style::Span | Style::Late) {
+            let span = (page, access, kernel::thread_id());
+            held(&table.spans).push(span);
             device.nr_spans.fetch_add(1, Relaxed);
             drop(guard);
             // A span outlives the lock: twice, for what is between.
-            kernel::touch(at, write, witness);
-            kernel::touch(at, write, witness);
+            let late = self.style == Style::Late;
+            for _ in 0..if late { 8 } else { 2 } {
+                if !late {
+                    kernel::touch(at, write, witness);
+                    continue;
+                }
+                std::thread::sleep(Duration::from_micros(1));
+                let touched =
+                    kernel::access(at, write, |kernel, contents| witness(kernel, contents));
+                if touched == Err(Killed::Parked) {
+                    kernel::note_step("is parked", at, Outcome::Done);
+                    self.is_parked = true;
+                    return true;
+                }
+                assert_eq!(touched, Ok(()), "an access of a late span");
+            }
             let mut spans = held(&table.spans);
-            let ours = spans.iter().position(|&span| span == (page, access));
+            let ours = spans.iter().position(|&open| open == span);
             spans.swap_remove(ours.expect("pushed above"));
             drop(spans);
             device.nr_spans.fetch_sub(1, Relaxed);

@@ -138,6 +138,8 @@ mutations! {
     MonitorForgetsFault,
     /// The directory is not told that pages were unmapped or moved.
     EventNotRecorded,
+    /// Window pages that were taken from under a span are filled again while it is open.
+    SeveredRefilled,
     /// The gate is not closed while an event is read and applied.
     GateStaysOpen,
     /// What an event was about counts as over before the kernel has done it.
