@@ -58,8 +58,12 @@ scenarios! {
     changing_all_the_time
     shared_with_a_child
     discard
+    discard_shared
     unmap
+    unmap_shared
     remap
+    remap_shared
+    remap_and_close
     mapped_over
     late_spans
     late_spans_shared
@@ -87,6 +91,7 @@ mutations! {
     UnprotectFirst in duplicates_and_collapse: "was written last" | "the CPU may write it";
     ShareHomeWritable in shared_home: "was written last" | "the CPU may write it";
     DuplicateUnprotected in duplicates_and_collapse: "was written last" | "the CPU may write it";
+    PinsAtOnce in unmap_shared: "deadlock";
     UnpinTellsNobody in pin_and_rounds: "empty page" | "a pin fails" | "was written last";
     CloseNotSeen in close_and_faults: "the close fails" | "empty page" | "not given back" | "was written last" | "Lost";
     CloseWithoutGrace in close_and_faults: "the close fails" | "empty page" | "not given back" | "was written last" | "Lost";
@@ -459,6 +464,7 @@ fn changing_all_the_time() {
     let threads = [
         world.cpu(|w| {
             w.write(0);
+            w.with_pinned(0..2);
             w.read(1);
             w.write(1);
         }),
@@ -549,6 +555,110 @@ fn remap() {
             d.try_access(0, Write);
             d.try_access(0, Read);
             d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+fn shared() -> Setup {
+    Setup {
+        nr_devices: 2,
+        in_use: true,
+        read_mostly: true,
+        granule: Granule::Big,
+        ..Setup::default()
+    }
+}
+
+/// A discard of what both devices and the CPU share, against updates, which take their tokens early.
+fn discard_shared() {
+    let world = World::new(shared());
+    world.write(0);
+    let threads = [
+        world.cpu(|w| {
+            w.discard(0..2);
+            w.write(0);
+            w.discard(0..1);
+        }),
+        world.cpu(|w| {
+            w.write(1);
+            w.read(0);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.read(0);
+            d.write(0);
+        }),
+        world.worker(1, Style::Snapshot, |d| {
+            d.read(0);
+            d.read(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// An unmapping of what is shared, with a pin beside it.
+fn unmap_shared() {
+    let world = World::new(shared());
+    world.write(0);
+    let threads = [
+        world.cpu(|w| w.unmap(0..1)),
+        world.cpu(|w| {
+            w.read(1);
+            w.with_pinned(1..2);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.try_access(0, Read);
+            d.try_access(0, Write);
+        }),
+        world.worker(1, Style::Locked, |d| {
+            d.try_access(0, Read);
+            d.write(1);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A move of what is shared.
+fn remap_shared() {
+    let world = World::new(shared());
+    world.write(0);
+    world.write(1);
+    let threads = [
+        world.cpu(|w| {
+            w.remap(0..2);
+            w.read(0);
+            w.write(1);
+            w.write(0);
+        }),
+        world.worker(0, Style::Update, |d| {
+            d.try_access(0, Write);
+            d.try_access(1, Read);
+        }),
+        world.worker(1, Style::Span, |d| {
+            d.try_access(1, Write);
+            d.try_access(0, Read);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A move, and the mirror is closed meanwhile: what is away comes home to its new place.
+fn remap_and_close() {
+    let world = World::new(Setup::default());
+    let first = world.worker(0, Style::Locked, |d| {
+        d.write(0);
+        d.write(1);
+    });
+    first.join().expect("a thread that panics ends the program");
+    let threads = [
+        world.cpu(|w| {
+            w.remap(0..1);
+            w.write(0);
+        }),
+        world.cpu(|w| w.close()),
+        world.worker(0, Style::Span, |d| {
+            d.try_access(0, Write);
+            d.try_access(1, Write);
         }),
     ];
     join(world, threads);

@@ -9,7 +9,7 @@
 //! # What is checked
 //! | when | what |
 //! |---|---|
-//! | at each access | the oracle; a translation leads to a page, and one for writing to one that is not write-protected |
+//! | at each access | the oracle; a translation to a window leads to a page |
 //! | after each operation | the directory is consistent (D2, D3), and says what the page tables say (D1, D4) |
 //! | at the end | every page home, device memory accounted for to zero, no anomaly counted |
 //! | throughout | no deadlock, which Shuttle reports; no operation takes more tries than [`MAX_TRIES`] |
@@ -701,12 +701,24 @@ impl Worker {
         if !table.allows(page, access) {
             return false;
         }
+        let in_place = table.in_place.contains(page, Relaxed);
         let mut at = BASE + page * PAGE_SIZE;
-        if !table.in_place.contains(page, Relaxed) {
+        if !in_place {
             at = at.wrapping_add_signed(mapped.offset());
         }
         let witness =
             |_: &mut kernel::Kernel, contents| witness(Who::Device, page, contents, access);
+        // In place a device's thread is like any other of the process: a store may fault, and is served.
+        let touch = || {
+            if in_place {
+                let is_there = kernel::with(|kernel| kernel.look(at).is_some());
+                assert!(is_there, "a translation in place leads to an empty page");
+                let done = kernel::access(at, write, witness);
+                assert_eq!(done, Ok(()), "an access in place");
+            } else {
+                kernel::touch(at, write, witness);
+            }
+        };
         if matches!(self.style, Style::Span | Style::Late) {
             let span = (page, access, kernel::thread_id());
             held(&table.spans).push(span);
@@ -716,12 +728,11 @@ impl Worker {
             let late = self.style == Style::Late;
             for _ in 0..if late { 8 } else { 2 } {
                 if !late {
-                    kernel::touch(at, write, witness);
+                    touch();
                     continue;
                 }
                 std::thread::sleep(Duration::from_micros(1));
-                let touched =
-                    kernel::access(at, write, |kernel, contents| witness(kernel, contents));
+                let touched = kernel::access(at, write, witness);
                 if touched == Err(Killed::Parked) {
                     kernel::note_step("is parked", at, Outcome::Done);
                     self.is_parked = true;
@@ -735,7 +746,7 @@ impl Worker {
             drop(spans);
             device.nr_spans.fetch_sub(1, Relaxed);
         } else {
-            kernel::touch(at, write, witness);
+            touch();
             drop(guard);
         }
         true

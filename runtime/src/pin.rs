@@ -97,6 +97,8 @@ fn pin_block(region: &Region, block: usize, pages: PageMask) -> Result<()> {
             Ok(true) => return Ok(()),
             Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
+                let _gate = AddressSpace::global().gate().enter();
+                region.lock_block(block).end_pinning(pages);
                 return Err(Error::new("pin", ErrorKind::Unmapped).at(region.addr_of(block, page)));
             }
         }
@@ -165,6 +167,7 @@ fn finish_pin(
     for run in pages.runs() {
         mover.populate_host(run)?;
     }
+    mover.state.end_pinning(pages);
     Ok(true)
 }
 

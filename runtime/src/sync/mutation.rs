@@ -118,6 +118,8 @@ mutations! {
     ShareHomeWritable,
     /// A page is copied over a stale one without being write-protected first.
     DuplicateUnprotected,
+    /// A page whose pin is not complete is given to devices in place.
+    PinsAtOnce,
     /// A pin ends, and devices keep their translations in place.
     UnpinTellsNobody,
     /// A round does not see that the mirror is being closed.
