@@ -250,7 +250,7 @@ pub(crate) fn futex_sleep(word: usize) {
             .futexes
             .entry(word)
             .or_default()
-            .push_back(me.clone())
+            .push_back(me.clone());
     });
     thread::park();
     with(|kernel| {

@@ -12,6 +12,10 @@
 //! | [`scenarios`] | what the actors do, and the faults of [`sync::mutation`] that must be found |
 //! | [`explore`] | schedulers, seeds, counts, and the ladder of a schedule that fails |
 //!
+//! Checked in each schedule: no write is lost and nothing stale is read, the directory agrees with the page tables, no translation leads
+//! to a page that has gone, no deadlock, no starvation, and memory accounted for to zero ([`world`]). Which invariant is whose is in the
+//! table of [`notifier`], with the mutation that breaks it.
+//!
 //! What it can not find: an ordering that is too weak (Shuttle is sequentially consistent; that is loom's part, `runtime/models`), and
 //! what the kernel does beyond the model.
 //!

@@ -236,7 +236,7 @@ unsafe impl Device for ModelDevice {
             table.readable.remove(inv.block(), inv.pages());
         }
         kernel::with(|kernel| {
-            kernel.note("invalidate", BASE + inv.bounds().start * PAGE_SIZE, None)
+            kernel.note("invalidate", BASE + inv.bounds().start * PAGE_SIZE, None);
         });
         Ok(())
     }
@@ -785,4 +785,4 @@ impl Worker {
     }
 }
 
-const _: () = assert!(BASE % BLOCK_SIZE == 0 && ELSEWHERE % BLOCK_SIZE == 0);
+const _: () = assert!(BASE.is_multiple_of(BLOCK_SIZE) && ELSEWHERE.is_multiple_of(BLOCK_SIZE));
