@@ -1,15 +1,28 @@
 #!/bin/sh
-# The models: the synchronisation primitives and the range protocol under loom, the protocols known to be wrong, and the
-# mutations of our own code. Prints how many schedules each took, and for what must fail, one in which it does.
+# The models: the synchronisation primitives and the range protocol under loom, the protocols known to be wrong, whole fault paths
+# under Shuttle over a model of the kernel, and the mutations of our own code. Prints how many schedules each took, and for what
+# must fail, one in which it does.
 #
-#   ci/models.sh           every model with 3 preemptions, quick ones with more; minutes
-#   ci/models.sh --quick   every model with 2 preemptions; seconds, once built
+#   ci/models.sh           every model with 3 preemptions, quick ones with more; fault paths from fresh seeds; minutes
+#   ci/models.sh --quick   every model with 2 preemptions; fault paths from seed 1; under a minute, once built
 #   ci/models.sh [--quick] NAME
-#                          only the models whose path contains NAME, e.g. wrong:: or mutations; ladders are printed
+#                          only what has NAME in its path, e.g. wrong:: or mutations, evictions or UnprotectFirst; ladders are printed
+#   ci/models.sh --replay SCENARIO SCHEDULE [MUTATION]
+#                          one schedule of a fault path again, as printed by the run that found it; SVM_SHUTTLE_STEPS=n shows more of it
 set -eu
 cd "$(dirname "$0")/.."
 
+# Fault paths under Shuttle: runtime/shuttle.
+paths() {
+    RUSTFLAGS="${RUSTFLAGS-} --cfg svm_shuttle" \
+        cargo run --release --target-dir "${CARGO_TARGET_DIR:-target}/shuttle" -p svm-shuttle -- "$@"
+}
+
 case ${1-} in
+--replay)
+    paths "$@"
+    exit
+    ;;
 --quick)
     shift
     MODELS_QUICK=1
@@ -27,6 +40,8 @@ unset LOOM_MAX_PERMUTATIONS LOOM_MAX_DURATION LOOM_CHECKPOINT_FILE
 export RUST_BACKTRACE=0
 RUSTFLAGS="${RUSTFLAGS-} --cfg svm_loom" \
     cargo test --release --target-dir "${CARGO_TARGET_DIR:-target}/loom" -p svm-models --lib "${1-}" -- --nocapture
+
+paths ${MODELS_QUICK:+--quick} ${1:+"$1"}
 
 # The shootdown handshake's models are a test of accel-sim's, hence of `cargo test --workspace`; here they run optimised and
 # without a bound.

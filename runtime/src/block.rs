@@ -10,6 +10,7 @@
 //! | `frames` of device *d* | the page of *d*'s window holds a current copy |
 //! | `junk` of device *d* | the page of *d*'s window is populated, but stale; it is discarded before the window page is filled again |
 //! | `pinned` | a [`Pin`](crate::Pin) keeps the page with the CPU; devices access it in place |
+//! | `pinning` | a pin of the page is not complete: nobody has it in place yet |
 //! | `unmovable` | the kernel refused to move the page (pinned for DMA, protected): devices access it in place |
 //! | `severed` | a span outstayed a shootdown of the page ([`crate::overrun`]): until it is over no window page is filled there; devices access it in place |
 //! | `pending` | the kernel is discarding or unmapping the page, or accesses to a frame that was given up are in flight: nobody may touch it until that is over |
@@ -36,6 +37,7 @@ use crate::addr::PAGES_PER_BLOCK;
 use crate::error::Access;
 use crate::mask::PageMask;
 use crate::sync::Mutex;
+use crate::sync::mutation::{Mutation, mutated};
 
 /// How many devices may be attached at once.
 pub const MAX_DEVICES: usize = 8;
@@ -128,6 +130,7 @@ pub(crate) struct BlockState {
     away: PageMask,
     gone: PageMask,
     pinned: PageMask,
+    pinning: PageMask,
     unmovable: PageMask,
     severed: PageMask,
     pending: PageMask,
@@ -160,6 +163,7 @@ impl BlockState {
             away: PageMask::EMPTY,
             gone: PageMask::EMPTY,
             pinned: PageMask::EMPTY,
+            pinning: PageMask::EMPTY,
             unmovable: PageMask::EMPTY,
             severed: PageMask::EMPTY,
             pending: PageMask::EMPTY,
@@ -203,9 +207,9 @@ impl BlockState {
         self.severed
     }
 
-    /// Pinned pages that are not with the CPU alone yet.
+    /// Pinned pages that are not with the CPU alone yet, or are write-protected still: an access in place might fault.
     pub(crate) fn pins_in_progress(&self) -> PageMask {
-        self.pinned & (self.away | self.held_by_devices(None))
+        self.pinned & (self.pinning | self.away | self.held_by_devices(None))
     }
 
     #[inline]
@@ -450,10 +454,20 @@ impl BlockState {
     pub(crate) fn set_pinned(&mut self, pages: PageMask, pinned: bool) {
         if pinned {
             self.pinned |= pages;
+            if !mutated(Mutation::PinsAtOnce) {
+                self.pinning |= pages;
+            }
         } else {
             self.pinned -= pages;
+            self.pinning -= pages;
         }
         self.exceptions_changed();
+    }
+
+    /// The pages are home, un-protected and populated, as a pin promises; or the pin has failed.
+    #[inline]
+    pub(crate) fn end_pinning(&mut self, pages: PageMask) {
+        self.pinning -= pages;
     }
 
     #[inline]

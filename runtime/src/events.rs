@@ -42,6 +42,7 @@ use crate::region::Region;
 use crate::space::{AddressSpace, Door, Place, PlaceKind};
 use crate::stats::count;
 use crate::sync::Closed;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
 use crate::sys::event::Event;
 use crate::sys::mmap::MapArray;
@@ -398,6 +399,7 @@ fn give_up(
         };
         match what {
             What::Discarded => state.discarded(concerned),
+            What::Gone | What::Displaced(_) if mutated(Mutation::EventNotRecorded) => {}
             What::Gone => state.left(concerned),
             What::Displaced(to) => {
                 // Dropped by a round after the kernel had moved them, the round having copied them before: they are there.
@@ -415,7 +417,7 @@ fn give_up(
                 state.displaced_to_new_address(concerned);
             }
         }
-        if zap || !over {
+        if (zap || !over) && !mutated(Mutation::EventOverAtOnce) {
             state.set_pending(concerned, true);
             pending.push(Pending {
                 flight: Flight::begin(region),

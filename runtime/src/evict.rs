@@ -18,6 +18,7 @@ use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::{Cause, count};
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::{clock, process};
 
 /// Frees at least `needed` pages of the device's memory if it can; says how many it freed. No lock is held.
@@ -112,7 +113,8 @@ fn evict_block(
     };
     let inv = Invalidation::new(block, victims & state.frames(device.id()), Keep::Nothing);
     let inv = inv.without_waiting();
-    if !inv.pages().is_empty() && (device.invalidate(&inv).is_err() || !device.quiesced(&inv)) {
+    let is_over = || device.quiesced(&inv) || mutated(Mutation::EvictBusy);
+    if !inv.pages().is_empty() && (device.invalidate(&inv).is_err() || !is_over()) {
         return Ok(0);
     }
     // A stall ends this victim early; what was freed until then counts.
@@ -124,7 +126,9 @@ fn evict_block(
         Cause::Evict,
     );
     let freed = before - state.resident(device.id()).count();
-    device.residency().release(freed);
+    if !mutated(Mutation::EvictUncounted) {
+        device.residency().release(freed);
+    }
     count(&device.counters().evicted_pages, freed as u64);
     drop(bracket);
     drop(state);

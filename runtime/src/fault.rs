@@ -25,11 +25,12 @@ use crate::error::Access;
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall, granule_around};
-use crate::notifier::{self, Bracket};
+use crate::notifier::{self, Bracket, Interval};
 use crate::overrun;
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
+use crate::sync::mutation::{Mutation, mutated};
 pub(crate) use crate::sys::flight::Flight;
 use crate::sys::uffd::{Protect, Stop};
 use crate::sys::{clock, process};
@@ -165,7 +166,8 @@ impl Pending {
         let region = flight.region();
         let gate = space.gate().enter();
         let mut state = region.lock_block(block);
-        let attempt = if classify(region, &state, block, page, fault) == class {
+        let same = classify(region, &state, block, page, fault) == class;
+        let attempt = if same || mutated(Mutation::FinishWithoutLook) {
             act(region, &gate, block, &mut state, &class, page, fault)
         } else {
             Attempt::Again
@@ -248,7 +250,15 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         count(&region.counters().waits, 1);
         return Attempt::WaitUntil(until);
     }
-    let interval = region.interval(block, run.clone());
+    let interval = if mutated(Mutation::FaultWithoutBracket) {
+        Interval::EMPTY
+    } else {
+        region.interval(block, run.clone())
+    };
+    if mutated(Mutation::UnprotectFirst) && matches!(class, Class::Collapse(_)) {
+        let at = region.host_addr_of(block, run.start);
+        let _ = region.door().unprotect(at, run.len() * PAGE_SIZE);
+    }
     let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) else {
         return Attempt::Again;
     };
@@ -381,6 +391,9 @@ pub(crate) fn invalidate(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
+    if mutated(Mutation::InvalidateNobody) {
+        return true;
+    }
     // Blocking invalidations are not refused.
     let _ = notifier::invalidate_all(listeners(region, gate, holders), inv);
     quiesced(region, gate, holders, inv)
@@ -393,7 +406,8 @@ pub(crate) fn quiesced(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
-    notifier::all_quiesced(listeners(region, gate, holders), inv)
+    mutated(Mutation::ShootdownNotAwaited)
+        || notifier::all_quiesced(listeners(region, gate, holders), inv)
 }
 
 /// Those of `holders` that know the region.
@@ -509,7 +523,9 @@ pub(crate) fn move_home(
     let before = mover.state.resident(device.id()).count();
     let moved = mover.bring_home(device, run.clone());
     let pages = PageMask::range(run.clone());
-    mover.state.revoked_all(pages - mover.state.away(), None);
+    if !mutated(Mutation::HomeLeavesCopies) {
+        mover.state.revoked_all(pages - mover.state.away(), None);
+    }
     device
         .residency()
         .release(before - mover.state.resident(device.id()).count());

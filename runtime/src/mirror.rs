@@ -51,6 +51,7 @@ use crate::scratch::Scratch;
 use crate::share::Shared;
 use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::{Cause, Stats};
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::signal::AsyncSignalsBlocked;
@@ -277,7 +278,9 @@ impl Raw {
         // 1. No new update begins, whoever waits to begin one is told, and rounds under way are over.
         region.hub().release();
         region.set_closing();
-        space.gate().synchronize();
+        if !mutated(Mutation::CloseWithoutGrace) {
+            space.gate().synchronize();
+        }
         // 2. Every page home, every window empty.
         let mut scratch = Scratch::new(space)?;
         let devices = {

@@ -18,6 +18,7 @@ use crate::events::{self, PendingList};
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
 use crate::options::Delivery;
 use crate::space::{AddressSpace, Door};
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::clock;
 use crate::sys::event::{Event, EventBuffer};
 use crate::sys::process;
@@ -212,6 +213,7 @@ impl Reader {
             }
             Attempt::Again => self.put_aside(page, Aside::Retry(fault, 0)),
             Attempt::WaitUntil(ns) => self.put_aside(page, Aside::Retry(fault, ns)),
+            Attempt::Pending(_) if mutated(Mutation::MonitorForgetsFault) => {}
             Attempt::Pending(pending) => self.put_aside(page, Aside::Pending(fault, pending)),
         }
     }

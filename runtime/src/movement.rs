@@ -44,6 +44,7 @@ use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::count;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::uffd::{Moved, Protect, Stop};
 
 /// Why a movement stopped before its end. The directory is exact; nothing was lost.
@@ -198,6 +199,13 @@ impl<'a> Mover<'a> {
             source: self.is_populated(source),
             destination: self.is_populated(destination),
         };
+        if mutated(Mutation::MoveErrorBelieved) {
+            return if stop == Stop::NotPresent {
+                Settled::Hole
+            } else {
+                Settled::Blocked
+            };
+        }
         match (stop, ends) {
             (
                 _,
@@ -466,7 +474,12 @@ impl<'a> Mover<'a> {
             run.len() * PAGE_SIZE,
         );
         count(&self.region.counters().write_protect_calls, 1);
-        match door.protect(host, len) {
+        let protected = if mutated(Mutation::DuplicateUnprotected) {
+            Stop::Complete
+        } else {
+            door.protect(host, len)
+        };
+        match protected {
             Stop::Complete => {}
             Stop::Changing => return Err(Stall::Changing),
             // Stale protection, if any: the next fault there finds nothing that explains it, and lifts it.
@@ -652,11 +665,16 @@ impl<'a> Mover<'a> {
                 BlockState::copied_home,
             )?;
         } else {
+            let mode = if mutated(Mutation::ShareHomeWritable) {
+                Protect::No
+            } else {
+                Protect::Yes
+            };
             self.copy_run(
                 run,
                 |m, page| m.frame(device, page),
                 |m, page| m.host(page),
-                Protect::Yes,
+                mode,
                 BlockState::copied_home,
             )?;
         }
@@ -906,7 +924,12 @@ impl<'a> Mover<'a> {
         let id = device.id();
         let (at, len) = (self.host(run.start), run.len() * PAGE_SIZE);
         count(&self.region.counters().write_protect_calls, 1);
-        match self.region.door().protect(at, len) {
+        let protected = if mutated(Mutation::CopyUnprotected) {
+            Stop::Complete
+        } else {
+            self.region.door().protect(at, len)
+        };
+        match protected {
             Stop::Complete => {}
             Stop::Changing => return Err(Stall::Changing),
             _ => return Err(Stall::Refused(run.start)),

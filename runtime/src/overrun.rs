@@ -54,6 +54,7 @@ use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::process;
 
 /// What became of a shootdown.
@@ -144,7 +145,7 @@ pub(crate) fn sever_once(
         return Err(stall);
     }
     // Also where one cannot come home.
-    state.set_severed(*inv.pages(), true);
+    state.set_severed(*inv.pages(), !mutated(Mutation::SeveredRefilled));
     region.set_has_severed();
     taken?;
     count(&region.counters().severed_pages, inv.pages().count() as u64);

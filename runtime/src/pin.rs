@@ -17,6 +17,7 @@ use crate::overrun::{self, Shot};
 use crate::region::{Region, RegionKind};
 use crate::space::{AddressSpace, Inside};
 use crate::stats::Cause;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
@@ -96,6 +97,8 @@ fn pin_block(region: &Region, block: usize, pages: PageMask) -> Result<()> {
             Ok(true) => return Ok(()),
             Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
+                let _gate = AddressSpace::global().gate().enter();
+                region.lock_block(block).end_pinning(pages);
                 return Err(Error::new("pin", ErrorKind::Unmapped).at(region.addr_of(block, page)));
             }
         }
@@ -164,6 +167,7 @@ fn finish_pin(
     for run in pages.runs() {
         mover.populate_host(run)?;
     }
+    mover.state.end_pinning(pages);
     Ok(true)
 }
 
@@ -216,7 +220,7 @@ fn unpin_block(region: &Region, block: usize, pages: PageMask) {
         }
         process::sched_yield();
     };
-    let over = {
+    let over = mutated(Mutation::UnpinTellsNobody) || {
         let gate = space.gate().enter();
         let _state = region.lock_block(block);
         fault::invalidate(region, &gate, DeviceSet::all(), &inv)

@@ -137,6 +137,28 @@
 //! | no slot free | `slots_run_out` | asserted |
 //! | a deadline leaves no trace | `deadline_passed` | asserted |
 //!
+//! Whole fault paths, which are too long for loom, run under Shuttle: all of the runtime's files but the system-call layer, over a model
+//! of the kernel that acts page by page, says EAGAIN while an event is unread, zaps late, and may report an error of a page that it
+//! has moved. Schedules are chosen at random and by priorities (PCT), each from a seed. `runtime/shuttle` says what is checked in each;
+//! there a page has a sequential history, and an access that finds anything but what was written last fails the schedule.
+//!
+//! | what | scenario (`runtime/shuttle/scenarios.rs`) | mutation that breaks it |
+//! |---|---|---|
+//! | I2, I3, rule 3 in the fault path | `cpu_and_update`, `snapshots_and_migrations` | `CommitWithoutCheck`, `FaultWithoutBracket`, `HubStartWithoutBump` |
+//! | D1: one writer, or readers | `cpu_and_device`, `two_and_two`, `shared_home`, `duplicates_and_collapse` | `InvalidateNobody`, `RoundTellsNobody`, `HomeLeavesCopies`, `ShareHomeWritable`, `UnprotectFirst`, `DuplicateUnprotected` |
+//! | I9, W1: a shootdown is waited for, with no lock held | `cpu_and_span`, `granules` | `ShootdownNotAwaited`, `FinishWithoutLook` |
+//! | W2: a span that outstays it | `late_spans`, `late_spans_shared`, `late_span_and_reader` | `SeveredRefilled` |
+//! | W3: evictions wait for nobody, and are accounted for | `evictions`, `evictions_of_spans` | `EvictBusy`, `EvictUncounted` |
+//! | far faults coalesce: one movement | `far_faults_coalesce` | `MovesAgain` |
+//! | pins | `pin_and_rounds`, `unmap_shared` | `PinsAtOnce`, `UnpinTellsNobody` |
+//! | teardown of a mirror, of a device | `close_and_faults`, `detach_and_faults`, `remap_and_close` | `CloseNotSeen`, `CloseWithoutGrace` |
+//! | G1–G5: events | `discard`, `unmap`, `remap`, `mapped_over`, and with pages shared | `GateStaysOpen`, `EventOverAtOnce`, `EventNotRecorded`, `GateLeaveWithoutWake` |
+//! | F1: a child finds what was written last | `fork`, `shared_with_a_child` | `ForkNotSeen` |
+//! | outcomes of the kernel | `moves_that_lie`, `changing_all_the_time` | `MoveErrorBelieved` |
+//! | without MOVE | `without_move`, `without_move_shared`, `without_move_evictions` | `CopyUnprotected` |
+//! | the monitor | `thread_door`, `thread_door_shared`, `thread_door_discard`, `thread_door_late` | `MonitorForgetsFault` |
+//! | no lost wake-up, no deadlock, no starvation | all | `HubEndWithoutWake`, `MutexForgetsSleepers` |
+//!
 //! Two limits of loom 0.7 that the models work around: where a thread loads and then stores it forgets the loads of others in
 //! between (`sync::shim`), and it does not switch threads at an unlock, so that a lock seldom is found held.
 //!

@@ -42,6 +42,7 @@ use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::{Cause, count};
 use crate::sync::Deadline;
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::{clock, process};
@@ -593,7 +594,7 @@ impl<D: Device> Update<'_, D> {
             guard.is_of(self.range.attached.device.lock()),
             "end_update needs the guard of its own device's lock"
         );
-        if self.needs_retry() {
+        if self.needs_retry() && !mutated(Mutation::CommitWithoutCheck) {
             count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
             return Err(Interrupted);
         }

@@ -30,6 +30,7 @@ use crate::rights::Rights;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside};
 use crate::stats::{Cause, count};
+use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::clock;
 
 /// Pages of one block that a device may establish translations to, and with which rights.
@@ -123,7 +124,7 @@ impl<D: Device> Round<'_, D> {
         let space = AddressSpace::global();
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
-        if space.forking().load(Ordering::SeqCst) != 0 {
+        if space.forking().load(Ordering::SeqCst) != 0 && !mutated(Mutation::ForkNotSeen) {
             return Outcome::Again;
         }
         // Likewise, against the teardown of the mirror or of the device.
@@ -259,7 +260,8 @@ impl<D: Device> Round<'_, D> {
 
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
     fn is_over(&self) -> bool {
-        self.region.is_closing() || self.mapped.attached().is_detached()
+        (self.region.is_closing() && !mutated(Mutation::CloseNotSeen))
+            || self.mapped.attached().is_detached()
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
@@ -318,6 +320,9 @@ impl<D: Device> Round<'_, D> {
 
     /// First pass over the other devices, then whether they are done.
     fn exclude_others(&self, gate: &impl Inside, state: &BlockState, plan: &Plan) -> bool {
+        if mutated(Mutation::RoundTellsNobody) {
+            return true;
+        }
         // Every device is told before any is waited for (I9): no short cut here.
         let mut over = true;
         for inv in self

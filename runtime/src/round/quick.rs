@@ -15,6 +15,7 @@ use crate::round::{Outcome, Round, Valid, lease_of_cpu, stopped};
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::count;
+use crate::sync::mutation::{Mutation, mutated};
 
 /// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
 const MAX_BLOCKS_AT_ONCE: usize = 32;
@@ -168,7 +169,8 @@ impl<D: Device> Round<'_, D> {
             return None;
         }
         let pages = self.want | self.company();
-        state.is_plain_for(self.id(), &pages).then_some(pages)
+        let plain = state.is_plain_for(self.id(), &pages) || mutated(Mutation::MovesAgain);
+        plain.then_some(pages)
     }
 
     /// The round on such pages: nobody is to be told, so the bracket is there for ranges alone. `Err(None)` if the kernel would not

@@ -53,7 +53,7 @@
 use super::mutation::{Mutation, mutated, ordering};
 use super::shim::atomic::AtomicU32;
 use super::shim::atomic::Ordering::{Relaxed, Release, SeqCst};
-use super::shim::{Backoff, fence_for_model};
+use super::shim::{Backoff, fence_for_model, point};
 use super::{Deadline, Futex, Mutex, MutexGuard, WaitQueue};
 use core::marker::PhantomData;
 use crossbeam_utils::CachePadded;
@@ -162,6 +162,7 @@ impl Gate {
     /// Rule 1. Fails with a state in which it could not be entered, or that has changed since.
     #[inline]
     fn try_enter<'a>(&'a self, shard: &'a Shard) -> Result<GateGuard<'a>, u32> {
+        point();
         // Relaxed: a guess, which the second look confirms.
         let state = self.state.load(Relaxed);
         if state & CLOSED != 0 {
@@ -217,6 +218,12 @@ impl Gate {
     /// The caller is in no section. One closer at a time; others wait.
     pub fn close(&self) -> Closed<'_> {
         let alone = self.exclusive.lock();
+        if mutated(Mutation::GateStaysOpen) {
+            return Closed {
+                gate: self,
+                _alone: alone,
+            };
+        }
         // SeqCst: rule 3, against rule 1.
         let was = self.state.fetch_or(CLOSED, SeqCst);
         if !mutated(Mutation::GateCloseWithoutFence) {

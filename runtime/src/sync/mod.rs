@@ -13,7 +13,8 @@
 //! This module is also the one place where the code meets its model checker: everything here and in
 //! [`notifier`](crate::notifier) takes atomics, cells, fences, threads and the futex from the private shim below. With
 //! `--cfg svm_loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
-//! *this* code, not of a copy.
+//! *this* code, not of a copy. With `--cfg svm_shuttle` they are the machine's, but the futex is a model's, and each lock and each
+//! entry of the gate is a point at which Shuttle may switch threads (`runtime/shuttle`): for paths too long for loom.
 
 #[cfg(all(test, svm_loom))]
 pub(crate) mod checker;
@@ -181,6 +182,14 @@ pub(crate) mod shim {
         atomic::fence(atomic::Ordering::SeqCst);
     }
 
+    /// A point at which a model of whole fault paths may let another thread run (`runtime/shuttle`): before whatever takes a lock or
+    /// enters the gate. Shuttle sees no atomics of its own in here; loom does, and the machine has all the points there are.
+    #[inline(always)]
+    pub(crate) fn point() {
+        #[cfg(svm_shuttle)]
+        crate::kernel::point();
+    }
+
     /// Whether the model has failed and its threads are being taken down: what is dropped then can do nothing any more.
     #[inline(always)]
     pub(crate) fn model_has_failed() -> bool {
@@ -199,7 +208,7 @@ pub(crate) mod shim {
         /// `true` once spinning has been enough and the caller should sleep.
         #[inline]
         pub(crate) fn spin(&mut self) -> bool {
-            if cfg!(svm_loom) || self.0 >= Self::SPINS {
+            if cfg!(any(svm_loom, svm_shuttle)) || self.0 >= Self::SPINS {
                 return true;
             }
             for _ in 0..1_u32 << self.0 {

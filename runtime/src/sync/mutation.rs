@@ -7,22 +7,35 @@
 use super::shim::atomic::Ordering;
 
 macro_rules! mutations {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
+    ($(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($(#[$doc:meta])* $name:ident,)* } $($rest:tt)*) => {
+        mutations! { @ [$($(#[$doc])* $name,)*] [$(#[$all_doc])* $all on [$cfg] { $($name,)* }] $($rest)* }
+    };
+    (@ [$($variants:tt)*] [$($lists:tt)*]
+     $(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($(#[$doc:meta])* $name:ident,)* } $($rest:tt)*) => {
+        mutations! { @ [$($variants)* $($(#[$doc])* $name,)*] [$($lists)* $(#[$all_doc])* $all on [$cfg] { $($name,)* }] $($rest)* }
+    };
+    (@ [$($(#[$doc:meta])* $name:ident,)*]
+       [$($(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($listed:ident,)* })*]) => {
         /// One way to break the code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[cfg_attr(not(svm_loom), allow(dead_code, reason = "asked about in the code, set by models alone"))]
+        #[cfg_attr(not(any(svm_loom, svm_shuttle)), allow(dead_code, reason = "asked about in the code, set by models alone"))]
         pub(crate) enum Mutation {
             $($(#[$doc])* $name,)*
         }
 
-        #[cfg(all(test, svm_loom))]
-        impl Mutation {
-            pub(crate) const ALL: &[Self] = &[$(Self::$name),*];
-        }
+        $(
+            #[cfg($cfg)]
+            impl Mutation {
+                $(#[$all_doc])*
+                pub(crate) const $all: &[Self] = &[$(Self::$listed),*];
+            }
+        )*
     };
 }
 
 mutations! {
+    /// What loom finds.
+    ALL on [all(test, svm_loom)] {
     /// `Mutex::lock` takes the word without acquiring what its last holder wrote.
     MutexLockRelaxed,
     /// `Mutex` unlocks without releasing what its holder wrote.
@@ -79,9 +92,64 @@ mutations! {
     RefusalWithoutCancel,
     /// The first pass goes on to the second before all have been told.
     PassesInterleaved,
+    }
+
+    /// What Shuttle finds, on whole fault paths.
+    PATHS on [svm_shuttle] {
+    /// A CPU fault changes the page table outside every bracket.
+    FaultWithoutBracket,
+    /// `end_update` does not look whether the update was interrupted.
+    CommitWithoutCheck,
+    /// Devices are not told of what happens to pages they hold.
+    InvalidateNobody,
+    /// A device round does not tell the other devices.
+    RoundTellsNobody,
+    /// Nobody waits for accesses in flight.
+    ShootdownNotAwaited,
+    /// A fault that has waited goes on without a look at what has changed meanwhile.
+    FinishWithoutLook,
+    /// A page comes home, and other devices' copies of it stay current.
+    HomeLeavesCopies,
+    /// An EEXIST or ENOENT of MOVE is believed.
+    MoveErrorBelieved,
+    /// A collapse lets the CPU write before the devices' copies are invalidated.
+    UnprotectFirst,
+    /// A CPU read of a device's page gets a copy that it may write.
+    ShareHomeWritable,
+    /// A page is copied over a stale one without being write-protected first.
+    DuplicateUnprotected,
+    /// A page whose pin is not complete is given to devices in place.
+    PinsAtOnce,
+    /// A pin ends, and devices keep their translations in place.
+    UnpinTellsNobody,
+    /// A round does not see that the mirror is being closed.
+    CloseNotSeen,
+    /// A close does not wait for the rounds that have not seen it.
+    CloseWithoutGrace,
+    /// An eviction does not pass over a victim with an access in flight.
+    EvictBusy,
+    /// An eviction does not give the memory back.
+    EvictUncounted,
+    /// A page is copied to an empty place of the window without being write-protected first.
+    CopyUnprotected,
+    /// A round does not see that a fork is being prepared.
+    ForkNotSeen,
+    /// A round does not see that another has moved the page meanwhile.
+    MovesAgain,
+    /// The monitor does not put a fault aside that has to wait.
+    MonitorForgetsFault,
+    /// The directory is not told that pages were unmapped or moved.
+    EventNotRecorded,
+    /// Window pages that were taken from under a span are filled again while it is open.
+    SeveredRefilled,
+    /// The gate is not closed while an event is read and applied.
+    GateStaysOpen,
+    /// What an event was about counts as over before the kernel has done it.
+    EventOverAtOnce,
+    }
 }
 
-#[cfg(not(svm_loom))]
+#[cfg(not(any(svm_loom, svm_shuttle)))]
 mod switch {
     use super::Mutation;
 
@@ -120,6 +188,26 @@ mod switch {
     }
 }
 
+#[cfg(svm_shuttle)]
+mod switch {
+    use super::Mutation;
+    use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+    /// The number of the active one, plus one.
+    static ACTIVE: AtomicUsize = AtomicUsize::new(0);
+
+    pub(crate) fn mutated(mutation: Mutation) -> bool {
+        ACTIVE.load(Relaxed) == mutation as usize + 1
+    }
+
+    /// Switches `mutation` on, for good.
+    pub(crate) fn mutate(mutation: Mutation) {
+        ACTIVE.store(mutation as usize + 1, Relaxed);
+    }
+}
+
+#[cfg(svm_shuttle)]
+pub(crate) use switch::mutate;
 pub(crate) use switch::mutated;
 #[cfg(all(test, svm_loom))]
 pub(crate) use switch::with_mutation;

@@ -20,7 +20,7 @@
 
 use super::mutation::{Mutation, mutated, ordering};
 use super::shim::atomic::Ordering::{Acquire, Relaxed, Release};
-use super::shim::{Backoff, UnsafeCell};
+use super::shim::{Backoff, UnsafeCell, point};
 use super::{Deadline, Futex, Woken};
 use core::fmt;
 use core::marker::PhantomData;
@@ -113,6 +113,7 @@ impl<T> Mutex<T> {
 
     #[inline]
     fn try_acquire(&self) -> bool {
+        point();
         // Acquire: pairs with the Release in `unlock`.
         self.word
             .compare_exchange(
