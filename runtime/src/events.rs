@@ -142,16 +142,21 @@ pub(crate) fn apply(
     pending: &mut Vec<Pending>,
 ) {
     match *event {
-        Event::Remove(range) => for_each_part(space, closed, range, |place, part| {
-            give_up(space, closed, place, part, What::Discarded, pending);
-        }),
+        Event::Remove(range) => {
+            point!(EventRead, range.start());
+            for_each_part(space, closed, range, |place, part| {
+                give_up(space, closed, place, part, What::Discarded, pending);
+            });
+        }
         Event::Unmap(range) => {
+            point!(EventRead, range.start());
             for_each_part(space, closed, range, |place, part| {
                 give_up(space, closed, place, part, What::Gone, pending);
             });
             republish(space, closed, range, &[]);
         }
         Event::Remap { from, to, len } => {
+            point!(EventRead, from);
             let Some(range) = PageRange::new(from, from + len) else {
                 return;
             };
@@ -317,6 +322,7 @@ fn give_up(
             What::Gone => state.left(concerned),
             What::Displaced(_) => state.displaced_to_new_address(concerned),
         }
+        point!(EventTold, part.start());
         if zap || !over {
             state.set_pending(concerned, true);
             pending.push(Pending {

@@ -115,6 +115,7 @@ fn evict_block(
     if !inv.pages().is_empty() && (device.invalidate(&inv).is_err() || !device.quiesced(&inv)) {
         return Ok(0);
     }
+    point!(EvictExcluding, region.addr_of(block, 0));
     // A stall ends this victim early; what was freed until then counts.
     let _ = give_up(
         &mut Mover::new(region, block, &mut state),
@@ -233,6 +234,7 @@ fn release_attempt(
     };
     let inv = Invalidation::new(block, resident & state.frames(device.id()), Keep::Nothing);
     let _ = device.invalidate(&inv);
+    point!(ReleaseExcluding, region.addr_of(block, 0));
     if !device.quiesced(&inv) {
         count(&region.counters().waits, 1);
         let flight = Flight::begin(region);

@@ -83,6 +83,13 @@
 //! - Without `UFFDIO_MOVE` (Linux < 6.8) a bare `madvise` that discards mirrored memory is not seen; see [`Capabilities`].
 //! - A raw `mprotect` is seen when the next fault is served, not before.
 
+#[cfg(not(svm_points))]
+#[macro_use]
+mod point;
+#[cfg(svm_points)]
+#[macro_use]
+pub mod point;
+
 pub mod addr;
 mod attachment;
 mod block;

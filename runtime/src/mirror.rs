@@ -274,6 +274,7 @@ impl Raw {
         region.hub().release();
         region.set_closing();
         space.gate().synchronize();
+        point!(CloseReleased, region.addr());
         // 2. Every page home, every window empty.
         let mut scratch = Scratch::new(space)?;
         let devices = {

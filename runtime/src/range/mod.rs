@@ -121,6 +121,7 @@ impl<D: Device> Range<D> {
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
         self.valid.reserve(nr_blocks);
+        point!(UpdateBegun, addr);
         Ok(Update {
             range: self,
             mapped: mapped.clone(),
@@ -206,10 +207,12 @@ impl<D: Device> Range<D> {
             let outcome = round.run_with(&mut self.scratch, begin, |valid, token| {
                 let device = &self.attached.device;
                 let guard = device.lock().lock();
+                point!(RoundCommitting, addr);
                 if subscription.interrupted(token) {
                     return Err(Interrupted);
                 }
                 install(valid, &guard);
+                point!(RoundCommitted, addr);
                 Ok(())
             });
             match outcome {
@@ -517,6 +520,7 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
         }
+        point!(UpdateFaulted, region.addr());
         Ok(())
     }
 
@@ -576,10 +580,12 @@ impl<D: Device> Update<'_, D> {
             guard.is_of(self.range.attached.device.lock()),
             "end_update needs the guard of its own device's lock"
         );
+        point!(UpdateEnding, self.mapped.shared_region().addr());
         if self.needs_retry() {
             count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
             return Err(Interrupted);
         }
+        point!(UpdateEnded, self.mapped.shared_region().addr());
         Ok(Committed {
             valid: &self.range.valid,
         })

@@ -135,6 +135,7 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Again;
         };
         let commit = |valid: &Valid| commit(valid, begun);
+        point!(RoundLocked, self.region.addr_of(self.block, 0));
         let is_whole =
             self.region.is_whole(self.block) && self.region.kind() != RegionKind::InPlace;
         if !is_whole && let Some(outside) = (self.want - self.servable()).first_from(0) {
@@ -222,6 +223,7 @@ impl<D: Device> Round<'_, D> {
             let flight = Flight::begin(self.region);
             drop(state);
             drop(gate);
+            point!(RoundWaiting, flight.region().addr_of(self.block, 0));
             if self.wait_for_others(space, flight.region(), &plan) == Shot::Severed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
@@ -317,6 +319,7 @@ impl<D: Device> Round<'_, D> {
                 inv,
             );
         }
+        point!(RoundExcluding, self.region.addr_of(self.block, 0));
         over
     }
 
@@ -499,6 +502,7 @@ impl<D: Device> Round<'_, D> {
     ) -> T {
         const SLICE_NS: u64 = 10_000;
         const MAX_SHIFT: u32 = 12;
+        point!(RoundMoved, self.region.addr_of(self.block, 0));
         self.mapped.touch(self.block);
         if self.attempt > 1 {
             state.lease().device_until_ns =

@@ -1,0 +1,109 @@
+//! Named points at which a test may decide who goes next.
+//!
+//! A race is replayed by stopping a thread between two steps of a path, letting another run, and letting the first go on. Where it
+//! can be stopped is said here, in the paths of faults, commits and invalidations: `point!(RoundMoved, addr)`.
+//!
+//! Nothing of it is in `svm`: there `point!` is no code at all, its arguments included, and no cargo feature of `svm` changes
+//! that, for features are unified over a workspace. The points are compiled into `svm-points` (`runtime/points/`), the same sources
+//! once more as a package of its own, on which the replay in `tests/replay/` depends and nothing else does.
+//!
+//! The hook runs wherever a point is, inside a signal handler among them, and with whatever locks the table says held. So it
+//! keeps the law of the fault path: it neither allocates nor logs nor panics, touches no mirrored memory, and waits on futexes
+//! of its own memory alone.
+
+#[cfg(not(svm_points))]
+macro_rules! point {
+    ($name:ident, $addr:expr) => {};
+}
+
+#[cfg(svm_points)]
+macro_rules! point {
+    ($name:ident, $addr:expr) => {
+        $crate::point::reached($crate::point::Point::$name, $addr)
+    };
+}
+
+#[cfg(svm_points)]
+mod on {
+    use std::sync::OnceLock;
+
+    macro_rules! points {
+        ($($(#[$doc:meta])* $name:ident,)*) => {
+            /// Where a thread is.
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+            #[repr(u32)]
+            pub enum Point { $($(#[$doc])* $name,)* }
+
+            impl Point {
+                /// All of them; `ALL[p as usize] == p`.
+                pub const ALL: &[Self] = &[$(Self::$name,)*];
+            }
+        };
+    }
+
+    points! {
+        /// A driver's update has its token. Nothing is held.
+        UpdateBegun,
+        /// A driver's update has its pages. Nothing is held.
+        UpdateFaulted,
+        /// A driver's update is about to be checked. Its device lock is held.
+        UpdateEnding,
+        /// A driver's update was found good. Its device lock is held, nothing is installed yet.
+        UpdateEnded,
+        /// A round has locked its block and taken its token. Gate and block are held.
+        RoundLocked,
+        /// A round has opened its bracket and told the other holders. Gate and block are held.
+        RoundExcluding,
+        /// A round is about to wait for the other holders' accesses. Only its bracket is open.
+        RoundWaiting,
+        /// A round has moved its pages. Gate and block are held, and the bracket is open if there is one.
+        RoundMoved,
+        /// A round is about to check its token. Gate, block and device lock are held.
+        RoundCommitting,
+        /// A round's translations are installed. Gate, block and device lock are held.
+        RoundCommitted,
+        /// A CPU fault knows what to do. Gate and block are held.
+        FaultLocked,
+        /// A CPU fault has told the holders, and they are done. Gate and block are held, the bracket is open.
+        FaultExcluding,
+        /// A CPU fault, through the inline door, is about to wait for accesses. Only its bracket is open.
+        FaultWaiting,
+        /// A CPU fault has changed the page table. Gate and block are held, the bracket is open.
+        FaultMoved,
+        /// An event was read: its caller may go on. The gate is closed.
+        EventRead,
+        /// The devices were told of an event and the directory knows. The gate is closed, the block held.
+        EventTold,
+        /// An eviction has told its device. Gate and block are held, the bracket is open.
+        EvictExcluding,
+        /// A release has told its device. Gate and block are held, the bracket is open.
+        ReleaseExcluding,
+        /// A closing mirror has released its hub, and no round is under way. Nothing is held.
+        CloseReleased,
+        /// A fork keeps rounds out. The fork bracket is held.
+        ForkClosed,
+        /// A pin has marked its pages. Gate and block are held.
+        PinMarked,
+    }
+
+    static HOOK: OnceLock<fn(Point, usize)> = OnceLock::new();
+
+    /// Has every point call `hook` from now on, with an address of the block it is about; says whether it is the first. See the
+    /// module for what a hook may do.
+    pub fn set_hook(hook: fn(Point, usize)) -> bool {
+        HOOK.set(hook).is_ok()
+    }
+
+    #[inline]
+    pub(crate) fn reached(point: Point, addr: usize) {
+        // One load: neither a lock nor an allocation.
+        if let Some(hook) = HOOK.get() {
+            hook(point, addr);
+        }
+    }
+}
+
+#[cfg(svm_points)]
+pub(crate) use on::reached;
+#[cfg(svm_points)]
+pub use on::{Point, set_hook};
