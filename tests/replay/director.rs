@@ -184,13 +184,18 @@ pub(crate) enum Settled {
     Blocked,
 }
 
-/// The one who decides; there is one at a time. Dropped, everybody goes on.
+/// The one who decides; there is one at a time.
 #[derive(Debug)]
 pub(crate) struct Director(
     #[expect(dead_code, reason = "held for its exclusion")] MutexGuard<'static, ()>,
 );
 
 impl Director {
+    /// Everybody goes on, and nobody stops any more, when the guard is dropped.
+    pub(crate) fn frees_all(&self) -> FreesAll<'_> {
+        FreesAll(self)
+    }
+
     /// Waits for the stage, and clears it.
     pub(crate) fn new() -> Self {
         static STAGE: Mutex<()> = Mutex::new(());
@@ -326,7 +331,11 @@ impl Director {
     }
 }
 
-impl Drop for Director {
+/// Lets everybody go on when it is dropped: a script that fails must not wait for threads that wait for it.
+#[derive(Debug)]
+pub(crate) struct FreesAll<'d>(#[expect(dead_code, reason = "what it is of")] &'d Director);
+
+impl Drop for FreesAll<'_> {
     fn drop(&mut self) {
         for seat in &SEATS {
             seat.stops.store(0, SeqCst);

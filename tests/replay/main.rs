@@ -15,6 +15,8 @@
 extern crate svm_points as svm;
 
 mod director;
+mod ladders;
+mod random;
 mod rig;
 mod table;
 

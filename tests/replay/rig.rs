@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use svm::{
-    Access, AttachOptions, Attachment, Delivery, Device, DeviceFault, DeviceFaultKind, DeviceLock,
-    Granule, Invalidation, Keep, MapInfo, MappedRef, Mirror, Options, PageBits, Valid, WouldBlock,
+    Access, AttachOptions, Attachment, Delivery, Device, DeviceFault, DeviceFaultKind, DeviceGuard,
+    DeviceLock, Granule, Invalidation, Keep, MapInfo, MappedRef, Mirror, Options, PageBits, Valid,
+    WouldBlock,
 };
 
 use crate::director::{self, Actor};
@@ -76,6 +77,11 @@ unsafe impl Device for Probe {
 }
 
 impl Probe {
+    /// The device lock.
+    pub(crate) fn lock_it(&self) -> DeviceGuard<'_> {
+        self.lock.lock()
+    }
+
     /// Whether an access through any translation is in flight from now on, as far as the runtime is told.
     pub(crate) fn set_busy(&self, busy: bool) {
         self.busy.store(busy, Ordering::SeqCst);
@@ -129,8 +135,13 @@ impl<'d> Worker<'d> {
         }
     }
 
-    pub(crate) fn mapped(&self) -> &MappedRef<Probe> {
-        &self.mapped
+    /// What a script needs to go through an update by hand: the mapping, the range, and the index of `page`.
+    pub(crate) fn parts(
+        &mut self,
+        page: usize,
+    ) -> (MappedRef<Probe>, &mut svm::Range<Probe>, usize) {
+        let index = self.index(page);
+        (self.mapped.clone(), &mut self.range, index)
     }
 
     fn index(&self, page: usize) -> usize {

@@ -279,6 +279,7 @@ fn run(cell: Cell, delivery: Delivery, passes: Option<bool>) -> Outcome {
     let mut passed = false;
     let mut after_access = false;
     let (device, (rival_got, moved)) = std::thread::scope(|scope| {
+        let _free = director.frees_all();
         let (near_worker, far_worker) = (&mut near_worker, &mut far_worker);
         let device = scope.spawn(move || {
             let _part = Part::take(DEVICE);
