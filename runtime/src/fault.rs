@@ -250,7 +250,11 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         count(&region.counters().waits, 1);
         return Attempt::WaitUntil(until);
     }
-    let interval = region.interval(block, run.clone());
+    let interval = if broken!(FaultBracketed) {
+        crate::notifier::Interval::EMPTY
+    } else {
+        region.interval(block, run.clone())
+    };
     let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) else {
         return Attempt::Again;
     };
@@ -383,8 +387,10 @@ pub(crate) fn invalidate(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
-    // Blocking invalidations are not refused.
-    let _ = notifier::invalidate_all(listeners(region, gate, holders), inv);
+    if !broken!(DevicesTold) {
+        // Blocking invalidations are not refused.
+        let _ = notifier::invalidate_all(listeners(region, gate, holders), inv);
+    }
     quiesced(region, gate, holders, inv)
 }
 
@@ -395,7 +401,7 @@ pub(crate) fn quiesced(
     holders: DeviceSet,
     inv: &Invalidation,
 ) -> bool {
-    notifier::all_quiesced(listeners(region, gate, holders), inv)
+    broken!(AccessesAwaited) || notifier::all_quiesced(listeners(region, gate, holders), inv)
 }
 
 /// Those of `holders` that know the region.

@@ -23,6 +23,21 @@ macro_rules! point {
     };
 }
 
+/// Whether a test has this rule broken: a replay that passes all the same proves nothing. `false`, as a literal, in `svm`.
+#[cfg(not(svm_points))]
+macro_rules! broken {
+    ($name:ident) => {
+        false
+    };
+}
+
+#[cfg(svm_points)]
+macro_rules! broken {
+    ($name:ident) => {
+        $crate::point::is_broken($crate::point::Rule::$name)
+    };
+}
+
 #[cfg(svm_points)]
 mod on {
     use std::sync::OnceLock;
@@ -86,6 +101,45 @@ mod on {
         PinMarked,
     }
 
+    /// What the replay rests on, and can take away.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    #[repr(u32)]
+    pub enum Rule {
+        /// A commit asks whether its token is still good.
+        CommitChecked,
+        /// A change of the CPU's page table by a fault is inside a bracket.
+        FaultBracketed,
+        /// Devices are told before their pages go.
+        DevicesTold,
+        /// Nothing goes before the accesses to it have ended.
+        AccessesAwaited,
+        /// A closing mirror's rounds are over before its pages come home.
+        CloseExcludesRounds,
+    }
+
+    impl Rule {
+        /// All of them; `ALL[r as usize] == r`.
+        pub const ALL: &[Self] = &[
+            Self::CommitChecked,
+            Self::FaultBracketed,
+            Self::DevicesTold,
+            Self::AccessesAwaited,
+            Self::CloseExcludesRounds,
+        ];
+    }
+
+    static BROKEN: OnceLock<Rule> = OnceLock::new();
+
+    /// Breaks `rule` for the rest of this process's life.
+    pub fn break_rule(rule: Rule) -> bool {
+        BROKEN.set(rule).is_ok()
+    }
+
+    #[inline]
+    pub(crate) fn is_broken(rule: Rule) -> bool {
+        BROKEN.get() == Some(&rule)
+    }
+
     static HOOK: OnceLock<fn(Point, usize)> = OnceLock::new();
 
     /// Has every point call `hook` from now on, with an address of the block it is about; says whether it is the first. See the
@@ -104,6 +158,6 @@ mod on {
 }
 
 #[cfg(svm_points)]
-pub(crate) use on::reached;
+pub use on::{Point, Rule, break_rule, set_hook};
 #[cfg(svm_points)]
-pub use on::{Point, set_hook};
+pub(crate) use on::{is_broken, reached};

@@ -14,6 +14,7 @@
 
 extern crate svm_points as svm;
 
+mod broken;
 mod director;
 mod ladders;
 mod random;

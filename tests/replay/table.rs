@@ -447,9 +447,15 @@ fn play(shape: Shape, accesses: &[Access]) {
     if !crate::usable() {
         return;
     }
+    crate::broken::break_what_is_asked_for();
     let expected = expected();
     let only = std::env::var("SVM_REPLAY_CELL").unwrap_or_default();
     let mut wrong = Vec::new();
+    // Said at once, too: what goes wrong next may end the process.
+    let mut say = |text: String| {
+        println!("WRONG {text}");
+        wrong.push(text);
+    };
     let mut nr = 0;
     for &access in accesses {
         for stage in STAGES {
@@ -470,15 +476,22 @@ fn play(shape: Shape, accesses: &[Access]) {
                     nr += 1;
                     let should = expected.get(&one).or_else(|| expected.get(&both));
                     let passes = should.map(|line| line.starts_with("passes"));
-                    let outcome = run(cell, delivery, passes);
+                    if crate::broken::is_anything() {
+                        println!("PLAYS {cell} {door}");
+                    }
+                    let played = std::panic::catch_unwind(|| run(cell, delivery, passes));
+                    let Ok(outcome) = played else {
+                        say(format!("{cell} {door}: a panic"));
+                        return None;
+                    };
                     if let Err(rule) = check(cell, &outcome) {
-                        wrong.push(format!("{rule}: {outcome} ({door})"));
+                        say(format!("{rule}: {outcome} ({door})"));
                     }
                     let line = outcome.to_string();
                     if should.is_none_or(|should| *should != words_of(&line)) {
                         let should = should.map_or("nothing", String::as_str);
-                        wrong.push(format!(
-                            "{cell} {door}: {}\n    expected {should}",
+                        say(format!(
+                            "{cell} {door}: {}; expected {should}",
                             words_of(&line)
                         ));
                     }

@@ -250,7 +250,8 @@ impl<D: Device> Round<'_, D> {
 
     /// Whether the mirror or the device is going: what is moved now would not be brought home. Inside the gate.
     fn is_over(&self) -> bool {
-        self.region.is_closing() || self.mapped.attached().is_detached()
+        (self.region.is_closing() && !broken!(CloseExcludesRounds))
+            || self.mapped.attached().is_detached()
     }
 
     /// What to fault in, the wanted pages and what lies beside them, and what that takes.
