@@ -219,6 +219,7 @@ fn release_attempt(
     scratch: &mut Scratch,
     cause: Cause,
 ) -> Result<bool, Stall> {
+    point!(ReleaseEntering, region.addr_of(block, 0));
     let space = AddressSpace::global();
     let gate = space.gate().enter();
     let mut state = region.lock_block(block);

@@ -199,6 +199,7 @@ impl Pending {
 
 /// One try of a fault, up to where it would have to wait.
 pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
+    point!(FaultEntering, fault.addr);
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else {
         // Told of a change that nobody has applied yet, look again when it is; that was no miss.

@@ -65,6 +65,8 @@ mod on {
         UpdateEnding,
         /// A driver's update was found good. Its device lock is held, nothing is installed yet.
         UpdateEnded,
+        /// A round is about to begin. Nothing is held.
+        RoundEntering,
         /// A round has locked its block and taken its token. Gate and block are held.
         RoundLocked,
         /// A round has opened its bracket and told the other holders. Gate and block are held.
@@ -77,6 +79,8 @@ mod on {
         RoundCommitting,
         /// A round's translations are installed. Gate, block and device lock are held.
         RoundCommitted,
+        /// A CPU fault is about to be looked at. Nothing is held.
+        FaultEntering,
         /// A CPU fault knows what to do. Gate and block are held.
         FaultLocked,
         /// A CPU fault has told the holders, and they are done. Gate and block are held, the bracket is open.
@@ -91,6 +95,8 @@ mod on {
         EventTold,
         /// An eviction has told its device. Gate and block are held, the bracket is open.
         EvictExcluding,
+        /// A release is about to begin. Nothing is held.
+        ReleaseEntering,
         /// A release has told its device. Gate and block are held, the bracket is open.
         ReleaseExcluding,
         /// A closing mirror has released its hub, and no round is under way. Nothing is held.

@@ -8,12 +8,14 @@
 //! What is seen is checked like this: each actor writes a word of its own in each page, counting up. A reader never sees a word
 //! that was not written yet, nor one older than a write that was over before the read began; unless the page was discarded since.
 //!
-//! `SVM_REPLAY_SEED=N cargo test -p tests --test replay random` runs seed `N` alone; that is what a failure prints.
+//! `SVM_REPLAY_SEED=N cargo test -p tests --test replay random` runs seed `N` alone; that is what a failure prints. With
+//! `-- --nocapture` it also says who took each step, and from where.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use std::time::Instant;
 
+use svm::point::Point;
 use svm::{Attachment, Delivery, Mirror, Options};
 
 use crate::director::{self, Actor, Director, Part};
@@ -155,7 +157,36 @@ impl Play<'_> {
     }
 }
 
-fn run(seed: u64) {
+/// Whether a thread that stands there holds the gate, a block or a device lock.
+fn holds_something(place: u32) -> bool {
+    use Point::{
+        EvictExcluding, FaultExcluding, FaultLocked, FaultMoved, PinMarked, ReleaseExcluding,
+        RoundCommitted, RoundCommitting, RoundExcluding, RoundLocked, RoundMoved, UpdateEnded,
+        UpdateEnding,
+    };
+    let point = Point::ALL.get(place as usize);
+    point.is_some_and(|point| {
+        matches!(
+            point,
+            EvictExcluding
+                | FaultExcluding
+                | FaultLocked
+                | FaultMoved
+                | PinMarked
+                | ReleaseExcluding
+                | RoundCommitted
+                | RoundCommitting
+                | RoundExcluding
+                | RoundLocked
+                | RoundMoved
+                | UpdateEnded
+                | UpdateEnding
+        )
+    })
+}
+
+/// Plays one seed; `says` prints who took each step, and from where.
+fn run(seed: u64, says: bool) {
     let mut random = Random(seed);
     let director = Director::new();
     let options: Options = options([Delivery::Inline, Delivery::Thread][random.below(2)])
@@ -194,10 +225,19 @@ fn run(seed: u64) {
         // One takes a step at a time. Who is neither stopped nor done is blocked, and may stop again when others have gone on.
         let mut idle = Instant::now();
         while !failed.load(SeqCst) && !actors.iter().all(|&actor| director.is_done(actor)) {
-            let stopped: Vec<Actor> = actors
-                .into_iter()
-                .filter(|&actor| director.place(actor).is_some())
-                .collect();
+            let places = actors.map(|actor| (actor, director.place(actor)));
+            let mut stopped: Vec<Actor> = Vec::new();
+            for (actor, place) in places {
+                // Whoever holds something goes first: the others would only queue for it, and who is first then is chance.
+                match place {
+                    Some(place) if holds_something(place) => {
+                        stopped = vec![actor];
+                        break;
+                    }
+                    Some(_) => stopped.push(actor),
+                    None => {}
+                }
+            }
             if stopped.is_empty() {
                 // Somebody who was blocked is on the way.
                 assert!(
@@ -209,8 +249,16 @@ fn run(seed: u64) {
             }
             idle = Instant::now();
             let next = stopped[random.below(stopped.len())];
+            if says {
+                let place = director.place(next).unwrap_or_default() as usize;
+                let place = Point::ALL.get(place).map(|point| format!("{point:?}"));
+                println!(
+                    "{next:?} goes on from {}",
+                    place.as_deref().unwrap_or("its own point")
+                );
+            }
             director.step(next);
-            director.settle(next, false);
+            director.quiet();
         }
         actors.into_iter().for_each(|actor| director.release(actor));
     });
@@ -237,7 +285,7 @@ fn random_schedules() {
     for seed in seeds {
         let again = format!("SVM_REPLAY_SEED={seed} cargo test -p tests --test replay random");
         let _watchdog = crate::watch(again.clone().leak());
-        if std::panic::catch_unwind(|| run(seed)).is_err() {
+        if std::panic::catch_unwind(|| run(seed, one.is_ok())).is_err() {
             panic!("seed {seed} failed; run it again with\n    {again}");
         }
     }

@@ -121,6 +121,7 @@ impl<D: Device> Round<'_, D> {
         commit: impl FnOnce(&Valid, B) -> T,
     ) -> Outcome<T> {
         let space = AddressSpace::global();
+        point!(RoundEntering, self.region.addr_of(self.block, 0));
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
         if space.forking().load(Ordering::SeqCst) != 0 {
