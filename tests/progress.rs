@@ -49,7 +49,8 @@ impl<'d> Worker<'d> {
 
     fn add(word: *mut u64) {
         // SAFETY: the page was just found valid for writing, and the device lock, which is held, keeps it so.
-        unsafe { word.write_volatile(word.read_volatile() + 1) };
+        let word = unsafe { &mut *word };
+        *word += 1;
     }
 
     /// Adds by `fault_in`, whose token and commit are inside the block's round. Says how often it was handed the page.
@@ -87,8 +88,9 @@ impl<'d> Worker<'d> {
 /// The first two words, for the CPU.
 fn words(buffer: &mut Buffer<u64>) -> [&AtomicU64; 2] {
     let at = buffer.as_mut_slice().as_mut_ptr();
-    // SAFETY: inside the buffer, which is borrowed for as long; whoever shares the words uses them as atomics.
-    [0, 1].map(|i| unsafe { AtomicU64::from_ptr(at.add(i)) })
+    // SAFETY: the buffer's first two words, and it is borrowed for as long; whoever shares them uses them as atomics.
+    let words: &[AtomicU64; 2] = unsafe { &*at.cast() };
+    words.each_ref()
 }
 
 /// Has `work` done beside a CPU that writes to the same page all the time. Says how often that did.

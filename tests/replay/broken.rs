@@ -57,7 +57,7 @@ fn wrong_cells(rule: Rule, tests: &str) -> Vec<String> {
     let lines = reader.join().unwrap();
     let after = |what| lines.lines().filter_map(move |line| line.split_once(what));
     let mut wrong: Vec<String> = after("WRONG ").map(|(_, cell)| cell.to_owned()).collect();
-    if let (Some(signal), Some((_, cell))) = (status.signal(), after("PLAYS ").last()) {
+    if let (Some(signal), Some((_, cell))) = (status.signal(), after("PLAYS ").next_back()) {
         let how = if signal == libc::SIGKILL {
             "hung"
         } else {
