@@ -60,6 +60,9 @@ pub(crate) struct Pending {
 impl Pending {
     /// Ends it if nobody is at work any more; says whether it did.
     pub(crate) fn poll(&mut self, space: &AddressSpace) -> bool {
+        if meddled_zap!() {
+            return false;
+        }
         let region = self.flight.region();
         let gate = space.gate().enter();
         let late = clock::monotonic_ns() > self.since_ns + ZAP_NS;

@@ -23,6 +23,37 @@ macro_rules! point {
     };
 }
 
+/// A system call on `$len` bytes, as a test has the kernel answer it: what the kernel may say by its documentation and says
+/// rarely. The call itself, in `svm`.
+#[cfg(not(svm_points))]
+macro_rules! meddled {
+    ($call:ident, $len:expr, $whole:expr) => {
+        $whole($len)
+    };
+}
+
+#[cfg(svm_points)]
+macro_rules! meddled {
+    ($call:ident, $len:expr, $whole:expr) => {
+        $crate::point::meddle($crate::point::Call::$call, $len, $whole)
+    };
+}
+
+/// Whether a test has the kernel be late with the zap that follows a REMOVE event.
+#[cfg(not(svm_points))]
+macro_rules! meddled_zap {
+    () => {
+        false
+    };
+}
+
+#[cfg(svm_points)]
+macro_rules! meddled_zap {
+    () => {
+        $crate::point::is_zap_late()
+    };
+}
+
 /// Whether a test has this rule broken: a replay that passes all the same proves nothing. `false`, as a literal, in `svm`.
 #[cfg(not(svm_points))]
 macro_rules! broken {
@@ -41,6 +72,9 @@ macro_rules! broken {
 #[cfg(svm_points)]
 mod on {
     use std::sync::OnceLock;
+
+    use crate::addr::PAGE_SIZE;
+    use crate::sys::uffd::{Moved, Stop};
 
     macro_rules! points {
         ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -154,6 +188,74 @@ mod on {
         HOOK.set(hook).is_ok()
     }
 
+    /// A system call that a test may meddle with.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Call {
+        /// `UFFDIO_MOVE`.
+        Move,
+        /// `UFFDIO_COPY`.
+        Copy,
+        /// The caller of `madvise`, let go on, has not got to its zap yet.
+        Zap,
+    }
+
+    /// How the kernel answers.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub enum Mood {
+        /// As it is.
+        Fair,
+        /// EAGAIN, and nothing is done: some mapping is changing. Of a zap: it is late.
+        Changing,
+        /// EAGAIN after the first page.
+        Part,
+        /// EEXIST or ENOENT of a page that did move, as Linux 6.18 says at times. Of a copy: as `Fair`.
+        Stale,
+    }
+
+    static MOOD: OnceLock<fn(Call) -> Mood> = OnceLock::new();
+
+    /// Has every such call ask `mood` first; says whether it is the first. The rules of a hook hold.
+    pub fn set_mood(mood: fn(Call) -> Mood) -> bool {
+        MOOD.set(mood).is_ok()
+    }
+
+    pub(crate) fn meddle(call: Call, len: usize, whole: impl Fn(usize) -> Moved) -> Moved {
+        let mood = MOOD.get().map_or(Mood::Fair, |mood| mood(call));
+        let nothing = |stop| Moved { bytes: 0, stop };
+        match (mood, call) {
+            (Mood::Changing, _) => nothing(Stop::Changing),
+            (Mood::Part, _) if len > PAGE_SIZE => {
+                let first = whole(PAGE_SIZE);
+                if first.stop == Stop::Complete {
+                    Moved {
+                        stop: Stop::Changing,
+                        ..first
+                    }
+                } else {
+                    first
+                }
+            }
+            (Mood::Stale, Call::Move) => {
+                let first = whole(PAGE_SIZE);
+                if first.stop != Stop::Complete {
+                    return first;
+                }
+                // Either is seen; which one is as good as the other.
+                nothing(if len > PAGE_SIZE {
+                    Stop::NotPresent
+                } else {
+                    Stop::Exists
+                })
+            }
+            _ => whole(len),
+        }
+    }
+
+    pub(crate) fn is_zap_late() -> bool {
+        MOOD.get()
+            .is_some_and(|mood| mood(Call::Zap) == Mood::Changing)
+    }
+
     #[inline]
     pub(crate) fn reached(point: Point, addr: usize) {
         // One load: neither a lock nor an allocation.
@@ -164,6 +266,6 @@ mod on {
 }
 
 #[cfg(svm_points)]
-pub use on::{Point, Rule, break_rule, set_hook};
+pub use on::{Call, Mood, Point, Rule, break_rule, set_hook, set_mood};
 #[cfg(svm_points)]
-pub(crate) use on::{is_broken, reached};
+pub(crate) use on::{is_broken, is_zap_late, meddle, reached};

@@ -5,6 +5,9 @@
 //! Each actor draws its work from the same seed. An actor that is blocked by another which is stopped is passed over until it
 //! stops again; so one runs at a time, and where the kernel's readers or a poll leave something open, it is what the seed comes to as a rule.
 //!
+//! Half of the seeds choose among all that can go on, half by priorities that change at few steps. And each seed is played twice, the second
+//! time with a kernel whose answers are drawn as well: what it may say by its documentation, and says rarely.
+//!
 //! What is seen is checked like this: each actor writes a word of its own in each page, counting up. A reader never sees a word
 //! that was not written yet, nor one older than a write that was over before the read began; unless the page was discarded since.
 //!
@@ -16,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use std::time::Instant;
 
-use svm::point::Point;
+use svm::point::{Call, Mood, Point};
 use svm::{Attachment, Delivery, Mirror, Options};
 
 use crate::director::{self, Actor, Director, Part};
@@ -186,8 +189,76 @@ fn holds_something(place: u32) -> bool {
     })
 }
 
+/// State of the generator that draws the kernel's moods; 0 while it is left as it is.
+static MOODS: AtomicU64 = AtomicU64::new(0);
+
+/// The kernel as its documentation allows it to be: changing now and then, half-way or at once, late with its zaps, and with the
+/// stale errors of Linux 6.18.
+fn mood(call: Call) -> Mood {
+    let state = MOODS.load(SeqCst);
+    if state == 0 {
+        return Mood::Fair;
+    }
+    let mut random = Random(state);
+    let draw = random.below(16);
+    MOODS.store(random.0 | 1, SeqCst);
+    match (call, draw) {
+        (Call::Zap, 0..8) | (_, 0..2) => Mood::Changing,
+        (_, 2..4) => Mood::Part,
+        (Call::Move, 4..6) => Mood::Stale,
+        _ => Mood::Fair,
+    }
+}
+
+/// Who takes the next step.
+enum Choice {
+    /// Anybody.
+    Uniform,
+    /// The one of the highest priority, who loses it at some steps that were drawn before: few, since few are enough for most
+    /// bugs (PCT, Burckhardt et al. 2010).
+    Pct {
+        priorities: [u64; ACTORS],
+        changes: [usize; 3],
+    },
+}
+
+impl Choice {
+    /// About how many steps a seed takes.
+    const STEPS: usize = 450;
+
+    fn new(random: &mut Random) -> Self {
+        if random.below(2) == 0 {
+            return Self::Uniform;
+        }
+        Self::Pct {
+            // Above what a change leaves.
+            priorities: std::array::from_fn(|_| random.next() | 1 << 63),
+            changes: std::array::from_fn(|_| random.below(Self::STEPS)),
+        }
+    }
+
+    fn choose(&mut self, random: &mut Random, stopped: &[usize], step: usize) -> usize {
+        match self {
+            Self::Uniform => stopped[random.below(stopped.len())],
+            Self::Pct {
+                priorities,
+                changes,
+            } => {
+                let first = |priorities: &[u64; ACTORS]| {
+                    let best = stopped.iter().max_by_key(|&&nr| priorities[nr]);
+                    *best.expect("somebody is stopped")
+                };
+                if changes.contains(&step) {
+                    priorities[first(priorities)] = (Self::STEPS.saturating_sub(step)) as u64;
+                }
+                first(priorities)
+            }
+        }
+    }
+}
+
 /// Plays one seed; `says` prints who took each step, and from where.
-fn run(seed: u64, says: bool) {
+fn run(seed: u64, moody: bool, says: bool) {
     let mut random = Random(seed);
     let director = Director::new();
     let options: Options = options([Delivery::Inline, Delivery::Thread][random.below(2)])
@@ -198,6 +269,7 @@ fn run(seed: u64, says: bool) {
     let devices = [attach(Some(2 * PAGE)), attach(None)];
     let ledgers: [Ledger; PAGES] = Default::default();
     let failed = AtomicBool::new(false);
+    let mut choice = Choice::new(&mut random);
     let play = Play {
         memory: &memory,
         mirror: &mirror,
@@ -205,6 +277,9 @@ fn run(seed: u64, says: bool) {
         devices: &devices,
         ledgers: &ledgers,
     };
+    if moody {
+        MOODS.store(random.next() | 1, SeqCst);
+    }
     std::thread::scope(|scope| {
         let _free = director.frees_all();
         let actors: [Actor; ACTORS] = std::array::from_fn(Actor::Nr);
@@ -224,18 +299,18 @@ fn run(seed: u64, says: bool) {
             director.settle(actor, true);
         }
         // One takes a step at a time. Who is neither stopped nor done is blocked, and may stop again when others have gone on.
-        let mut idle = Instant::now();
+        let (mut idle, mut step) = (Instant::now(), 0);
         while !failed.load(SeqCst) && !actors.iter().all(|&actor| director.is_done(actor)) {
             let places = actors.map(|actor| (actor, director.place(actor)));
-            let mut stopped: Vec<Actor> = Vec::new();
-            for (actor, place) in places {
+            let mut stopped: Vec<usize> = Vec::new();
+            for (nr, (_, place)) in places.into_iter().enumerate() {
                 // Whoever holds something goes first: the others would only queue for it, and who is first then is chance.
                 match place {
                     Some(place) if holds_something(place) => {
-                        stopped = vec![actor];
+                        stopped = vec![nr];
                         break;
                     }
-                    Some(_) => stopped.push(actor),
+                    Some(_) => stopped.push(nr),
                     None => {}
                 }
             }
@@ -249,7 +324,8 @@ fn run(seed: u64, says: bool) {
                 continue;
             }
             idle = Instant::now();
-            let next = stopped[random.below(stopped.len())];
+            step += 1;
+            let next = actors[choice.choose(&mut random, &stopped, step)];
             if says {
                 let place = director.place(next).unwrap_or_default() as usize;
                 let place = Point::ALL.get(place).map(|point| format!("{point:?}"));
@@ -263,6 +339,7 @@ fn run(seed: u64, says: bool) {
         }
         actors.into_iter().for_each(|actor| director.release(actor));
     });
+    MOODS.store(0, SeqCst);
     assert!(!failed.load(SeqCst), "an actor failed");
     for (page, ledger) in ledgers.iter().enumerate() {
         ledger.read(|| memory.load(page));
@@ -274,10 +351,22 @@ fn run(seed: u64, says: bool) {
 
 #[test]
 fn random_schedules() {
+    play(false);
+}
+
+/// The same, and the kernel's answers are drawn too.
+#[test]
+fn random_schedules_and_a_moody_kernel() {
+    play(true);
+}
+
+fn play(moody: bool) {
     if !crate::usable() {
         return;
     }
     crate::broken::break_what_is_asked_for();
+    // Once a process, and asked for no mood it is none.
+    svm::point::set_mood(mood);
     let one = std::env::var("SVM_REPLAY_SEED");
     let seeds = match one.as_deref().map(str::parse::<u64>) {
         Ok(Ok(seed)) => seed..seed + 1,
@@ -289,7 +378,7 @@ fn random_schedules() {
         // Not captured: should the process die, it is the last line.
         let _ = writeln!(std::io::stderr(), "{again}");
         let _watchdog = crate::watch(again.clone().leak());
-        if std::panic::catch_unwind(|| run(seed, one.is_ok())).is_err() {
+        if std::panic::catch_unwind(|| run(seed, moody, one.is_ok())).is_err() {
             panic!("seed {seed} failed; run it again with\n    {again}");
         }
     }
