@@ -44,7 +44,7 @@ fn wrong_cells(rule: Rule, tests: &str) -> Vec<String> {
         let _ = pipe.read_to_end(&mut out);
         String::from_utf8_lossy(&out).into_owned()
     });
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(45);
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
             break status;

@@ -11,6 +11,8 @@
 //! [`Director::settle`] finds it out by looking at the process's threads, all of which sleep then (or, where something is polled
 //! for, by patience), and the script lets the stopped one go.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,8 +22,11 @@ use svm::point::Point;
 /// How long anything that should happen may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a thread that polls for something is looked at before it counts as blocked.
-const POLLING: Duration = Duration::from_millis(40);
+/// How much processor time a thread that polls for something has, before it counts as blocked.
+const POLLING: Duration = Duration::from_millis(5);
+
+/// Between two looks at the threads.
+const LOOK: Duration = Duration::from_micros(500);
 
 const NR_ACTORS: usize = 10;
 const NR_POINTS: usize = 32;
@@ -299,11 +304,11 @@ impl Director {
         futex_wake(&seat.place);
     }
 
-    /// Lets `actor` run until it is done, is stopped, or can get no further: every thread sleeps that is not stopped, for some
-    /// looks in a row, or somebody polls, and has for a while. A `patient` look takes no polling for blocked.
+    /// Lets `actor` run until it is done, is stopped, or can get no further: every thread that is not stopped sleeps, or has
+    /// polled for a while. A `patient` look takes nobody for blocked.
     pub(crate) fn settle(&self, actor: Actor, patient: bool) -> Settled {
         let begun = Instant::now();
-        let mut asleep = 0;
+        let mut stillness = Stillness::default();
         loop {
             if self.is_done(actor) {
                 return Settled::Done;
@@ -311,22 +316,19 @@ impl Director {
             if self.place(actor).is_some() {
                 return Settled::Stopped;
             }
-            asleep = if everybody_sleeps() { asleep + 1 } else { 0 };
-            let limit = if patient { PATIENCE } else { POLLING };
-            if !patient && asleep >= 4 || begun.elapsed() > limit {
+            if !patient && stillness.look() || begun.elapsed() > PATIENCE {
                 return Settled::Blocked;
             }
-            std::thread::sleep(Duration::from_micros(500));
+            std::thread::sleep(LOOK);
         }
     }
 
     /// Waits until every thread that is not stopped sleeps, or has polled for a while.
     pub(crate) fn quiet(&self) {
         let begun = Instant::now();
-        let mut asleep = 0;
-        while asleep < 4 && begun.elapsed() < POLLING {
-            asleep = if everybody_sleeps() { asleep + 1 } else { 0 };
-            std::thread::sleep(Duration::from_micros(500));
+        let mut stillness = Stillness::default();
+        while !stillness.look() && begun.elapsed() < PATIENCE {
+            std::thread::sleep(LOOK);
         }
     }
 }
@@ -345,17 +347,35 @@ impl Drop for FreesAll<'_> {
     }
 }
 
-/// Whether no thread of the process but this one is running or waits for a processor.
-fn everybody_sleeps() -> bool {
-    let me = this_thread();
-    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else {
-        return false;
-    };
-    tasks.flatten().all(|task| {
-        let is_me = task.file_name().to_str() == Some(me.to_string().as_str());
-        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
-        // "id (name) S …": the name may hold anything, so from the right.
-        let state = stat.rsplit(')').next().unwrap_or("").trim_start();
-        is_me || !state.starts_with('R')
-    })
+/// Whether anybody gets any further. It goes by the processor time that threads have had, not by the clock: on a loaded machine a
+/// thread that could run may not have run for long.
+#[derive(Default)]
+struct Stillness {
+    /// What each thread had used when it was first seen to run.
+    used: HashMap<OsString, u64>,
+    /// Looks in a row that found all of them asleep or polling.
+    still: u32,
+}
+
+impl Stillness {
+    /// One look more; says whether there were enough.
+    fn look(&mut self) -> bool {
+        let me = OsString::from(this_thread().to_string());
+        let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten();
+        let mut is_still = true;
+        for task in tasks.flatten().filter(|task| task.file_name() != me) {
+            let read = |file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            // "id (name) S …": the name may hold anything, so from the right.
+            let stat = read("stat");
+            let state = stat.rsplit(')').next().unwrap_or("").trim_start();
+            if state.starts_with('R') {
+                let now = read("schedstat");
+                let now: u64 = now.split(' ').next().unwrap_or("").parse().unwrap_or(0);
+                let first = *self.used.entry(task.file_name()).or_insert(now);
+                is_still &= now - first > POLLING.as_nanos() as u64;
+            }
+        }
+        self.still = if is_still { self.still + 1 } else { 0 };
+        self.still >= 4
+    }
 }
