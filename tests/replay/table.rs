@@ -10,7 +10,8 @@
 //!
 //! The words say the order: the device writes 2 to the first, the CPU 3 to the second, the other device 4 to the third. Where the
 //! two doors differ there is a line for each. The file was not made by believing what came out: each cell is also held
-//! against the rules in [`check`], which know nothing of it.
+//! against the rules in [`check`], which know nothing of it. `SVM_REPLAY_CELL="Update/Read AfterSnapshot"` plays only the cells that
+//! contain that.
 
 use std::collections::BTreeMap;
 use std::fmt;
