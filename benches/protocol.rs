@@ -53,8 +53,14 @@ mod addr {
 mod error {
     pub(crate) use svm::Access;
 }
+mod shim {
+    pub(crate) use core::sync::atomic;
+}
+#[path = "../runtime/src/sync/mutation.rs"]
+#[allow(dead_code, reason = "the directory asks for one of them")]
+mod mutation;
 mod sync {
-    pub(crate) use crate::fences::*;
+    pub(crate) use crate::{fences::*, mutation};
 
     /// Names a lock; the bench has the directory to itself.
     pub(crate) struct Mutex<T>(core::marker::PhantomData<T>);

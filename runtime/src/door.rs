@@ -216,28 +216,34 @@ impl Door {
 
     /// Moves `len` bytes of pages.
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Moved {
-        let Some(dst) = PageRange::new(dst, dst + len) else {
-            return Moved {
-                bytes: 0,
-                stop: Stop::Invalid,
+        let whole = |len| {
+            let Some(dst) = PageRange::new(dst, dst + len) else {
+                return Moved {
+                    bytes: 0,
+                    stop: Stop::Invalid,
+                };
             };
+            // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
+            // `register` answers for.
+            unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
         };
-        // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
-        // `register` answers for.
-        unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
+        meddled!(Move, len, whole)
     }
 
     /// Fills `len` bytes of missing pages with copies.
     pub(crate) fn copy(&self, dst: usize, src: usize, len: usize, protect: Protect) -> Moved {
-        let Some(dst) = PageRange::new(dst, dst + len) else {
-            return Moved {
-                bytes: 0,
-                stop: Stop::Invalid,
+        let whole = |len| {
+            let Some(dst) = PageRange::new(dst, dst + len) else {
+                return Moved {
+                    bytes: 0,
+                    stop: Stop::Invalid,
+                };
             };
+            // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
+            // door's descriptor, and which `register` answers for.
+            unsafe { self.uffd.copy(dst, src, protect, self.wakes()) }
         };
-        // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
-        // door's descriptor, and which `register` answers for.
-        unsafe { self.uffd.copy(dst, src, protect, self.wakes()) }
+        meddled!(Copy, len, whole)
     }
 
     /// Copies `len` bytes over pages that are there; says how many bytes of whole pages it came to. Not where the kernel's

@@ -79,6 +79,9 @@ impl Pending {
     /// Ends it if nobody is at work any more; says whether it did. `changing`: the door said, after the event was read, that some
     /// event's caller has not run yet.
     fn poll(&mut self, space: &AddressSpace, changing: bool) -> bool {
+        if meddled_zap!() {
+            return false;
+        }
         let region = self.flight.region();
         let gate = space.gate().enter();
         let now = clock::monotonic_ns();
@@ -222,16 +225,21 @@ pub(crate) fn apply(
     pending: &mut PendingList,
 ) {
     match *event {
-        Event::Remove(range) => for_each_part(space, closed, range, |place, part| {
-            give_up(space, closed, place, part, What::Discarded, pending);
-        }),
+        Event::Remove(range) => {
+            point!(EventRead, range.start());
+            for_each_part(space, closed, range, |place, part| {
+                give_up(space, closed, place, part, What::Discarded, pending);
+            });
+        }
         Event::Unmap(range) => {
+            point!(EventRead, range.start());
             for_each_part(space, closed, range, |place, part| {
                 give_up(space, closed, place, part, What::Gone, pending);
             });
             republish(space, closed, [range, range], |_| [None, None], None);
         }
         Event::Remap { from, to, len } => {
+            point!(EventRead, from);
             let (Some(range), Some(target)) = (
                 PageRange::new(from, from + len),
                 PageRange::new(to, to + len),
@@ -417,6 +425,7 @@ fn give_up(
                 state.displaced_to_new_address(concerned);
             }
         }
+        point!(EventTold, part.start());
         if (zap || !over) && !mutated(Mutation::EventOverAtOnce) {
             state.set_pending(concerned, true);
             pending.push(Pending {

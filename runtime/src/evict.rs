@@ -117,6 +117,7 @@ fn evict_block(
     if !inv.pages().is_empty() && (device.invalidate(&inv).is_err() || !is_over()) {
         return Ok(0);
     }
+    point!(EvictExcluding, region.addr_of(block, 0));
     // A stall ends this victim early; what was freed until then counts.
     let _ = give_up(
         &mut Mover::new(region, block, &mut state),
@@ -222,6 +223,7 @@ fn release_attempt(
     scratch: &mut Scratch,
     cause: Cause,
 ) -> Result<bool, Stall> {
+    point!(ReleaseEntering, region.addr_of(block, 0));
     let space = AddressSpace::global();
     let gate = space.gate().enter();
     let mut state = region.lock_block(block);
@@ -237,6 +239,7 @@ fn release_attempt(
     };
     let inv = Invalidation::new(block, resident & state.frames(device.id()), Keep::Nothing);
     let _ = device.invalidate(&inv);
+    point!(ReleaseExcluding, region.addr_of(block, 0));
     if !device.quiesced(&inv) {
         count(&region.counters().waits, 1);
         let flight = Flight::begin(region);

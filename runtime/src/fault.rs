@@ -97,6 +97,7 @@ pub(crate) fn resolve(space: &'static AddressSpace, fault: &CpuFault) -> Verdict
                 begin(space, fault, First::No)
             }
             Attempt::Pending(pending) => {
+                point!(FaultWaiting, fault.addr);
                 let region = pending.flight.region();
                 let until = Some(pending.until_ns);
                 wait_until_quiesced(space, region, pending.holders, &pending.inv, until);
@@ -200,6 +201,7 @@ impl Pending {
 
 /// One try of a fault, up to where it would have to wait.
 pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Attempt {
+    point!(FaultEntering, fault.addr);
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else {
         // Told of a change that nobody has applied yet, look again when it is; that was no miss.
@@ -237,6 +239,7 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     if first == First::Yes {
         count_fault(region, &class, fault);
     }
+    point!(FaultLocked, fault.addr);
     let run = match &class {
         Class::Gone => return Attempt::Done(Verdict::NotOurs),
         Class::Pending => {
@@ -468,6 +471,7 @@ fn act(
     fault: &CpuFault,
 ) -> Attempt {
     let access = fault.access.unwrap_or(Access::Write);
+    point!(FaultExcluding, fault.addr);
     let mut mover = Mover::new(region, block, state);
     let moved = match class {
         Class::Gone | Class::Pending => return Attempt::Again,
@@ -483,6 +487,7 @@ fn act(
     match moved {
         Ok(()) => {
             note_fetch(state, class, page, fault);
+            point!(FaultMoved, fault.addr);
             Attempt::Done(Verdict::Resolved)
         }
         Err(Stall::Changing | Stall::NoMemory) => {

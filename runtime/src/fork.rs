@@ -108,6 +108,7 @@ extern "C" fn prepare() {
     // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
     space.forking().fetch_add(1, Ordering::SeqCst);
     space.gate().synchronize();
+    point!(ForkClosed, 0);
     if let Ok(mut scratch) = Scratch::new(space) {
         for region in regions(space) {
             let devices = region.devices(&space.gate().enter()).clone();

@@ -86,6 +86,13 @@
 //! - Bare changes of memory that devices access in place (pinned, shared, of files) are not seen, or not in time: a device's access may
 //!   then end as the CPU's would, in a signal. [`munmap`], [`mremap`] and [`mprotect`] take the translations first.
 
+#[cfg(not(svm_points))]
+#[macro_use]
+mod point;
+#[cfg(svm_points)]
+#[macro_use]
+pub mod point;
+
 pub mod addr;
 mod attachment;
 mod block;

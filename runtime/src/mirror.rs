@@ -281,6 +281,7 @@ impl Raw {
         if !mutated(Mutation::CloseWithoutGrace) {
             space.gate().synchronize();
         }
+        point!(CloseReleased, region.addr());
         // 2. Every page home, every window empty.
         let mut scratch = Scratch::new(space)?;
         let devices = {

@@ -116,6 +116,7 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
         return Ok(false);
     }
     state.set_pinned(pages, true);
+    point!(PinMarked, region.addr_of(block, 0));
     let bounds = pages.bounds().unwrap_or(0..1);
     let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else {
         return Ok(false);

@@ -124,6 +124,7 @@ impl<D: Device> Range<D> {
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
         self.valid.reserve(nr_blocks);
+        point!(UpdateBegun, addr);
         Ok(Update {
             range: self,
             mapped: mapped.clone(),
@@ -215,10 +216,12 @@ impl<D: Device> Range<D> {
             let outcome = round.run_with(&mut self.scratch, begin, |valid, (token, range)| {
                 let device = &self.attached.device;
                 let guard = device.lock().lock();
-                if range.interrupted(token) {
+                point!(RoundCommitting, addr);
+                if range.interrupted(token) && !mutated(Mutation::CommitWithoutCheck) {
                     return Err(Interrupted);
                 }
                 install(valid, &guard);
+                point!(RoundCommitted, addr);
                 Ok(())
             });
             match outcome {
@@ -535,6 +538,7 @@ impl<D: Device> Update<'_, D> {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
         }
+        point!(UpdateFaulted, region.addr());
         Ok(())
     }
 
@@ -594,10 +598,12 @@ impl<D: Device> Update<'_, D> {
             guard.is_of(self.range.attached.device.lock()),
             "end_update needs the guard of its own device's lock"
         );
+        point!(UpdateEnding, self.mapped.shared_region().addr());
         if self.needs_retry() && !mutated(Mutation::CommitWithoutCheck) {
             count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
             return Err(Interrupted);
         }
+        point!(UpdateEnded, self.mapped.shared_region().addr());
         Ok(Committed {
             valid: &self.range.valid,
         })

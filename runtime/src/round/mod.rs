@@ -122,6 +122,7 @@ impl<D: Device> Round<'_, D> {
         commit: impl FnOnce(&Valid, B) -> T,
     ) -> Outcome<T> {
         let space = AddressSpace::global();
+        point!(RoundEntering, self.region.addr_of(self.block, 0));
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
         if space.forking().load(Ordering::SeqCst) != 0 && !mutated(Mutation::ForkNotSeen) {
@@ -136,6 +137,7 @@ impl<D: Device> Round<'_, D> {
             return Outcome::Again;
         };
         let commit = |valid: &Valid| commit(valid, begun);
+        point!(RoundLocked, self.region.addr_of(self.block, 0));
         if let Some(run) = self.one_run(&state) {
             if let Some(until) = lease_of_cpu(&mut state) {
                 return Outcome::WaitUntil(until);
@@ -234,6 +236,7 @@ impl<D: Device> Round<'_, D> {
             let flight = Flight::begin(self.region);
             drop(state);
             drop(gate);
+            point!(RoundWaiting, flight.region().addr_of(self.block, 0));
             if self.wait_for_others(space, flight.region(), &plan) == Shot::Severed {
                 self.mapped.residency().release(needed);
                 drop(bracket);
@@ -337,6 +340,7 @@ impl<D: Device> Round<'_, D> {
                 inv,
             );
         }
+        point!(RoundExcluding, self.region.addr_of(self.block, 0));
         over
     }
 
@@ -519,6 +523,7 @@ impl<D: Device> Round<'_, D> {
     ) -> T {
         const SLICE_NS: u64 = 10_000;
         const MAX_SHIFT: u32 = 12;
+        point!(RoundMoved, self.region.addr_of(self.block, 0));
         self.mapped.touch(self.block);
         if self.attempt > 1 {
             state.lease().device_until_ns =

@@ -149,7 +149,7 @@ mutations! {
     }
 }
 
-#[cfg(not(any(svm_loom, svm_shuttle)))]
+#[cfg(not(any(svm_loom, svm_shuttle, svm_points)))]
 mod switch {
     use super::Mutation;
 
@@ -188,7 +188,7 @@ mod switch {
     }
 }
 
-#[cfg(svm_shuttle)]
+#[cfg(any(svm_shuttle, svm_points))]
 mod switch {
     use super::Mutation;
     use core::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -206,7 +206,7 @@ mod switch {
     }
 }
 
-#[cfg(svm_shuttle)]
+#[cfg(any(svm_shuttle, svm_points))]
 pub(crate) use switch::mutate;
 pub(crate) use switch::mutated;
 #[cfg(all(test, svm_loom))]

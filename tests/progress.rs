@@ -1,0 +1,415 @@
+//! Forward progress (protocol.md section 5): who wants a page gets it, in a bounded number of rounds, whatever others do; and who
+//! wants another page does not even wait.
+//!
+//! `cargo test -p tests --test progress -- --nocapture` prints what was counted.
+
+use std::ptr;
+use std::sync::Barrier;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use svm::{
+    Access, Buffer, Delivery, Device, DeviceGuard, Granule, MappedRef, Options, Range, Valid,
+};
+use tests::{Dummy, TestDevice, Watchdog, usable};
+
+const PAGE: usize = 4096;
+const WORDS: usize = PAGE / 8;
+const DOORS: [Delivery; 2] = [Delivery::Inline, Delivery::Thread];
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+fn options(delivery: Delivery) -> Options {
+    Options::new().delivery(delivery).granule(Granule::Page)
+}
+
+/// A device's worker that adds to the first word of one page, each time by a fault of its own.
+struct Worker<'d> {
+    device: &'d TestDevice,
+    mapped: MappedRef<Dummy>,
+    range: Range<Dummy>,
+    page: usize,
+    word: *mut u64,
+}
+
+// SAFETY: the word is the device's, and is touched under its lock alone.
+unsafe impl Send for Worker<'_> {}
+
+impl<'d> Worker<'d> {
+    fn new(device: &'d TestDevice, buffer: &Buffer<u64>) -> Self {
+        let mapped = device.attachment().map(buffer.view().region()).unwrap();
+        let addr = buffer.view().addr();
+        Self {
+            device,
+            range: device.attachment().range().unwrap(),
+            page: (addr - mapped.region().base()) / PAGE,
+            word: ptr::with_exposed_provenance_mut(addr.wrapping_add_signed(mapped.offset())),
+            mapped,
+        }
+    }
+
+    fn add(word: *mut u64) {
+        // SAFETY: the page was just found valid for writing, and the device lock, which is held, keeps it so.
+        let word = unsafe { &mut *word };
+        *word += 1;
+    }
+
+    /// Adds by `fault_in`, whose token and commit are inside the block's round. Says how often it was handed the page.
+    fn add_in_a_round(&mut self) -> u64 {
+        let (pages, word, mut handed) = (self.page..self.page + 1, self.word, 0);
+        let access = |_: &Valid, _: &DeviceGuard<'_>| {
+            handed += 1;
+            Self::add(word);
+        };
+        self.range
+            .fault_in(&self.mapped, pages, Access::Write, 0, TIMEOUT, access)
+            .unwrap();
+        handed
+    }
+
+    /// Adds by a driver's own loop. Says how many rounds it took.
+    fn add_in_updates(&mut self) -> u64 {
+        for rounds in 1.. {
+            let pages = self.page..self.page + 1;
+            let mut update = self
+                .range
+                .start_update(&self.mapped, pages, TIMEOUT)
+                .unwrap();
+            update.fault(Access::Write).unwrap();
+            let guard = self.device.attachment().device().lock().lock();
+            if update.end_update(&guard).is_ok() {
+                Self::add(self.word);
+                return rounds;
+            }
+        }
+        unreachable!("there are more numbers than that")
+    }
+}
+
+/// The first two words, for the CPU.
+fn words(buffer: &mut Buffer<u64>) -> [&AtomicU64; 2] {
+    let at = buffer.as_mut_slice().as_mut_ptr();
+    // SAFETY: the buffer's first two words, and it is borrowed for as long; whoever shares them uses them as atomics.
+    let words: &[AtomicU64; 2] = unsafe { &*at.cast() };
+    words.each_ref()
+}
+
+/// Has `work` done beside a CPU that writes to the same page all the time. Says how often that did.
+fn beside_a_storm(word: &AtomicU64, work: impl FnOnce()) -> u64 {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let storm = scope.spawn(|| {
+            let mut writes = 0;
+            while !done.load(Ordering::Relaxed) {
+                word.fetch_add(1, Ordering::Relaxed);
+                writes += 1;
+            }
+            writes
+        });
+        let _worker = svm::worker_thread();
+        work();
+        done.store(true, Ordering::Relaxed);
+        storm.join().unwrap()
+    })
+}
+
+/// A round takes its token and commits under the block's lock, under which every change of ours starts its bracket: one round an
+/// access, however hard the CPU wants the page.
+#[test]
+fn a_storm_on_its_page_interrupts_no_fault_of_a_round() {
+    const ACCESSES: u64 = 3000;
+    for delivery in DOORS.into_iter().filter(|_| usable()) {
+        let _watchdog = Watchdog::with_timeout("storm, rounds", Duration::from_secs(100));
+        let mut buffer = Buffer::<u64>::with_options(WORDS, &options(delivery)).unwrap();
+        let device = TestDevice::new().unwrap();
+        let mut worker = Worker::new(&device, &buffer);
+        let mut handed = 0;
+        let writes = beside_a_storm(words(&mut buffer)[1], || {
+            handed = (0..ACCESSES).map(|_| worker.add_in_a_round()).sum();
+        });
+        let stats = buffer.stats();
+        println!(
+            "{delivery:?}: {ACCESSES} accesses beside {writes} writes: {handed} commits, {} retries, {} waits",
+            stats.retries, stats.waits
+        );
+        assert_eq!((handed, stats.retries), (ACCESSES, 0));
+        assert_eq!(buffer.as_slice()[..2], [ACCESSES, writes]);
+        assert_eq!(stats.anomalies, 0);
+    }
+}
+
+/// A driver's own loop holds nothing between its steps, so a storm interrupts it; how often before it gets through is counted.
+#[test]
+fn a_storm_on_its_page_does_not_starve_a_drivers_loop() {
+    const ACCESSES: u64 = 1000;
+    const MOST_ROUNDS: u64 = 100;
+    for delivery in DOORS.into_iter().filter(|_| usable()) {
+        let _watchdog = Watchdog::with_timeout("storm, updates", Duration::from_secs(100));
+        let mut buffer = Buffer::<u64>::with_options(WORDS, &options(delivery)).unwrap();
+        let device = TestDevice::new().unwrap();
+        let mut worker = Worker::new(&device, &buffer);
+        let (mut most, mut all) = (0, 0);
+        let writes = beside_a_storm(words(&mut buffer)[1], || {
+            for _ in 0..ACCESSES {
+                let rounds = worker.add_in_updates();
+                most = most.max(rounds);
+                all += rounds;
+            }
+        });
+        let stats = buffer.stats();
+        println!(
+            "{delivery:?}: {ACCESSES} accesses beside {writes} writes: {all} rounds, {most} at most for one",
+        );
+        assert!(most <= MOST_ROUNDS, "{most} rounds for one access");
+        assert_eq!(stats.retries, all - ACCESSES);
+        assert_eq!(buffer.as_slice()[..2], [ACCESSES, writes]);
+        assert_eq!(stats.anomalies, 0);
+    }
+}
+
+/// The storm is the kernel's: the page is discarded all the time. Nothing can keep that out, so a round may have to begin anew while
+/// the kernel is changing; but what was handed over is still one commit an access.
+#[test]
+fn a_storm_of_discards_does_not_starve_a_round() {
+    const ACCESSES: u64 = 300;
+    for delivery in DOORS.into_iter().filter(|_| usable()) {
+        let _watchdog = Watchdog::with_timeout("discards", Duration::from_secs(100));
+        let mut buffer = Buffer::<u64>::with_options(WORDS, &options(delivery)).unwrap();
+        let device = TestDevice::new().unwrap();
+        let mut worker = Worker::new(&device, &buffer);
+        let page = words(&mut buffer)[0].as_ptr().expose_provenance();
+        let (done, mut handed) = (AtomicBool::new(false), 0);
+        let discards = std::thread::scope(|scope| {
+            let storm = scope.spawn(|| {
+                let mut discards = 0u64;
+                while !done.load(Ordering::Relaxed) {
+                    let page = ptr::with_exposed_provenance_mut(page);
+                    // SAFETY: the buffer's own page, which only the device uses, and counts on nothing there.
+                    let outcome = unsafe { libc::madvise(page, PAGE, libc::MADV_DONTNEED) };
+                    assert_eq!(outcome, 0);
+                    discards += 1;
+                }
+                discards
+            });
+            let _worker = svm::worker_thread();
+            handed = (0..ACCESSES).map(|_| worker.add_in_a_round()).sum();
+            done.store(true, Ordering::Relaxed);
+            storm.join().unwrap()
+        });
+        let stats = buffer.stats();
+        println!(
+            "{delivery:?}: {ACCESSES} accesses beside {discards} discards: {handed} commits, {} retries, {} waits",
+            stats.retries, stats.waits
+        );
+        assert_eq!((handed, stats.retries), (ACCESSES, 0));
+        assert_eq!(stats.anomalies, 0);
+    }
+}
+
+/// One page, back and forth, in strict turns: each turn is one page each way, and none is lost.
+#[test]
+fn cpu_and_device_play_ping_pong() {
+    for (delivery, turns) in [(Delivery::Inline, 100_000u64), (Delivery::Thread, 10_000)] {
+        if !usable() {
+            return;
+        }
+        let _watchdog = Watchdog::with_timeout("ping-pong", Duration::from_secs(120));
+        let mut buffer = Buffer::<u64>::with_options(WORDS, &options(delivery)).unwrap();
+        let device = TestDevice::new().unwrap();
+        let mut worker = Worker::new(&device, &buffer);
+        let word = words(&mut buffer)[0];
+        // Whose turn it is: not in the page, so that looking moves nothing. Even: the device's.
+        let turn = AtomicU64::new(0);
+        let begun = Instant::now();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _worker = svm::worker_thread();
+                for n in 0..turns {
+                    wait_for(&turn, 2 * n);
+                    worker.add_in_a_round();
+                    turn.store(2 * n + 1, Ordering::Release);
+                }
+            });
+            for n in 0..turns {
+                wait_for(&turn, 2 * n + 1);
+                word.fetch_add(1, Ordering::Relaxed);
+                turn.store(2 * n + 2, Ordering::Release);
+            }
+        });
+        let took = begun.elapsed();
+        let stats = buffer.stats();
+        println!(
+            "{delivery:?}: {turns} turns in {took:.1?}, {:.1} us each; {} waits",
+            took.as_secs_f64() * 1e6 / turns as f64,
+            stats.waits
+        );
+        assert_eq!(buffer.as_slice()[0], 2 * turns);
+        assert_eq!(stats.device_write_faults, turns);
+        assert_eq!(stats.to_device_pages(), turns);
+        assert_eq!(stats.to_host_demand_pages, turns);
+        assert_eq!((stats.retries, stats.anomalies), (0, 0));
+    }
+}
+
+fn wait_for(turn: &AtomicU64, value: u64) {
+    let mut looks = 0u32;
+    while turn.load(Ordering::Acquire) != value {
+        looks += 1;
+        if looks > 200 {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// The same page, no turns: each side takes it when it can, and both get all their work done, the device in one round each time and
+/// the CPU in as many faults as there were pages to fetch.
+#[test]
+fn neither_side_starves_where_both_want_a_page() {
+    for (delivery, each) in [(Delivery::Inline, 20_000u64), (Delivery::Thread, 5_000)] {
+        if !usable() {
+            return;
+        }
+        let _watchdog = Watchdog::with_timeout("free for all", Duration::from_secs(120));
+        let mut buffer = Buffer::<u64>::with_options(WORDS, &options(delivery)).unwrap();
+        let device = TestDevice::new().unwrap();
+        let mut worker = Worker::new(&device, &buffer);
+        let word = words(&mut buffer)[1];
+        let barrier = Barrier::new(2);
+        let mut handed = 0;
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _worker = svm::worker_thread();
+                barrier.wait();
+                handed = (0..each).map(|_| worker.add_in_a_round()).sum();
+            });
+            barrier.wait();
+            for n in 0..each {
+                word.fetch_add(1, Ordering::Relaxed);
+                if n % 4 == 0 {
+                    std::thread::yield_now();
+                }
+            }
+        });
+        let stats = buffer.stats();
+        println!(
+            "{delivery:?}: {each} each; {} pages out, {} home, {} waits",
+            stats.to_device_pages(),
+            stats.to_host_demand_pages,
+            stats.waits
+        );
+        assert_eq!(buffer.as_slice()[..2], [each, each]);
+        assert_eq!((handed, stats.device_write_faults), (each, each));
+        assert!(stats.cpu_write_faults <= stats.to_device_pages());
+        assert_eq!((stats.retries, stats.anomalies), (0, 0));
+    }
+}
+
+/// Churn on one region, of each kind: what a fault in another has waited for is counted, and of ours it is nothing.
+///
+/// Of the kernel's it is something where memory is unmapped: until the unmapping thread has run again, ioctls on the whole userfaultfd
+/// say EAGAIN (`ARCHITECTURE.md`, failure), whichever of its ranges they are for. These are counted too, and are all there is.
+#[test]
+fn churn_on_one_region_makes_no_fault_in_another_wait() {
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Churn {
+        Mirrors,
+        Faults,
+        Unmaps,
+    }
+    const PAGES: usize = 64;
+    for delivery in DOORS.into_iter().filter(|_| usable()) {
+        for churn in [Churn::Faults, Churn::Mirrors, Churn::Unmaps] {
+            let _watchdog = Watchdog::new("churn elsewhere");
+            let options = options(delivery);
+            let mut quiet = Buffer::<u64>::with_options(PAGES * WORDS, &options).unwrap();
+            let (near, far) = (TestDevice::new().unwrap(), TestDevice::new().unwrap());
+            let (done, churned) = (AtomicBool::new(false), AtomicUsize::new(0));
+            let mut rounds = 0u64;
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut memory = vec![0u64; 256 * WORDS];
+                    while !done.load(Ordering::Relaxed) {
+                        match churn {
+                            Churn::Mirrors | Churn::Faults => {
+                                let mut mirror = svm::mirror_with(&mut memory, &options).unwrap();
+                                let turns = if churn == Churn::Faults { 50 } else { 1 };
+                                for turn in 0..turns {
+                                    let view = mirror.view_mut();
+                                    let page = 1 + turn % 200;
+                                    far.fault_in(
+                                        view.region(),
+                                        view.addr() + page * PAGE,
+                                        PAGE,
+                                        Access::Write,
+                                    )
+                                    .unwrap();
+                                    mirror.as_mut_slice()[page * WORDS] += 1;
+                                    churned.fetch_add(1, Ordering::Relaxed);
+                                }
+                                mirror.close().unwrap();
+                            }
+                            Churn::Unmaps => unmap_once(&far, &options, &churned),
+                        }
+                    }
+                });
+                let begun = Instant::now();
+                while begun.elapsed() < Duration::from_secs(1) {
+                    for page in 0..PAGES {
+                        let view = quiet.view_mut();
+                        near.write(
+                            view.region(),
+                            view.addr() + page * PAGE,
+                            &rounds.to_ne_bytes(),
+                        )
+                        .unwrap();
+                    }
+                    for page in 0..PAGES {
+                        assert_eq!(quiet.as_slice()[page * WORDS], rounds);
+                    }
+                    rounds += 1;
+                }
+                done.store(true, Ordering::Relaxed);
+            });
+            let stats = quiet.stats();
+            println!(
+                "{delivery:?}, {churn:?}: {} faults and {} device faults beside {} of churn; {} waits, {} times the kernel was changing",
+                stats.cpu_read_faults,
+                stats.device_write_faults,
+                churned.into_inner(),
+                stats.waits,
+                stats.changing_outcomes,
+            );
+            assert!(rounds > 0 && stats.cpu_read_faults >= rounds);
+            assert!(stats.waits <= stats.changing_outcomes);
+            if churn != Churn::Unmaps {
+                assert_eq!(stats.waits, 0, "{churn:?}");
+            }
+            assert_eq!((stats.retries, stats.anomalies), (0, 0));
+        }
+    }
+}
+
+/// Mirrors a mapping, has a device take it, and unmaps it under both.
+fn unmap_once(device: &TestDevice, options: &Options, count: &AtomicUsize) {
+    const PAGES: usize = 16;
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a fresh mapping.
+    let at = unsafe { libc::mmap(std::ptr::null_mut(), PAGES * PAGE, protection, flags, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    // SAFETY: anonymous memory, which nobody touches once it is unmapped.
+    let mirror = unsafe { svm::mirror_raw(at.cast(), PAGES * PAGE, options) }.unwrap();
+    let view = mirror.view();
+    device
+        .fault_in(view.region(), view.addr(), PAGES * PAGE, Access::Write)
+        .unwrap();
+    for page in 0..PAGES {
+        // SAFETY: as above.
+        unsafe { libc::munmap(at.wrapping_byte_add(page * PAGE), PAGE) };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+    mirror.close().unwrap();
+}

@@ -1,0 +1,478 @@
+//! Ladders: the schedules of the protocol's text, and those of the hazards that broke earlier designs, rung by rung.
+
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use svm::point::Point;
+use svm::{Access, Delivery, DeviceFaultKind, Interrupted};
+
+use crate::director::{Actor, Director, Part, Settled};
+use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, options};
+
+const DEVICE: Actor = Actor::Nr(0);
+const CPU0: Actor = Actor::Nr(1);
+const CPU2: Actor = Actor::Nr(2);
+const DOORS: [Delivery; 2] = [Delivery::Inline, Delivery::Thread];
+const PAGES_PER_BLOCK: usize = 512;
+const SOON: Duration = Duration::from_millis(30);
+const IN_TIME: Duration = Duration::from_secs(10);
+
+/// Has `actor` do `work` in a thread of its own.
+fn act<'scope, 'env, R: Send + 'scope>(
+    scope: &'scope Scope<'scope, 'env>,
+    actor: Actor,
+    work: impl FnOnce() -> R + Send + 'scope,
+) -> std::thread::ScopedJoinHandle<'scope, R> {
+    scope.spawn(move || {
+        let _part = Part::take(actor);
+        work()
+    })
+}
+
+/// protocol.md section 1, the bug that the sequence number removes: an invalidation begins *and ends* between snapshot and
+/// commit.
+///
+/// ```text
+/// device                          CPU
+/// start_update
+/// fault: the page is the device's
+///                                 write: start, the page comes home, end
+/// lock
+/// end_update: Interrupted
+/// ```
+#[test]
+fn an_invalidation_that_begins_and_ends_within_an_update() {
+    let _watchdog = crate::watch("the seed's ladder");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let _director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        let _signals = svm::worker_thread();
+        let (mapped, range, index) = worker.parts(SUBJECT);
+        let pages = index..index + 1;
+        let mut update = range.start_update(&mapped, pages.clone(), IN_TIME).unwrap();
+        update.fault(Access::Write).unwrap();
+        memory.store(SUBJECT, 1, 3);
+        // Nothing is pending any more, and it is the CPU's page: the old `valid` flag would say true again.
+        assert!(svm::snapshot(memory.addr(SUBJECT), 1).unwrap()[0].is_present());
+        assert!(update.needs_retry());
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        // And of a mere look, which faults nothing in.
+        let mut update = range.start_update(&mapped, pages, IN_TIME).unwrap();
+        update.fault(Access::Write).unwrap();
+        update.snapshot();
+        memory.store(SUBJECT, 1, 4);
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        drop(worker);
+        mirror.close().unwrap();
+        assert_eq!(memory.load(SUBJECT), [1, 4, 1]);
+    }
+}
+
+/// protocol.md section 1, three CPUs: while an overlapping invalidation is open, one that does not overlap starts and ends. It
+/// must make nothing valid: neither an update under way, nor one that begins.
+///
+/// ```text
+/// CPU 0                    CPU 1 (device)                 CPU 2
+///                          start_update, fault
+/// write: start
+///                                                         write elsewhere: start … end
+///                          end_update: Interrupted
+///                          start_update: waits
+///                                                         write elsewhere: start … end
+///                          start_update: waits still
+/// end
+///                          begins
+/// ```
+#[test]
+fn an_invalidation_elsewhere_ends_while_one_here_is_open() {
+    let _watchdog = crate::watch("the ladder of three CPUs");
+    if !crate::usable() {
+        return;
+    }
+    // The inline door: through the other one thread serves all faults, so that no two CPU faults are open at once.
+    let director = Director::new();
+    let memory = Memory::sized(3 * PAGES_PER_BLOCK);
+    let elsewhere = SUBJECT + 2 * PAGES_PER_BLOCK;
+    let mirror = memory.mirror(&options(Delivery::Inline));
+    let (device, other) = (attach(None), attach(None));
+    let (mut worker, mut helper) = (Worker::new(&device, &mirror), Worker::new(&other, &mirror));
+    let mut away = |page| assert!(helper.access(Shape::Round, page, Op::Read, None).is_ok());
+    let (mapped, range, index) = worker.parts(SUBJECT);
+    let pages = index..index + 1;
+    let _signals = svm::worker_thread();
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        let mut update = range.start_update(&mapped, pages.clone(), IN_TIME).unwrap();
+        update.fault(Access::Write).unwrap();
+        director.stop(CPU0, Point::FaultExcluding);
+        let cpu0 = act(scope, CPU0, || memory.store(SUBJECT, 1, 3));
+        director.await_stop(CPU0);
+        away(elsewhere);
+        memory.store(elsewhere, 1, 5);
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        // A collision is no timeout, and a timeout no collision: this one is open, and stays open for as long.
+        let begun = Instant::now();
+        let refused = range
+            .start_update(&mapped, pages.clone(), SOON)
+            .unwrap_err();
+        assert_eq!(refused.kind, DeviceFaultKind::Timeout);
+        assert!(begun.elapsed() >= SOON);
+        director.stop(DEVICE, Point::UpdateBegun);
+        let (mapped, range, pages) = (&mapped, &mut *range, pages.clone());
+        let begins = act(scope, DEVICE, move || {
+            let _signals = svm::worker_thread();
+            drop(range.start_update(mapped, pages, IN_TIME).unwrap());
+        });
+        assert_eq!(director.settle(DEVICE, false), Settled::Blocked);
+        away(elsewhere);
+        memory.store(elsewhere, 1, 6);
+        assert_eq!(director.settle(DEVICE, false), Settled::Blocked);
+        director.release(CPU0);
+        director.await_stop(DEVICE);
+        cpu0.join().unwrap();
+        director.release(DEVICE);
+        begins.join().unwrap();
+    });
+    drop((worker, helper));
+    mirror.close().unwrap();
+    assert_eq!((memory.load(SUBJECT)[1], memory.load(elsewhere)[1]), (3, 6));
+}
+
+/// hazards.md P3, the count per range that would bring the ABA back: X elsewhere is open; Y here starts and ends; an update
+/// begins; Z here starts and ends.
+///
+/// ```text
+/// CPU 0                     device                   CPU 2
+/// write elsewhere: start
+///                                                    write here: start … end (Y)
+///                           start_update, fault
+///                                                    write here: start … end (Z)
+///                           end_update: Interrupted
+/// end
+/// ```
+#[test]
+fn two_invalidations_here_around_a_begin_while_one_elsewhere_is_open() {
+    let _watchdog = crate::watch("the ladder of the count");
+    if !crate::usable() {
+        return;
+    }
+    let director = Director::new();
+    let memory = Memory::sized(3 * PAGES_PER_BLOCK);
+    let elsewhere = SUBJECT + 2 * PAGES_PER_BLOCK;
+    let mirror = memory.mirror(&options(Delivery::Inline));
+    let (device, other) = (attach(None), attach(None));
+    let (mut worker, mut helper) = (Worker::new(&device, &mirror), Worker::new(&other, &mirror));
+    let mut away = |page| assert!(helper.access(Shape::Round, page, Op::Read, None).is_ok());
+    let (mapped, range, index) = worker.parts(SUBJECT);
+    let _signals = svm::worker_thread();
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        away(elsewhere);
+        away(SUBJECT);
+        director.stop(CPU0, Point::FaultExcluding);
+        let cpu0 = act(scope, CPU0, || memory.store(elsewhere, 1, 5));
+        director.await_stop(CPU0);
+        memory.store(SUBJECT, 1, 2);
+        // No wait: what is open is elsewhere.
+        let begun = Instant::now();
+        let mut update = range
+            .start_update(&mapped, index..index + 1, IN_TIME)
+            .unwrap();
+        assert!(begun.elapsed() < IN_TIME);
+        update.fault(Access::Write).unwrap();
+        memory.store(SUBJECT, 1, 3);
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        assert_eq!(director.place(CPU0), Some(Point::FaultExcluding as u32));
+        director.release(CPU0);
+        cpu0.join().unwrap();
+    });
+    drop((worker, helper));
+    mirror.close().unwrap();
+    assert_eq!((memory.load(SUBJECT)[1], memory.load(elsewhere)[1]), (3, 5));
+}
+
+/// What is open *here* is not waited for by what is elsewhere: a region's churn starves nobody in another block of it.
+#[test]
+fn an_open_invalidation_holds_up_nobody_elsewhere() {
+    let _watchdog = crate::watch("an open invalidation elsewhere");
+    if !crate::usable() {
+        return;
+    }
+    let director = Director::new();
+    let memory = Memory::sized(3 * PAGES_PER_BLOCK);
+    let elsewhere = SUBJECT + 2 * PAGES_PER_BLOCK;
+    let mirror = memory.mirror(&options(Delivery::Inline));
+    let device = attach(None);
+    let mut worker = Worker::new(&device, &mirror);
+    let read = |worker: &mut Worker<'_>, page| worker.access(Shape::Round, page, Op::Read, None);
+    read(&mut worker, SUBJECT).unwrap();
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        director.stop(CPU0, Point::FaultExcluding);
+        let cpu0 = act(scope, CPU0, || memory.store(SUBJECT, 1, 3));
+        director.await_stop(CPU0);
+        for value in 2..20 {
+            for (i, shape) in [Shape::Update, Shape::Round].into_iter().enumerate() {
+                // Another page each time: who fetches the same one again and again is lent it for a while.
+                let page = elsewhere + 2 * value as usize + i;
+                let got = worker.access(shape, page, Op::Write { word: 0, value }, None);
+                assert_eq!(got, Ok([value, 1, 1]));
+                memory.store(page, 1, value);
+            }
+        }
+        assert_eq!(director.place(CPU0), Some(Point::FaultExcluding as u32));
+        director.release(CPU0);
+        cpu0.join().unwrap();
+    });
+    assert_eq!((worker.interrupted, mirror.stats().waits), (0, 0));
+    drop(worker);
+    mirror.close().unwrap();
+    assert_eq!(memory.load(SUBJECT)[1], 3);
+}
+
+/// hazards.md P1: a device has copied a page, and a CPU write un-protects it before the device commits. There is a bracket
+/// around that though no device maps the page yet, so the commit is refused.
+///
+/// ```text
+/// device                                 CPU
+/// start_update
+/// fault: a copy, the CPU's protected
+///                                        write: start, un-protect, end
+/// end_update: Interrupted
+/// ```
+#[test]
+fn a_page_is_written_again_between_its_copy_and_the_commit() {
+    let _watchdog = crate::watch("the ladder of the copy");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let _director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery).read_mostly(true));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        let _signals = svm::worker_thread();
+        let (mapped, range, index) = worker.parts(SUBJECT);
+        let mut update = range
+            .start_update(&mapped, index..index + 1, IN_TIME)
+            .unwrap();
+        update.fault(Access::Read).unwrap();
+        assert!(svm::snapshot(memory.addr(SUBJECT), 1).unwrap()[0].is_held_by(&device));
+        memory.store(SUBJECT, 1, 3);
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        let seen = worker
+            .access(Shape::Update, SUBJECT, Op::Read, None)
+            .unwrap();
+        assert_eq!(seen, [1, 3, 1]);
+        drop(worker);
+        mirror.close().unwrap();
+    }
+}
+
+/// hazards.md G1: between the read of an event and its application its caller goes on and writes, and a device comes for the
+/// page. Neither may get through while the picture is old: the write would be dropped with the page.
+///
+/// ```text
+/// reader                 caller                          device
+///                        madvise(DONTNEED)
+/// read
+///                        returns; writes 5: waits
+///                                                        read: waits
+/// apply, open
+///                        writes 5                        reads 5, or the 0 before it
+/// ```
+#[test]
+fn a_caller_writes_before_its_event_is_applied() {
+    let _watchdog = crate::watch("the ladder of the gate");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        worker
+            .access(Shape::Round, SUBJECT, Op::Write { word: 0, value: 2 }, None)
+            .unwrap();
+        director.stop(Actor::Reader, Point::EventRead);
+        let seen = std::thread::scope(|scope| {
+            let _free = director.frees_all();
+            let caller = act(scope, CPU0, || {
+                memory.discard(SUBJECT);
+                memory.store(SUBJECT, 1, 5);
+            });
+            director.await_stop(Actor::Reader);
+            assert_eq!(director.settle(CPU0, false), Settled::Blocked);
+            // The device has a translation still, and nothing stops this one's hits: so its next fault, elsewhere in the block.
+            let device = act(scope, DEVICE, || {
+                worker
+                    .access(Shape::Round, SUBJECT + 1, Op::Read, None)
+                    .unwrap();
+                worker
+                    .access(Shape::Round, SUBJECT, Op::Read, None)
+                    .unwrap()
+            });
+            assert_eq!(director.settle(DEVICE, false), Settled::Blocked);
+            director.release(Actor::Reader);
+            caller.join().unwrap();
+            device.join().unwrap()
+        });
+        assert!(matches!(seen, [0, 5 | 0, 0]), "{seen:?}");
+        assert_eq!(memory.load(SUBJECT), [0, 5, 0]);
+        drop(worker);
+        mirror.close().unwrap();
+    }
+}
+
+/// hazards.md G5: an `mremap` sends two events, and ioctls say EAGAIN until both are read. A device fault that comes in between
+/// goes round without holding anything that the reader needs.
+#[test]
+fn a_device_fault_between_the_two_events_of_a_remap() {
+    let _watchdog = crate::watch("the ladder of the two events");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        worker
+            .access(Shape::Round, SUBJECT, Op::Write { word: 0, value: 2 }, None)
+            .unwrap();
+        let told = director.visits(Actor::Reader, Point::EventRead);
+        director.stop(Actor::Reader, Point::EventRead);
+        let target = std::thread::scope(|scope| {
+            let _free = director.frees_all();
+            let caller = act(scope, CPU0, || memory.remap(SUBJECT));
+            // The first event, REMAP, goes through; the second, UNMAP of the old place, is read and not applied.
+            director.await_stop(Actor::Reader);
+            director.step(Actor::Reader);
+            director.await_visit(Actor::Reader, Point::EventRead, told + 1);
+            director.await_stop(Actor::Reader);
+            let fault = act(scope, DEVICE, || {
+                let near = worker.access(Shape::Round, SUBJECT + 1, Op::Read, None);
+                (near, worker.access(Shape::Round, SUBJECT, Op::Read, None))
+            });
+            director.settle(DEVICE, false);
+            director.release(Actor::Reader);
+            let (near, gone) = fault.join().unwrap();
+            assert_eq!(near, Ok([1, 1, 1]));
+            assert_eq!(gone, Err(DeviceFaultKind::Unmapped));
+            caller.join().unwrap()
+        });
+        // What the device wrote has gone along.
+        assert_eq!(target.load(0), [2, 1, 1]);
+        drop(worker);
+        mirror.close().unwrap();
+    }
+}
+
+/// hazards.md W1: a CPU write that waits for an access in flight holds nothing: a reader of the same page, in the same block,
+/// is served meanwhile if it has what it needs, and a fault beside it goes through.
+#[test]
+fn a_fault_that_waits_for_an_access_holds_nothing() {
+    let _watchdog = crate::watch("the ladder of the wait");
+    if !crate::usable() {
+        return;
+    }
+    let director = Director::new();
+    let memory = Memory::new();
+    let mirror = memory.mirror(&options(Delivery::Inline));
+    let device = attach(None);
+    let mut worker = Worker::new(&device, &mirror);
+    for page in [SUBJECT, SUBJECT + 1] {
+        worker
+            .access(Shape::Round, page, Op::Write { word: 0, value: 2 }, None)
+            .unwrap();
+    }
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        device.device().set_busy(true);
+        director.stop(CPU0, Point::FaultWaiting);
+        let cpu0 = act(scope, CPU0, || memory.store(SUBJECT, 1, 3));
+        director.await_stop(CPU0);
+        // Same block, other pages: a device's fault and a hole of the CPU's.
+        let cpu2 = act(scope, CPU2, || memory.store(SUBJECT + 2, 1, 7));
+        director.await_done(CPU2);
+        cpu2.join().unwrap();
+        let mut second = Worker::new(&device, &mirror);
+        assert_eq!(
+            second.access(Shape::Round, SUBJECT + 3, Op::Read, None),
+            Ok([1, 1, 1])
+        );
+        // And the page itself is nobody's until the access is over: its bracket is open.
+        let (mapped, range, index) = second.parts(SUBJECT);
+        let _signals = svm::worker_thread();
+        let refused = range
+            .start_update(&mapped, index..index + 1, SOON)
+            .unwrap_err();
+        assert_eq!(refused.kind, DeviceFaultKind::Timeout);
+        device.device().set_busy(false);
+        director.release(CPU0);
+        cpu0.join().unwrap();
+    });
+    assert_eq!(memory.load(SUBJECT), [2, 3, 1]);
+    drop(worker);
+    mirror.close().unwrap();
+}
+
+/// A mirror closes while an update is under way (protocol.md section 2, release): the update is told, and so is one that waits.
+#[test]
+fn a_mirror_closes_while_one_update_is_open_and_another_waits() {
+    let _watchdog = crate::watch("the ladder of the release");
+    if !crate::usable() {
+        return;
+    }
+    let director = Director::new();
+    let memory = Memory::new();
+    let mirror = memory.mirror(&options(Delivery::Inline));
+    let device = attach(None);
+    let (mut worker, mut second) = (Worker::new(&device, &mirror), Worker::new(&device, &mirror));
+    worker
+        .access(Shape::Round, SUBJECT, Op::Write { word: 0, value: 2 }, None)
+        .unwrap();
+    let _signals = svm::worker_thread();
+    let (mapped, range, index) = worker.parts(SUBJECT + 1);
+    let mut update = range
+        .start_update(&mapped, index..index + 1, IN_TIME)
+        .unwrap();
+    update.fault(Access::Read).unwrap();
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        device.device().set_busy(true);
+        director.stop(CPU0, Point::FaultWaiting);
+        let cpu0 = act(scope, CPU0, || memory.store(SUBJECT, 1, 3));
+        director.await_stop(CPU0);
+        let waits = act(scope, DEVICE, || {
+            let _signals = svm::worker_thread();
+            let (mapped, range, index) = second.parts(SUBJECT);
+            let outcome = range.start_update(&mapped, index..index + 1, IN_TIME);
+            outcome.map(drop).unwrap_err().kind
+        });
+        assert_eq!(director.settle(DEVICE, false), Settled::Blocked);
+        director.stop(CPU2, Point::CloseReleased);
+        let closes = act(scope, CPU2, || mirror.close().unwrap());
+        director.await_stop(CPU2);
+        // The access goes on, and the bracket is open still: the one that waited for its end has been told all the same.
+        assert_eq!(waits.join().unwrap(), DeviceFaultKind::Closed);
+        let guard = device.device().lock_it();
+        assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
+        drop(guard);
+        device.device().set_busy(false);
+        director.release(CPU0);
+        director.release(CPU2);
+        cpu0.join().unwrap();
+        closes.join().unwrap();
+    });
+    assert_eq!(memory.load(SUBJECT), [2, 3, 1]);
+    assert_eq!(device.resident_bytes() / PAGE, 0);
+}
