@@ -513,3 +513,33 @@ fn without_sigbus_delivery_the_monitor_serves() {
         },
     );
 }
+
+/// A device may ask for anything: pages that are not the region's are a typed fault, not a panic.
+#[test]
+fn pages_outside_the_region_are_refused() {
+    both_doors("outside", |options| {
+        let mut buffer = Buffer::<u8>::with_options(PAGES * PAGE, options).unwrap();
+        let idle = Idle::attach().unwrap();
+        let mapped = idle.map(buffer.view_mut().region()).unwrap();
+        let mut range = idle.range().unwrap();
+        for pages in [
+            0..100_000,
+            99_999..100_000,
+            usize::MAX - 1..usize::MAX,
+            9..usize::MAX,
+        ] {
+            let fault = range
+                .start_update(&mapped, pages.clone(), TIMEOUT)
+                .map(drop)
+                .unwrap_err();
+            assert_eq!(fault.kind, DeviceFaultKind::OutOfViews, "{pages:?}");
+        }
+        let far = BLOCK * 100..BLOCK * 100 + 1;
+        let fault = fault_in(&mut range, &mapped, far, Access::Write).unwrap_err();
+        assert_eq!(fault.kind, DeviceFaultKind::OutOfViews);
+        // Nothing is asked for, and nothing is given.
+        let nothing = std::ops::Range { start: 3, end: 1 };
+        let mut update = range.start_update(&mapped, nothing, TIMEOUT).unwrap();
+        update.fault(Access::Write).unwrap();
+    });
+}

@@ -95,8 +95,8 @@ impl<D: Device> Range<D> {
     /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them.
     ///
     /// # Errors
-    /// [`DeviceFaultKind::Timeout`] if overlapping invalidations did not end in time. A *collision* is no error here: it
-    /// shows in `end_update`.
+    /// [`DeviceFaultKind::Timeout`] if overlapping invalidations did not end in time; [`DeviceFaultKind::OutOfViews`] if pages lie
+    /// outside the region. A *collision* is no error here: it shows in `end_update`.
     pub fn start_update(
         &mut self,
         mapped: &MappedRef<D>,
@@ -105,6 +105,8 @@ impl<D: Device> Range<D> {
     ) -> Result<Update<'_, D>, DeviceFault> {
         let deadline = Deadline::after(timeout);
         let region = mapped.shared_region();
+        check_pages(region, &pages, Access::Read)?;
+        let pages = pages.start..pages.end.max(pages.start);
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         if region.door().is_disowned() {
             return Err(DeviceFault::new(
@@ -161,6 +163,7 @@ impl<D: Device> Range<D> {
             "fault_in serves pages of one block"
         );
         let region = mapped.shared_region();
+        check_pages(region, &pages, access)?;
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
         if region.door().is_disowned() {
@@ -455,6 +458,16 @@ fn unstick<D: Device>(
         mark();
     }
     Ok(())
+}
+
+/// Whether the pages are the region's at all.
+fn check_pages(region: &Region, pages: &Pages<usize>, access: Access) -> Result<(), DeviceFault> {
+    let end = region.nr_blocks() * PAGES_PER_BLOCK;
+    if pages.start.max(pages.end) <= end {
+        return Ok(());
+    }
+    let addr = region.base() + pages.start.min(end) * crate::addr::PAGE_SIZE;
+    Err(DeviceFault::new(addr, access, DeviceFaultKind::OutOfViews))
 }
 
 /// The pages that granules around `pages` cover: what may become valid by faulting `pages` in.
