@@ -140,8 +140,23 @@ impl Maps {
         if self.query {
             self.query_ioctl(addr)
         } else {
-            self.parse_text(addr)
+            self.agreed_text(addr)
         }
+    }
+
+    /// What two readings of the text in a row agree on: while other threads change their mappings the text moves under a reader, who
+    /// may see the end of one line behind the start of another.
+    fn agreed_text(&self, addr: usize) -> io::Result<Option<Vma>> {
+        const MAX_READINGS: usize = 64;
+        let mut last = self.parse_text(addr)?;
+        for _ in 1..MAX_READINGS {
+            let next = self.parse_text(addr)?;
+            if next == last {
+                break;
+            }
+            last = next;
+        }
+        Ok(last)
     }
 
     /// Where the mapping that covers `addr` ends. Fault path, and sparing of stack: a handler may have 8 KiB in all, and has
