@@ -37,6 +37,11 @@ macro_rules! runtime {
 }
 
 #[cfg(svm_shuttle)]
+#[macro_use]
+#[path = "../src/point.rs"]
+mod point;
+
+#[cfg(svm_shuttle)]
 mod explore;
 #[cfg(svm_shuttle)]
 mod kernel;

@@ -20,6 +20,10 @@ impl Doorbell {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self)
     }
+
+    pub(crate) fn silence(&self) -> bool {
+        false
+    }
 }
 
 #[derive(Debug, Clone, Copy)]

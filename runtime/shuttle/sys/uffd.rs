@@ -77,6 +77,12 @@ pub(crate) enum FaultScope {
 #[derive(Debug)]
 pub(crate) struct OpenError;
 
+impl OpenError {
+    pub(crate) fn syscall_errno(&self) -> Option<i32> {
+        None
+    }
+}
+
 impl fmt::Display for OpenError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("the model opens every userfaultfd")
