@@ -4,8 +4,8 @@
 //! `cargo test -p tests --test progress -- --nocapture` prints what was counted.
 
 use std::ptr;
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use svm::{
@@ -17,6 +17,12 @@ const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
 const DOORS: [Delivery; 2] = [Delivery::Inline, Delivery::Thread];
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One test at a time: while the kernel discards pages of one of them, those of every other get EAGAIN, and wait.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn options(delivery: Delivery) -> Options {
     Options::new().delivery(delivery).granule(Granule::Page)
@@ -116,6 +122,7 @@ fn beside_a_storm(word: &AtomicU64, work: impl FnOnce()) -> u64 {
 /// access, however hard the CPU wants the page.
 #[test]
 fn a_storm_on_its_page_interrupts_no_fault_of_a_round() {
+    let _alone = alone();
     const ACCESSES: u64 = 3000;
     for delivery in DOORS.into_iter().filter(|_| usable()) {
         let _watchdog = Watchdog::with_timeout("storm, rounds", Duration::from_secs(100));
@@ -140,6 +147,7 @@ fn a_storm_on_its_page_interrupts_no_fault_of_a_round() {
 /// A driver's own loop holds nothing between its steps, so a storm interrupts it; how often before it gets through is counted.
 #[test]
 fn a_storm_on_its_page_does_not_starve_a_drivers_loop() {
+    let _alone = alone();
     const ACCESSES: u64 = 1000;
     const MOST_ROUNDS: u64 = 100;
     for delivery in DOORS.into_iter().filter(|_| usable()) {
@@ -170,6 +178,7 @@ fn a_storm_on_its_page_does_not_starve_a_drivers_loop() {
 /// the kernel is changing; but what was handed over is still one commit an access.
 #[test]
 fn a_storm_of_discards_does_not_starve_a_round() {
+    let _alone = alone();
     const ACCESSES: u64 = 300;
     for delivery in DOORS.into_iter().filter(|_| usable()) {
         let _watchdog = Watchdog::with_timeout("discards", Duration::from_secs(100));
@@ -208,6 +217,7 @@ fn a_storm_of_discards_does_not_starve_a_round() {
 /// One page, back and forth, in strict turns: each turn is one page each way, and none is lost.
 #[test]
 fn cpu_and_device_play_ping_pong() {
+    let _alone = alone();
     for (delivery, turns) in [(Delivery::Inline, 100_000u64), (Delivery::Thread, 10_000)] {
         if !usable() {
             return;
@@ -266,6 +276,7 @@ fn wait_for(turn: &AtomicU64, value: u64) {
 /// the CPU in as many faults as there were pages to fetch.
 #[test]
 fn neither_side_starves_where_both_want_a_page() {
+    let _alone = alone();
     for (delivery, each) in [(Delivery::Inline, 20_000u64), (Delivery::Thread, 5_000)] {
         if !usable() {
             return;
@@ -311,6 +322,7 @@ fn neither_side_starves_where_both_want_a_page() {
 /// say EAGAIN (`ARCHITECTURE.md`, failure), whichever of its ranges they are for. These are counted too, and are all there is.
 #[test]
 fn churn_on_one_region_makes_no_fault_in_another_wait() {
+    let _alone = alone();
     #[derive(Clone, Copy, Debug, PartialEq)]
     enum Churn {
         Mirrors,

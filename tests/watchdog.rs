@@ -1,5 +1,6 @@
 //! A hang becomes a failure, with the stacks of all threads, within a minute.
 
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -61,8 +62,18 @@ fn print_threads() {
         "-ex",
         "thread apply all bt 12",
     ];
-    if let Ok(out) = std::process::Command::new("gdb").args(script).output() {
-        eprintln!("{}", String::from_utf8_lossy(&out.stdout));
+    // A debugger has to stop every thread, and one that waits in the kernel for a thread that is stopped already never does.
+    let gdb = Command::new("gdb")
+        .args(script)
+        .stdin(Stdio::null())
+        .spawn();
+    if let Ok(mut gdb) = gdb {
+        let start = Instant::now();
+        while matches!(gdb.try_wait(), Ok(None)) && start.elapsed() < Duration::from_secs(10) {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _ = gdb.kill();
+        let _ = gdb.wait();
     }
 }
 
