@@ -74,7 +74,8 @@
 //! # Ok::<(), svm::Error>(())
 //! ```
 //!
-//! The protocol behind it, with its proofs and models, is in [`notifier`].
+//! The protocol behind it, with its proofs and models, is in [`notifier`]; the races it all has to stand, and what shows that it
+//! does, in [`hazards`].
 //!
 //! # Limits
 //! - Linux 5.7 on x86-64; aarch64 is written with care and untested; elsewhere every entry point answers that it is unsupported.
@@ -107,6 +108,8 @@ mod events;
 mod evict;
 mod fault;
 mod fork;
+#[doc = include_str!("../HAZARDS.md")]
+pub mod hazards {}
 mod inline;
 mod mapped;
 mod mask;
