@@ -1,20 +1,20 @@
 //! Whole fault paths under Shuttle: the runtime's own source files, over a model of the kernel.
 //!
 //! What is compiled here are the files of `runtime/src`, not copies, every one but the system-call layer: that is replaced by
-//! [`sys`], which has the same interface and asks [`kernel`], a model of what `kernel-facts` documents, instead of Linux. Threads are
+//! `sys`, which has the same interface and asks `kernel`, a model of what `kernel-facts` documents, instead of Linux. Threads are
 //! Shuttle's: one runs at a time, and which one goes on is decided by a seed at every *point*: before each lock, each entry of the
 //! gate, each call of the kernel and each access of memory. So a schedule is a number, and a failing one is replayed by one command.
 //!
 //! | part | what it is |
 //! |---|---|
-//! | [`kernel`] | pages, mappings, userfaultfds, events: every call that the runtime makes, page by page |
-//! | [`world`] | one schedule's actors: CPUs that fault, devices that check their tables, and the oracle that knows each page's contents |
-//! | [`scenarios`] | what the actors do, and the faults of [`sync::mutation`] that must be found |
-//! | [`explore`] | schedulers, seeds, counts, and the ladder of a schedule that fails |
+//! | `kernel` | pages, mappings, userfaultfds, events: every call that the runtime makes, page by page |
+//! | `world` | one schedule's actors: CPUs that fault, devices that check their tables, and the oracle that knows each page's contents |
+//! | `scenarios` | what the actors do, and the faults of `sync::mutation` that must be found |
+//! | `explore` | schedulers, seeds, counts, and the ladder of a schedule that fails |
 //!
 //! Checked in each schedule: no write is lost and nothing stale is read, the directory agrees with the page tables, no translation leads
-//! to a page that has gone, no deadlock, no starvation, and memory accounted for to zero ([`world`]). Which invariant is whose is in the
-//! table of [`notifier`], with the mutation that breaks it.
+//! to a page that has gone, no deadlock, no starvation, and memory accounted for to zero (`world`). Which invariant is whose is in the
+//! table of `notifier`, with the mutation that breaks it.
 //!
 //! What it can not find: an ordering that is too weak (Shuttle is sequentially consistent; that is loom's part, `runtime/models`), and
 //! what the kernel does beyond the model.
