@@ -415,7 +415,7 @@ fn hunt(name: &str, ms: &str, first: &str) -> ExitCode {
 /// Every scenario, which must hold, and every mutation, which must be found.
 fn all(is_quick: bool, name: &str) -> ExitCode {
     let ms = |variable, usual| number(variable).unwrap_or(usual);
-    let holds_ms = ms("SVM_SHUTTLE_MS", if is_quick { 1_000 } else { 15_000 });
+    let holds_ms = ms("SVM_SHUTTLE_MS", if is_quick { 1_000 } else { 8_000 });
     let hunt_ms = ms(
         "SVM_SHUTTLE_HUNT_MS",
         if is_quick { 10_000 } else { 60_000 },
