@@ -1,0 +1,453 @@
+//! Rules of `runtime/HAZARDS.md` that no other test fails without.
+
+#![cfg(target_os = "linux")]
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a pointer and its use, under one proof"
+)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use svm::{Access, Delivery, ErrorKind, Granule, Options};
+use tests::idle::{Idle, fault_in};
+use tests::mapping::READ_WRITE;
+use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
+
+const PAGE: usize = 4096;
+
+fn both_doors(name: &'static str, test: impl Fn(&Options)) {
+    let _watchdog = Watchdog::with_timeout(name, Duration::from_secs(30));
+    if usable() {
+        for delivery in [Delivery::Inline, Delivery::Thread] {
+            test(&Options::new().delivery(delivery).granule(Granule::Page));
+        }
+    }
+}
+
+fn second_word(map: &Map, page: usize) -> *mut u64 {
+    map.word(page).wrapping_add(1)
+}
+
+/// G4: a page that the CPU shares with a device is emptied behind our back, by a call that posts no event. What the device holds is
+/// what the page holds: the next touch brings it back, and brings it back protected.
+#[test]
+fn a_shared_page_that_was_emptied_unheard_comes_back_from_its_duplicate() {
+    const GUARD_INSTALL: i32 = 102;
+    const GUARD_REMOVE: i32 = 103;
+    both_doors("emptied unheard", |options| {
+        let map = Map::new(8);
+        for page in 0..8 {
+            // SAFETY: in the mapping.
+            unsafe { second_word(&map, page).write_volatile(50) };
+        }
+        let mirror = map.mirror(&options.clone().read_mostly(true));
+        let device = TestDevice::new().unwrap();
+        let view = mirror.view();
+        let mut out = [0; 8 * PAGE];
+        device.read(view.region(), view.addr(), &mut out).unwrap();
+        // SAFETY: the test's mapping: a marker that makes an access to the page fail, and away with it again.
+        let marked = unsafe { libc::madvise(map.at(1).cast(), 2 * PAGE, GUARD_INSTALL) };
+        if marked != 0 {
+            println!("SKIPPED: no guard pages before Linux 6.13");
+            return;
+        }
+        // SAFETY: as above.
+        let cleared = unsafe { libc::madvise(map.at(1).cast(), 2 * PAGE, GUARD_REMOVE) };
+        assert_eq!(cleared, 0);
+        assert_eq!(map.read(1), 2, "zeros for what a device still holds");
+        let read = |page: usize| {
+            let mut word = [0; 8];
+            device
+                .read(view.region(), map.addr + page * PAGE, &mut word)
+                .unwrap();
+            u64::from_ne_bytes(word)
+        };
+        for page in [1, 2] {
+            map.write(page, 9);
+            assert_eq!(read(page), 9, "written, and the device was not told");
+            // SAFETY: in the mapping.
+            let second = unsafe { second_word(&map, page).read_volatile() };
+            assert_eq!(second, 50, "a store to the page lost the rest of it");
+        }
+        assert_eq!(mirror.stats().anomalies, 0);
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
+
+/// M3: the kernel holds on to a page for DMA (a buffer registered with io_uring). It is not copied and dropped: what the kernel
+/// writes there later arrives, for the CPU and the device.
+#[test]
+fn what_the_kernel_writes_to_a_page_it_holds_arrives() {
+    both_doors("held for DMA", |options| {
+        let map = Map::new(8);
+        let Some(ring) = ring::Ring::holding(map.addr + 3 * PAGE, PAGE) else {
+            println!("SKIPPED: no io_uring here");
+            return;
+        };
+        let mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        let region = mirror.view().region();
+        for page in 0..8 {
+            let second = map.addr + page * PAGE + 8;
+            device.write(region, second, &7u64.to_ne_bytes()).unwrap();
+        }
+        ring.read_into(map.addr + 3 * PAGE, 77);
+        let mut words = [0; 16];
+        device
+            .read(region, map.addr + 3 * PAGE, &mut words)
+            .unwrap();
+        let (first, second) = words.split_at(8);
+        assert_eq!(
+            first,
+            77u64.to_ne_bytes(),
+            "the device has not seen what the kernel wrote"
+        );
+        assert_eq!(second, 7u64.to_ne_bytes(), "the device's own write is lost");
+        assert_eq!(map.read(3), 77, "what the kernel wrote is lost");
+        assert!(mirror.stats().in_place_pages > 0, "{:?}", mirror.stats());
+        drop(ring);
+        mirror.close().unwrap();
+        assert_eq!(map.read(3), 77);
+        map.unmap();
+    });
+}
+
+/// The least of io_uring: a registered buffer, and a read into it.
+mod ring {
+    use std::ptr;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A ring that holds one buffer.
+    pub(crate) struct Ring {
+        fd: i32,
+        rings: usize,
+        entries: usize,
+        params: Params,
+    }
+
+    #[repr(C)]
+    #[derive(Clone, Copy, Default)]
+    struct Params {
+        sq_entries: u32,
+        cq_entries: u32,
+        flags: [u32; 8],
+        // head, tail, ring_mask, ring_entries, flags, dropped, array, reserved, user_addr
+        sq: [u32; 10],
+        // head, tail, ring_mask, ring_entries, overflow, cqes, flags, reserved, user_addr
+        cq: [u32; 10],
+    }
+
+    #[repr(C)]
+    #[derive(Default)]
+    struct Entry {
+        opcode: u8,
+        flags: u8,
+        ioprio: u16,
+        fd: i32,
+        offset: u64,
+        addr: u64,
+        len: u32,
+        rw_flags: u32,
+        user_data: u64,
+        buf_index: u16,
+        personality: u16,
+        splice_fd: i32,
+        rest: [u64; 2],
+    }
+
+    const _: () = assert!(size_of::<Params>() == 120 && size_of::<Entry>() == 64);
+
+    fn map(fd: i32, len: usize, offset: i64) -> usize {
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a fresh mapping of the ring's own memory.
+        let at = unsafe { libc::mmap(ptr::null_mut(), len, prot, flags, fd, offset) };
+        assert_ne!(at, libc::MAP_FAILED);
+        at.expose_provenance()
+    }
+
+    impl Ring {
+        /// A ring with the buffer registered; `None` where the kernel has no io_uring, or gives none.
+        pub(crate) fn holding(addr: usize, len: usize) -> Option<Self> {
+            let mut params = Params::default();
+            // SAFETY: the kernel fills `params`.
+            let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, 4, &raw mut params) };
+            let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
+            let buffer = libc::iovec {
+                iov_base: ptr::with_exposed_provenance_mut(addr),
+                iov_len: len,
+            };
+            // SAFETY: operation 0 registers buffers; the kernel holds the pages until the descriptor is closed.
+            let held =
+                unsafe { libc::syscall(libc::SYS_io_uring_register, fd, 0, &raw const buffer, 1) };
+            assert_eq!(held, 0, "{}", std::io::Error::last_os_error());
+            Some(Self {
+                fd,
+                rings: map(fd, 4096, 0),
+                entries: map(fd, 4096, 0x1000_0000),
+                params,
+            })
+        }
+
+        fn word(&self, at: u32) -> &AtomicU32 {
+            // SAFETY: a word of the rings, which are one mapping of less than a page for so few entries.
+            unsafe {
+                AtomicU32::from_ptr(ptr::with_exposed_provenance_mut(self.rings + at as usize))
+            }
+        }
+
+        /// Has the kernel write `value` to the start of the buffer, through its own hold on it.
+        pub(crate) fn read_into(&self, addr: usize, value: u64) {
+            const READ_FIXED: u8 = 4;
+            const GETEVENTS: u32 = 1;
+            let mut pipe = [0; 2];
+            // SAFETY: two descriptors are written.
+            assert_eq!(unsafe { libc::pipe(pipe.as_mut_ptr()) }, 0);
+            // SAFETY: eight bytes of a value on the stack.
+            assert_eq!(
+                unsafe { libc::write(pipe[1], (&raw const value).cast(), 8) },
+                8
+            );
+            let entry = Entry {
+                opcode: READ_FIXED,
+                fd: pipe[0],
+                offset: u64::MAX,
+                addr: addr as u64,
+                len: 8,
+                ..Entry::default()
+            };
+            // SAFETY: the first entry, in a mapping of four.
+            unsafe { ptr::with_exposed_provenance_mut::<Entry>(self.entries).write(entry) };
+            self.word(self.params.sq[6]).store(0, Ordering::Relaxed);
+            // Release: the kernel sees the entry with the tail.
+            self.word(self.params.sq[1]).store(1, Ordering::Release);
+            // SAFETY: no pointers.
+            let taken =
+                unsafe { libc::syscall(libc::SYS_io_uring_enter, self.fd, 1, 1, GETEVENTS, 0, 0) };
+            assert_eq!(taken, 1);
+            // Acquire: pairs with the kernel's store of the tail.
+            assert_eq!(self.word(self.params.cq[1]).load(Ordering::Acquire), 1);
+            // The first completion: its user data, and then the result.
+            let result = self.word(self.params.cq[5] + 8).load(Ordering::Relaxed);
+            assert_eq!(result, 8, "errno {}", result.cast_signed());
+            // SAFETY: both were opened here.
+            pipe.into_iter().for_each(|fd| drop(unsafe { libc::close(fd) }));
+        }
+    }
+
+    impl Drop for Ring {
+        fn drop(&mut self) {
+            // SAFETY: opened by `holding`; the mappings stay until the process ends.
+            unsafe { libc::close(self.fd) };
+        }
+    }
+}
+
+/// W6: what serves faults and applies events takes no memory of malloc's, whose locks the thread that faults, or the one whose event
+/// it is, may hold.
+#[test]
+fn faults_and_events_are_served_without_malloc() {
+    let _watchdog = Watchdog::new("without malloc");
+    in_own_process("faults_and_events_are_served_without_malloc", &[""], || {
+        both_doors("without malloc", |options| {
+            const BLOCK: usize = 512;
+            // The first whole block of many.
+            let map = Map::new(4 * BLOCK);
+            let lead = (map.addr.next_multiple_of(BLOCK * PAGE) - map.addr) / PAGE;
+            let mirror = map.mirror(options);
+            let device = Idle::attach().unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            let mut range = device.range().unwrap();
+            let base = (map.addr - mapped.region().base()) / PAGE + lead;
+            let mut take = |pages: std::ops::Range<usize>, access| {
+                fault_in(
+                    &mut range,
+                    &mapped,
+                    base + pages.start..base + pages.end,
+                    access,
+                )
+                .unwrap();
+            };
+            // The second time: what is made once, at first use, is there.
+            for turn in 0..2 {
+                let at = lead + turn * BLOCK;
+                let from = turn * BLOCK;
+                take(from..from + BLOCK, Access::Write);
+                NR_ALLOCATIONS.store(0, Ordering::SeqCst);
+                IS_COUNTING.store(turn == 1, Ordering::SeqCst);
+                (0..10).for_each(|page| map.write(at + page, 3));
+                (10..20).for_each(|page| assert!(map.read(at + page) > 0));
+                take(from..from + 10, Access::Write);
+                take(from + 10..from + 20, Access::Read);
+                // SAFETY: the test's mapping.
+                unsafe { libc::madvise(map.at(at + 40).cast(), 60 * PAGE, libc::MADV_DONTNEED) };
+                (40..100).for_each(|page| assert_eq!(map.read(at + page), 0));
+                // Each leaves a hole in the table of places.
+                for page in (200..300).step_by(2) {
+                    // SAFETY: the test's mapping; nobody touches these pages again.
+                    unsafe { libc::munmap(map.at(at + page).cast(), PAGE) };
+                }
+                let room = ptr::with_exposed_provenance_mut::<libc::c_void>(ROOM + turn * PAGE);
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+                // SAFETY: the test's mapping; the page goes where nothing else is.
+                let moved =
+                    unsafe { libc::mremap(map.at(at + 400).cast(), PAGE, PAGE, flags, room) };
+                assert_eq!(moved, room);
+                // SAFETY: mapped there now.
+                let value = unsafe { moved.cast::<u64>().read_volatile() };
+                IS_COUNTING.store(false, Ordering::SeqCst);
+                assert_eq!(value, (at + 400) as u64 + 1);
+            }
+            assert_eq!(NR_ALLOCATIONS.load(Ordering::SeqCst), 0, "allocations");
+            assert_eq!(mirror.stats().anomalies, 0);
+            drop(range);
+            mirror.close().unwrap();
+            map.unmap();
+            // SAFETY: where the moved pages are.
+            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(ROOM), 2 * PAGE) };
+        });
+    });
+}
+
+/// Where nothing else is.
+const ROOM: usize = 0x2345_0000_0000;
+
+static IS_COUNTING: AtomicBool = AtomicBool::new(false);
+static NR_ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, counted.
+struct Counted;
+
+// SAFETY: the system's.
+unsafe impl GlobalAlloc for Counted {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        note();
+        // SAFETY: the caller's.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        note();
+        // SAFETY: the caller's.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+fn note() {
+    if IS_COUNTING.load(Ordering::SeqCst) {
+        NR_ALLOCATIONS.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counted = Counted;
+
+/// E1: an edge gets no event. A launch over one that has been unmapped is told so, when it begins or when it ends, and the mirror's body
+/// goes on.
+#[test]
+fn an_edge_whose_mapping_has_gone_is_a_typed_error() {
+    both_doors("edge unmapped", |options| {
+        for gone_first in [true, false] {
+            let map = Map::new(4);
+            // SAFETY: the test's mapping, of which it unmaps the page with the edge.
+            let mirror =
+                unsafe { svm::mirror_raw(map.at(0).add(100), 4 * PAGE - 100, options) }.unwrap();
+            let device = Idle::attach().unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            // SAFETY: as above.
+            let unmap = || assert_eq!(unsafe { libc::munmap(map.at(0).cast(), PAGE) }, 0);
+            if gone_first {
+                unmap();
+            } else {
+                let begun = mapped.begin_use(Access::Write).unwrap();
+                unmap();
+                let ended = begun.finish().unwrap_err();
+                assert!(matches!(ended.kind(), ErrorKind::Unmapped), "{ended}");
+            }
+            let refused = mapped.begin_use(Access::Write).map(drop).unwrap_err();
+            assert!(matches!(refused.kind(), ErrorKind::Unmapped), "{refused}");
+            // Memory of somebody else's there is not written by a launch that began before.
+            let mut range = device.range().unwrap();
+            let page = (map.addr + PAGE - mapped.region().base()) / PAGE;
+            fault_in(&mut range, &mapped, page..page + 3, Access::Write).unwrap();
+            assert_eq!(map.read(1), 2);
+            drop(range);
+            mirror.close().unwrap();
+            let _ = Map::at_hint(map.addr, 1, READ_WRITE, libc::MAP_FIXED_NOREPLACE);
+            map.unmap();
+        }
+    });
+}
+
+/// S1: a fault inside a call leaves `errno` to the call before it, and signals that may touch mirrored memory find no lock taken.
+#[test]
+fn a_profilers_handler_may_touch_what_the_thread_is_faulting_on() {
+    static AT: AtomicUsize = AtomicUsize::new(0);
+    static RAN: AtomicU32 = AtomicU32::new(0);
+    extern "C" fn on_alarm(_: libc::c_int) {
+        let at = AT.load(Ordering::Relaxed);
+        if at != 0 {
+            // SAFETY: the mirrored page that the test has named.
+            unsafe {
+                ptr::with_exposed_provenance_mut::<u64>(at + 8).write_volatile(1);
+            };
+            RAN.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+    both_doors("profiler", |options| {
+        let map = Map::new(4);
+        let mirror = map.mirror(options);
+        let device = Idle::attach().unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        let mut range = device.range().unwrap();
+        let page = (map.addr - mapped.region().base()) / PAGE;
+        // SAFETY: a handler that does what the test is about.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = on_alarm as *const () as usize;
+            action.sa_flags = libc::SA_RESTART;
+            libc::sigaction(libc::SIGALRM, &raw const action, ptr::null_mut());
+        }
+        // SAFETY: no preconditions.
+        let this = unsafe { libc::pthread_self() };
+        let stop = AtomicBool::new(false);
+        AT.store(map.addr, Ordering::Relaxed);
+        let before = RAN.load(Ordering::Relaxed);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // SAFETY: the thread that waits at the end of this scope.
+                    unsafe { libc::pthread_kill(this, libc::SIGALRM) };
+                    std::thread::sleep(Duration::from_micros(20));
+                }
+            });
+            for turn in 0..2000 {
+                {
+                    let _worker = svm::worker_thread();
+                    fault_in(&mut range, &mapped, page..page + 1, Access::Write).unwrap();
+                }
+                // SAFETY: this thread's own.
+                unsafe { *libc::__errno_location() = 4242 };
+                map.write(0, turn);
+                // SAFETY: as above.
+                assert_eq!(
+                    unsafe { *libc::__errno_location() },
+                    4242,
+                    "errno was lost in a fault"
+                );
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        AT.store(0, Ordering::Relaxed);
+        assert!(
+            RAN.load(Ordering::Relaxed) > before + 50,
+            "the handler hardly ran"
+        );
+        drop(range);
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
