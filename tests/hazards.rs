@@ -234,7 +234,8 @@ mod ring {
             let result = self.word(self.params.cq[5] + 8).load(Ordering::Relaxed);
             assert_eq!(result, 8, "errno {}", result.cast_signed());
             // SAFETY: both were opened here.
-            pipe.into_iter().for_each(|fd| drop(unsafe { libc::close(fd) }));
+            pipe.into_iter()
+                .for_each(|fd| drop(unsafe { libc::close(fd) }));
         }
     }
 

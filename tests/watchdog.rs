@@ -62,19 +62,14 @@ fn print_threads() {
         "-ex",
         "thread apply all bt 12",
     ];
-    // A debugger has to stop every thread, and one that waits in the kernel for a thread that is stopped already never does.
-    let gdb = Command::new("gdb")
+    // A debugger has to stop every thread, and one that waits in the kernel for a thread that is stopped already never does. This
+    // thread is among those that it stops, so somebody else has to see to it that it ends.
+    let limited = Command::new("timeout")
+        .args(["-s", "KILL", "10", "gdb"])
         .args(script)
         .stdin(Stdio::null())
-        .spawn();
-    if let Ok(mut gdb) = gdb {
-        let start = Instant::now();
-        while matches!(gdb.try_wait(), Ok(None)) && start.elapsed() < Duration::from_secs(10) {
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        let _ = gdb.kill();
-        let _ = gdb.wait();
-    }
+        .status();
+    drop(limited);
 }
 
 impl Drop for Watchdog {

@@ -334,6 +334,55 @@ fn a_caller_writes_before_its_event_is_applied() {
     }
 }
 
+/// A page is unmapped, and something else mapped at its address, before anybody has heard of the first: a round that holds the
+/// reader up takes nothing of what is there now. Its call is made on the userfaultfd that the memory was registered with, which
+/// says EAGAIN; any other descriptor would move the new page away.
+///
+/// ```text
+/// device                  CPU 0                   CPU 2                   reader
+/// round: gate, block
+///                         munmap …                                        a message; the gate is taken
+///                                                 mmap there, writes 5
+/// MOVE: EAGAIN; let go                                                    reads, applies
+/// round: unmapped                                 reads 5
+/// ```
+#[test]
+fn a_round_takes_nothing_of_what_was_mapped_since() {
+    let _watchdog = crate::watch("the ladder of one descriptor");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        for access in [Op::Read, Op::Write { word: 0, value: 2 }] {
+            let director = Director::new();
+            let memory = Memory::new();
+            let mirror = memory.mirror(&options(delivery));
+            let device = attach(None);
+            let mut worker = Worker::new(&device, &mirror);
+            director.stop(DEVICE, Point::RoundLocked);
+            let outcome = std::thread::scope(|scope| {
+                let _free = director.frees_all();
+                let device = act(scope, DEVICE, || {
+                    worker.access(Shape::Round, SUBJECT, access, None)
+                });
+                director.await_stop(DEVICE);
+                let caller = act(scope, CPU0, || memory.unmap(SUBJECT));
+                assert_eq!(director.settle(CPU0, false), Settled::Blocked);
+                memory.map_anew(SUBJECT);
+                memory.store(SUBJECT, 1, 5);
+                director.release(DEVICE);
+                caller.join().unwrap();
+                device.join().unwrap()
+            });
+            assert_eq!(
+                memory.load(SUBJECT),
+                [0, 5, 0],
+                "another's page was moved away"
+            );
+            assert_eq!(outcome, Err(DeviceFaultKind::Unmapped));
+            drop(worker);
+            mirror.close().unwrap();
+        }
+    }
+}
+
 /// hazards.md G5: an `mremap` sends two events, and ioctls say EAGAIN until both are read. A device fault that comes in between
 /// goes round without holding anything that the reader needs.
 #[test]

@@ -342,6 +342,18 @@ impl Memory {
         assert_eq!(outcome, 0);
     }
 
+    /// Maps other memory where a page was.
+    pub(crate) fn map_anew(&self, page: usize) {
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+        );
+        let at = self.at(page).cast();
+        // SAFETY: a fresh mapping, over none.
+        let mapped = unsafe { libc::mmap(at, PAGE, protection, flags, -1, 0) };
+        assert_eq!(mapped, at, "it is mapped still");
+    }
+
     /// Moves one page to other memory, and gives that.
     pub(crate) fn remap(&self, page: usize) -> Self {
         let target = Self {
