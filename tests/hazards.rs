@@ -478,3 +478,35 @@ fn a_profilers_handler_may_touch_what_the_thread_is_faulting_on() {
         map.unmap();
     });
 }
+
+/// F2: a userfaultfd acts on the memory of the process that opened it, whoever holds it. So a forked child has none left.
+#[test]
+fn a_forked_child_holds_none_of_its_parents_userfaultfds() {
+    fn nr_userfaultfds() -> usize {
+        let open = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        let targets = open.filter_map(|fd| std::fs::read_link(fd.path()).ok());
+        targets
+            .filter(|target| target.to_string_lossy().contains("userfaultfd"))
+            .count()
+    }
+    both_doors("descriptors of a child", |options| {
+        let map = Map::new(4);
+        let mirror = map.mirror(options);
+        assert!(nr_userfaultfds() > 0, "the parent's own do not show");
+        // SAFETY: the child looks at its descriptors and ends; glibc keeps malloc usable in it.
+        match unsafe { libc::fork() } {
+            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+            // SAFETY: ends the child, without the parent's destructors.
+            0 => unsafe { libc::_exit(nr_userfaultfds().min(100) as i32) },
+            child => {
+                let mut status = 0;
+                // SAFETY: waits for the child just made.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                assert!(libc::WIFEXITED(status), "{status:#x}");
+                assert_eq!(libc::WEXITSTATUS(status), 0, "userfaultfds in the child");
+            }
+        }
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
