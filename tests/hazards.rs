@@ -510,3 +510,42 @@ fn a_forked_child_holds_none_of_its_parents_userfaultfds() {
         map.unmap();
     });
 }
+
+/// F1: a device's frames are not inherited, not even by a child that ran no handler of ours: shared with it, they could not be moved
+/// home while it lives.
+#[test]
+fn frames_move_home_beside_a_child_that_nobody_has_prepared() {
+    both_doors("raw clone", |options| {
+        let map = Map::new(8);
+        let mirror = map.mirror(options);
+        let device = Idle::attach().unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        let mut range = device.range().unwrap();
+        let page = (map.addr - mapped.region().base()) / PAGE;
+        fault_in(&mut range, &mapped, page..page + 8, Access::Write).unwrap();
+        // SAFETY: a child like fork's, but no handler runs; it waits for its end and touches nothing.
+        let child = unsafe {
+            let child = libc::syscall(libc::SYS_clone, libc::SIGCHLD, 0, 0, 0, 0);
+            if child == 0 {
+                loop {
+                    libc::syscall(libc::SYS_pause);
+                }
+            }
+            child as i32
+        };
+        assert!(child > 0, "{}", std::io::Error::last_os_error());
+        let before = mirror.stats();
+        let values: Vec<u64> = (0..8).map(|page| map.read(page)).collect();
+        let after = mirror.stats() - before;
+        // SAFETY: the child made above.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, ptr::null_mut(), 0);
+        }
+        assert_eq!(values, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!((after.move_calls, after.copy_calls), (8, 0), "{after:?}");
+        drop(range);
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
