@@ -549,3 +549,33 @@ fn frames_move_home_beside_a_child_that_nobody_has_prepared() {
         map.unmap();
     });
 }
+
+/// W4: a thread that fetches the same page again and again, for a device takes it each time at once, is left with it for a moment.
+#[test]
+fn a_thread_that_fetches_a_page_again_and_again_keeps_it_for_a_moment() {
+    both_doors("fetched again", |options| {
+        let map = Map::new(4);
+        let mirror = map.mirror(options);
+        let device = Idle::attach().unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        let mut range = device.range().unwrap();
+        let page = (map.addr - mapped.region().base()) / PAGE;
+        let before = mirror.stats();
+        // By count, and then by time: on a busy machine a turn may take longer than what counts as at once.
+        let end = std::time::Instant::now() + Duration::from_secs(10);
+        let mut turns = 0;
+        let waits = loop {
+            fault_in(&mut range, &mapped, page..page + 1, Access::Write).unwrap();
+            map.write(0, turns);
+            turns += 1;
+            let waits = (mirror.stats() - before).waits;
+            if waits > 0 || (turns >= 1000 && std::time::Instant::now() > end) {
+                break waits;
+            }
+        };
+        assert!(waits > 0, "the device has waited for none of {turns} turns");
+        drop(range);
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
