@@ -447,8 +447,14 @@ fn a_fault_that_waits_for_an_access_holds_nothing() {
         let _free = director.frees_all();
         device.device().set_busy(true);
         director.stop(CPU0, Point::FaultWaiting);
+        let begun = Instant::now();
         let cpu0 = act(scope, CPU0, || memory.store(SUBJECT, 1, 3));
         director.await_stop(CPU0);
+        // An access has two seconds: this comes to let go of its locks without having waited for it.
+        assert!(
+            begun.elapsed() < Duration::from_millis(1500),
+            "it has waited with its locks held"
+        );
         // Same block, other pages: a device's fault and a hole of the CPU's.
         let cpu2 = act(scope, CPU2, || memory.store(SUBJECT + 2, 1, 7));
         director.await_done(CPU2);
