@@ -112,7 +112,7 @@ impl<D: Device> Update<'_, D> {
                 want,
                 access,
                 key,
-                attempt: 0,
+                attempt: self.range.attempt(),
                 alone: true,
                 cause,
             };

@@ -69,6 +69,8 @@ pub struct Range<D: Device> {
     subscriptions: Vec<(u64, Subscription<HubOf>)>,
     scratch: Scratch,
     valid: Vec<Valid>,
+    /// Updates interrupted since the last one that was not.
+    interruptions: u32,
 }
 
 /// An update in progress: the critical section between `start_update` and `end_update`.
@@ -89,6 +91,7 @@ impl<D: Device> Range<D> {
             subscriptions: Vec::new(),
             scratch,
             valid: Vec::new(),
+            interruptions: 0,
         })
     }
 
@@ -253,6 +256,17 @@ impl<D: Device> Range<D> {
             if retries > 0 {
                 process::sched_yield();
             }
+        }
+    }
+
+    /// What an update tells its rounds of the tries before it: nothing until interruptions are no accident any more, and then enough to
+    /// earn the pages a lease that doubles with each (protocol.md section 5). What the kernel changes no lease keeps out.
+    fn attempt(&self) -> u32 {
+        const ACCIDENTS: u32 = 8;
+        if self.interruptions < ACCIDENTS {
+            0
+        } else {
+            self.interruptions
         }
     }
 
@@ -519,7 +533,7 @@ impl<D: Device> Update<'_, D> {
                 want,
                 access,
                 key,
-                attempt: 0,
+                attempt: self.range.attempt(),
                 alone,
                 cause: Cause::Demand,
             };
@@ -614,8 +628,10 @@ impl<D: Device> Update<'_, D> {
         point!(UpdateEnding, self.mapped.shared_region().addr());
         if self.needs_retry() && !mutated(Mutation::CommitWithoutCheck) {
             count(&AnyMapped::counters(&*self.mapped.0).retries, 1);
+            self.range.interruptions = self.range.interruptions.saturating_add(1);
             return Err(Interrupted);
         }
+        self.range.interruptions = 0;
         point!(UpdateEnded, self.mapped.shared_region().addr());
         Ok(Committed {
             valid: &self.range.valid,
