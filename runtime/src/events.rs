@@ -401,9 +401,11 @@ fn give_up(
         let over = invalidate(region, closed, holders, &inv);
         let zap = what == What::Discarded && {
             let present = concerned - state.away();
-            present
-                .runs()
-                .any(|run| space.nr_empty(region.addr_of(block, run.start), run.len()) < run.len())
+            let is_late = meddled_zap!();
+            is_late
+                || present.runs().any(|run| {
+                    space.nr_empty(region.addr_of(block, run.start), run.len()) < run.len()
+                })
         };
         match what {
             What::Discarded => state.discarded(concerned),

@@ -251,6 +251,10 @@ fn release_attempt(
         }
         let _gate = space.gate().enter();
         let mut state = region.lock_block(block);
+        if resident.intersects(&state.pending()) {
+            // Being discarded by a call that has begun since: what came home now would be what is to be gone.
+            return Ok(false);
+        }
         return finish_release(device, region, block, &mut state, resident, scratch, cause)
             .inspect(|_| drop(bracket));
     }

@@ -7,6 +7,7 @@ use svm::point::Point;
 use svm::{Access, Delivery, DeviceFaultKind, Interrupted};
 
 use crate::director::{Actor, Director, Part, Settled};
+use crate::random::set_late_zaps;
 use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, options};
 
 const DEVICE: Actor = Actor::Nr(0);
@@ -530,4 +531,49 @@ fn a_mirror_closes_while_one_update_is_open_and_another_waits() {
     });
     assert_eq!(memory.load(SUBJECT), [2, 3, 1]);
     assert_eq!(device.resident_bytes() / PAGE, 0);
+}
+
+/// hazards.md G1: a round waits for an access to one of its pages, with no lock held, and another of them is discarded. Until the kernel
+/// is done with that page the round leaves it where it is: it would take along what is being discarded, and bring it back.
+///
+/// ```text
+/// device (pages 0 and 1)            CPU
+/// tells the holder of page 0, waits
+///                                   madvise(page 1): the event is applied, the zap is still to come
+/// the access to page 0 is over
+/// looks again: page 1 is pending
+///                                   the zap
+/// takes both: page 1 is zeros
+/// ```
+#[test]
+fn a_page_is_discarded_while_its_round_waits_for_another() {
+    let _watchdog = crate::watch("the ladder of the two pages");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery));
+        let (device, holder) = (attach(None), attach(None));
+        let (mut worker, mut held) = (Worker::new(&device, &mirror), Worker::new(&holder, &mirror));
+        held.access(Shape::Round, SUBJECT, Op::Write { word: 0, value: 2 }, None)
+            .unwrap();
+        memory.store(SUBJECT + 1, 1, 3);
+        std::thread::scope(|scope| {
+            let _free = director.frees_all();
+            holder.device().set_busy(true);
+            director.stop(DEVICE, Point::RoundWaiting);
+            let fault = act(scope, DEVICE, || worker.fault_many(SUBJECT, 2));
+            director.await_stop(DEVICE);
+            set_late_zaps(true);
+            memory.discard(SUBJECT + 1);
+            holder.device().set_busy(false);
+            director.release(DEVICE);
+            assert_eq!(director.settle(DEVICE, false), Settled::Blocked);
+            let taken = device.resident_bytes() / PAGE;
+            set_late_zaps(false);
+            assert_eq!(fault.join().unwrap(), Ok(vec![[2, 1, 1], [0, 0, 0]]));
+            assert_eq!(taken, 0, "pages went to the device before the zap");
+        });
+        drop((worker, held));
+        mirror.close().unwrap();
+    }
 }

@@ -192,9 +192,21 @@ fn holds_something(place: u32) -> bool {
 /// State of the generator that draws the kernel's moods; 0 while it is left as it is.
 static MOODS: AtomicU64 = AtomicU64::new(0);
 
+/// Whether zaps are late from now on, all of them.
+static LATE_ZAPS: AtomicBool = AtomicBool::new(false);
+
+/// Has the kernel be late with every zap, or no more.
+pub(crate) fn set_late_zaps(late: bool) {
+    svm::point::set_mood(mood);
+    LATE_ZAPS.store(late, SeqCst);
+}
+
 /// The kernel as its documentation allows it to be: changing now and then, half-way or at once, late with its zaps, and with the
 /// stale errors of Linux 6.18.
 fn mood(call: Call) -> Mood {
+    if call == Call::Zap && LATE_ZAPS.load(SeqCst) {
+        return Mood::Changing;
+    }
     let state = MOODS.load(SeqCst);
     if state == 0 {
         return Mood::Fair;

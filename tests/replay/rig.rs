@@ -198,6 +198,34 @@ impl<'d> Worker<'d> {
             .map_err(|fault| fault.kind)
     }
 
+    /// A fault for reading of `nr` pages at once, without a look at the table first; what they hold then.
+    pub(crate) fn fault_many(
+        &mut self,
+        page: usize,
+        nr: usize,
+    ) -> Result<Vec<Words>, DeviceFaultKind> {
+        let _signals = svm::worker_thread();
+        let index = self.index(page);
+        let (mapped, mut found) = (self.mapped.clone(), Vec::new());
+        let host = mapped.region().addr() + page * PAGE;
+        let window = host.wrapping_add_signed(mapped.offset());
+        let outcome = self.range.fault_in(
+            &mapped,
+            index..index + nr,
+            Access::Read,
+            0,
+            TIMEOUT,
+            |_, _| {
+                let words = |at: usize| ptr::with_exposed_provenance::<Words>(window + at * PAGE);
+                // SAFETY: the pages are the device's for reading, and the device lock, which is held, keeps them so.
+                found = (0..nr)
+                    .map(|at| unsafe { words(at).read_volatile() })
+                    .collect();
+            },
+        );
+        outcome.map(|()| found).map_err(|fault| fault.kind)
+    }
+
     /// The access. Interrupted, it lets `rival` finish before it begins anew, where one is named.
     pub(crate) fn access(
         &mut self,

@@ -244,8 +244,13 @@ impl<D: Device> Round<'_, D> {
             }
             let gate = space.gate().enter();
             let mut state = self.region.lock_block(self.block);
-            // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved.
-            let stop = self.is_over() || space.forking().load(Ordering::SeqCst) != 0;
+            // Eviction may have emptied stale pages meanwhile, which no plan shows: then more is needed than was reserved. Nor does
+            // it show that the kernel has begun to discard wanted pages, or a pin to bring them home: taken now, they would be
+            // taken with contents that are to be gone when the kernel's caller returns.
+            let busy = state.pending() | state.pins_in_progress() | state.gone();
+            let stop = self.is_over()
+                || space.forking().load(Ordering::SeqCst) != 0
+                || (busy.intersects(&self.want) && !mutated(Mutation::WaitedWithoutLook));
             let same = self.rights(space) == rights && self.plan(&state, &rights) == (want, plan);
             if stop || !same || (fill - state.resident(self.id())).count() != needed {
                 self.mapped.residency().release(needed);
@@ -499,7 +504,10 @@ impl<D: Device> Round<'_, D> {
     pub(crate) fn valid(&self, state: &BlockState, want: PageMask, rights: &Rights) -> Valid {
         let in_place = match self.region.kind() {
             RegionKind::InPlace => want,
-            RegionKind::Managed | RegionKind::Input => state.in_place() & (want - state.away()),
+            // Not while a pin is still bringing them home: those who would have to be told of that are its holders alone.
+            RegionKind::Managed | RegionKind::Input => {
+                state.in_place() & (want - state.away() - state.pins_in_progress())
+            }
         } & rights.readable;
         let in_window = state.frames(self.id()) & want & (rights.readable - in_place);
         let writable = ((state.exclusive_to(self.id()) & in_window) | in_place) & rights.writable;

@@ -108,6 +108,8 @@ mutations! {
     ShootdownNotAwaited,
     /// A fault that has waited goes on without a look at what has changed meanwhile.
     FinishWithoutLook,
+    /// A device round that has waited goes on though the kernel has begun to discard what it wants.
+    WaitedWithoutLook,
     /// A page comes home, and other devices' copies of it stay current.
     HomeLeavesCopies,
     /// An EEXIST or ENOENT of MOVE is believed.
