@@ -880,3 +880,41 @@ fn nothing_stale_is_seen_after_a_call_has_returned() {
         },
     );
 }
+
+/// A mirror in more pieces than its hub has slots for invalidations, and two calls over all of it at once.
+#[test]
+fn a_mirror_in_many_pieces() {
+    each("a_mirror_in_many_pieces", |options| {
+        const PIECES: usize = 70;
+        let map = Map::new(2 * PIECES);
+        let mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        fault_in(&device, &mirror, 0, 2 * PIECES, Access::Write);
+        (0..PIECES).for_each(|piece| munmap(&map, 2 * piece + 1, 1));
+        let all = |call: &dyn Fn(*mut u8, usize) -> svm::Result<()>| {
+            // There are holes, which each of these says and goes on.
+            assert_eq!(errno(call(map.at(0), 2 * PIECES * PAGE)), libc::ENOMEM);
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..3 {
+                        // SAFETY: memory of the test's, which counts on nothing there.
+                        all(&|at, len| unsafe { svm::madvise(at, len, libc::MADV_DONTNEED) });
+                    }
+                });
+            }
+        });
+        for page in (0..2 * PIECES).step_by(2) {
+            assert_eq!(read(&device, mirror.view(), page), Ok(0));
+            assert_eq!(map.read(page), 0);
+        }
+        // All of it goes at once.
+        munmap(&map, 0, 2 * PIECES);
+        assert_eq!(
+            read(&device, mirror.view(), 0),
+            Err(DeviceFaultKind::Unmapped)
+        );
+        mirror.close().unwrap();
+    });
+}

@@ -4,7 +4,7 @@
 //! `events`); of `mprotect` there is none. These functions make the same calls and are both halves. Between the first
 //! and the last step no device can establish a translation to what changes:
 //!
-//! 1. Find the regions that the range meets; open a bracket of each one's hub over the pages concerned.
+//! 1. Find the regions that the range meets; open a bracket of each one's hub over the pages concerned: all of them, or none.
 //! 2. Take the translations from every device, in place or not; then wait until no access through one is in flight.
 //! 3. Make the system call. It may wait for the reader of a userfaultfd, which needs the gate and never a bracket; so nothing
 //!    is held here but brackets, and whoever waits for a bracket waits outside the gate.
@@ -41,7 +41,7 @@ use crate::events::{self, PendingList, blocks};
 use crate::evict;
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
-use crate::notifier::{Bracket, Interval};
+use crate::notifier::{Bracket, Full, Interval};
 use crate::overrun;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, PlaceKind};
@@ -98,7 +98,7 @@ const PENDING_NS: u64 = 1_000_000_000;
 pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
     let addr = ptr.expose_provenance();
     let range = pages(addr, len_bytes);
-    let change = Change::begin(range, Some(Keep::Nothing));
+    let change = Change::begin([range], Some(Keep::Nothing));
     let _alone = change.alone();
     let home = change.hold_home()?;
     // SAFETY: by the caller's contract.
@@ -153,9 +153,8 @@ pub unsafe fn mremap(
     let (addr, target) = (ptr.expose_provenance(), new_addr.expose_provenance());
     let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
     // All of the old range: whether it moves nobody knows before the call.
-    let mut change = Change::begin(old, Some(Keep::Nothing));
     let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
-    change.extend(replaced, Some(Keep::Nothing));
+    let change = Change::begin([old, replaced], Some(Keep::Nothing));
     let _alone = change.alone();
     let home = change.hold_home()?;
     let was_held = home.is_some();
@@ -223,7 +222,7 @@ pub unsafe fn madvise(ptr: *mut u8, len_bytes: usize, advice: i32) -> Result<()>
         MADV_DONTNEED | MADV_DONTNEED_LOCKED | MADV_FREE | MADV_REMOVE | MADV_GUARD_INSTALL
     );
     let range = pages(addr, len_bytes).filter(|_| discards);
-    let change = Change::begin(range, Some(Keep::Nothing));
+    let change = Change::begin([range], Some(Keep::Nothing));
     // Of guards no event tells, whatever was asked for.
     let unheard = |part: &Part| {
         part.published.is_some()
@@ -285,7 +284,7 @@ pub unsafe fn mprotect(ptr: *mut u8, len_bytes: usize, prot: i32) -> Result<()> 
         (true, false) => Some(Keep::Reads),
         (false, _) => Some(Keep::Nothing),
     };
-    let change = Change::begin(pages(addr, len_bytes), keep);
+    let change = Change::begin([pages(addr, len_bytes)], keep);
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::mprotect(addr, len_bytes, prot) };
     change.end();
@@ -303,13 +302,14 @@ struct Change {
     /// None where nothing was ever mirrored, or what was is the parent's.
     space: Option<&'static AddressSpace>,
     parts: Vec<Part>,
+    /// One of each region that a part is of.
+    brackets: Vec<Bracket<Flight>>,
     _signals: Option<AsyncSignalsBlocked>,
 }
 
 /// Pages of one region that a change is about.
 struct Part {
     flight: Flight,
-    _bracket: Bracket<Flight>,
     /// Where they are published; none of a region that is accessed where it is.
     published: Option<PageRange>,
     /// Published elsewhere than at the region's own addresses.
@@ -336,28 +336,49 @@ impl Fate {
     }
 }
 
-/// The parts that are held home, of a kernel that does not tell of unmapping.
-struct HeldHome<'a>(Vec<&'a Part>);
+/// What is held home, of a kernel that does not tell of unmapping.
+struct HeldHome<'a> {
+    parts: Vec<&'a Part>,
+    /// The pages that were made pending, of one block each.
+    marked: Vec<(&'a Part, usize, PageMask)>,
+    /// For what is to be applied after the call, when there is no way back any more.
+    pending: PendingList,
+}
+
+impl HeldHome<'_> {
+    /// Nothing of it is pending any more.
+    fn unmark(&self, space: &AddressSpace) {
+        for &(part, block, pages) in &self.marked {
+            let _gate = space.gate().enter();
+            let mut state = part.flight.region().lock_block(block);
+            state.set_pending(pages, false);
+        }
+    }
+}
 
 impl Change {
-    /// Steps 1 and 2 for `range`; what `keep` says may stay with the devices, all of it if it says nothing.
-    fn begin(range: Option<PageRange>, keep: Option<Keep>) -> Self {
+    /// Steps 1 and 2 for the ranges; what `keep` says may stay with the devices, all of it if it says nothing.
+    fn begin<const N: usize>(ranges: [Option<PageRange>; N], keep: Option<Keep>) -> Self {
         let space = AddressSpace::existing().filter(|space| space.is_usable());
         let mut change = Self {
             space,
             parts: Vec::new(),
+            brackets: Vec::new(),
             _signals: space.map(|_| AsyncSignalsBlocked::new()),
         };
-        change.extend(range, keep);
+        let Some(space) = space else { return change };
+        for range in ranges.into_iter().flatten() {
+            change.find(space, range);
+        }
+        change.open_brackets();
+        if let Some(keep) = keep {
+            change.tell(space, keep);
+        }
         change
     }
 
-    /// The same for one more range.
-    fn extend(&mut self, range: Option<PageRange>, keep: Option<Keep>) {
-        let (Some(space), Some(range)) = (self.space, range) else {
-            return;
-        };
-        let first = self.parts.len();
+    /// The parts of the range.
+    fn find(&mut self, space: &AddressSpace, range: PageRange) {
         let mut from = range.start();
         while let Some((part, end)) = next_published(space, range, from) {
             self.parts.push(part);
@@ -368,10 +389,43 @@ impl Change {
             self.parts.push(part);
             after = id;
         }
-        let Some(keep) = keep else { return };
+    }
+
+    /// Opens one bracket for each region, over all its parts and what is between them: a region in many pieces has more of them than
+    /// its hub has slots. All or none: of two changes that each hold slots and wait for the other's neither would ever go on.
+    fn open_brackets(&mut self) {
+        let mut hulls: Vec<(&Flight, Range<usize>)> = Vec::new();
+        for part in &self.parts {
+            let (flight, pages) = (&part.flight, part.pages.clone());
+            let id = flight.region().id();
+            match hulls
+                .iter_mut()
+                .find(|(known, _)| known.region().id() == id)
+            {
+                Some((_, hull)) => *hull = hull.start.min(pages.start)..hull.end.max(pages.end),
+                None => hulls.push((flight, pages)),
+            }
+        }
+        let open = |(flight, pages): &(&Flight, Range<usize>)| {
+            let region = flight.region();
+            let at = |page: usize| (region.base() + page * PAGE_SIZE) as u64;
+            let interval = Interval::new(at(pages.start), at(pages.end));
+            Bracket::start(Flight::begin(region), interval, None)
+        };
+        self.brackets = loop {
+            match hulls.iter().map(open).collect() {
+                Ok(brackets) => break brackets,
+                // Those that were open are closed again.
+                Err(Full) => process::sched_yield(),
+            }
+        };
+    }
+
+    /// Takes the translations, and waits until no access through one is in flight.
+    fn tell(&self, space: &AddressSpace, keep: Keep) {
         // All are told before any is waited for (I9).
         let mut in_flight = Vec::new();
-        for part in &self.parts[first..] {
+        for part in &self.parts {
             let region = part.flight.region();
             for (block, mask) in blocks(part.pages.clone()) {
                 let inv = Invalidation::new(block, mask, keep);
@@ -427,18 +481,25 @@ impl Change {
         else {
             return Ok(None);
         };
-        let mut held = HeldHome(Vec::new());
+        let no_memory = |e: std::io::Error| {
+            Error::new("hold home", ErrorKind::OutOfMemory)
+                .errno(e.raw_os_error().unwrap_or(libc::ENOMEM))
+        };
+        let mut held = HeldHome {
+            parts: self.parts.iter().filter(unheard).collect(),
+            marked: Vec::new(),
+            pending: PendingList::new().map_err(no_memory)?,
+        };
         let mut scratch = Scratch::new(space)?;
         for part in self.parts.iter().filter(unheard) {
-            held.0.push(part);
-            let home = blocks(part.pages.clone()).try_for_each(|(block, mask)| {
-                part.hold_block_home(space, block, mask, &mut scratch)
-            });
-            if let Err(error) = home {
-                for part in held.0 {
-                    part.for_each_block(space, |state, mask| state.set_pending(mask, false));
+            for (block, mask) in blocks(part.pages.clone()) {
+                match part.hold_block_home(space, block, mask, &mut scratch) {
+                    Ok(marked) => held.marked.push((part, block, marked)),
+                    Err(error) => {
+                        held.unmark(space);
+                        return Err(error);
+                    }
                 }
-                return Err(error);
             }
         }
         Ok(Some(held))
@@ -446,25 +507,26 @@ impl Change {
 
     /// After the call: records what has become of each part that was held home.
     fn let_go(&self, home: Option<HeldHome<'_>>, fate: impl Fn(PageRange) -> Fate) {
-        let (Some(space), Some(home)) = (self.space, home) else {
+        let (Some(space), Some(mut home)) = (self.space, home) else {
             return;
         };
-        for part in home.0 {
+        let pending = &mut home.pending;
+        for part in &home.parts {
             let Some(published) = part.published else {
                 continue;
             };
             match fate(published) {
-                Fate::Gone(gone) => part.unmapped(space, published.intersect(gone)),
+                Fate::Gone(gone) => part.unmapped(space, published.intersect(gone), pending),
                 Fate::Emptied => part.for_each_block(space, |state, mask| state.discarded(mask)),
                 Fate::Unchanged => {}
                 Fate::Unknown => {
                     for page in published.pages().filter(|&page| space.vma(page).is_none()) {
-                        part.unmapped(space, PageRange::from_pages(page, 1));
+                        part.unmapped(space, PageRange::from_pages(page, 1), pending);
                     }
                 }
             }
-            part.for_each_block(space, |state, mask| state.set_pending(mask, false));
         }
+        home.unmark(space);
     }
 
     /// Step 3 for discarding advice of which the kernel does not tell: mapping by mapping, as the kernel goes itself, so that it is
@@ -526,7 +588,6 @@ impl Change {
 }
 
 impl Part {
-    /// Opens the bracket. Where all slots of the hub are taken it waits for one: whoever has them holds nothing else.
     fn new(
         flight: Flight,
         published: Option<PageRange>,
@@ -536,16 +597,8 @@ impl Part {
     ) -> Self {
         let region = flight.region();
         let first = (start - region.base()) / PAGE_SIZE;
-        let interval = Interval::new(start as u64, (start + nr_pages * PAGE_SIZE) as u64);
-        let bracket = loop {
-            if let Ok(bracket) = Bracket::start(Flight::begin(region), interval, None) {
-                break bracket;
-            }
-            process::sched_yield();
-        };
         Self {
             flight,
-            _bracket: bracket,
             published,
             moved,
             pages: first..first + nr_pages,
@@ -596,38 +649,41 @@ impl Part {
     /// Makes all pages pending, once they are not any more on an event's account.
     fn make_pending(&self, space: &AddressSpace) {
         for (block, mask) in blocks(self.pages.clone()) {
-            while !self.try_make_pending(space, block, mask, |_, _| true) {
+            while self
+                .try_make_pending(space, block, mask, |_, _| true)
+                .is_none()
+            {
                 process::sched_yield();
             }
         }
     }
 
-    /// Makes pages of one block pending, unless some are already, or are not as `if_` wants them.
+    /// Makes pages of one block pending, unless some are already, or are not as `if_` wants them. Says which.
     fn try_make_pending(
         &self,
         space: &AddressSpace,
         block: usize,
         pages: PageMask,
         if_: impl FnOnce(&BlockState, PageMask) -> bool,
-    ) -> bool {
+    ) -> Option<PageMask> {
         let _gate = space.gate().enter();
         let mut state = self.flight.region().lock_block(block);
         let mask = self.concerned(&state, pages);
         let now = !state.pending().intersects(&mask) && if_(&state, mask);
-        if now {
+        now.then(|| {
             state.set_pending(mask, true);
-        }
-        now
+            mask
+        })
     }
 
-    /// Brings the pages of one block home, and makes them pending as soon as all of them are.
+    /// Brings the pages of one block home, and makes them pending as soon as all of them are. Says which.
     fn hold_block_home(
         &self,
         space: &AddressSpace,
         block: usize,
         pages: PageMask,
         scratch: &mut Scratch,
-    ) -> Result<()> {
+    ) -> Result<PageMask> {
         let region = self.flight.region();
         let devices = region.devices(&space.gate().enter()).clone();
         loop {
@@ -637,20 +693,18 @@ impl Part {
             let is_home = |state: &BlockState, mask: PageMask| {
                 !(state.away() | state.held_by_devices(None)).intersects(&mask)
             };
-            if self.try_make_pending(space, block, pages, is_home) {
-                return Ok(());
+            if let Some(marked) = self.try_make_pending(space, block, pages, is_home) {
+                return Ok(marked);
             }
             process::sched_yield();
         }
     }
 
     /// What the reader does when it is told of an unmapping.
-    fn unmapped(&self, space: &AddressSpace, range: Option<PageRange>) {
-        let (Some(range), Ok(mut pending)) = (range, PendingList::new()) else {
-            return;
-        };
+    fn unmapped(&self, space: &AddressSpace, range: Option<PageRange>, pending: &mut PendingList) {
+        let Some(range) = range else { return };
         let closed = space.gate().close();
-        events::apply(space, &closed, &Event::Unmap(range), &mut pending);
+        events::apply(space, &closed, &Event::Unmap(range), pending);
         drop(closed);
         while !pending.is_empty() {
             pending.poll(space, false);

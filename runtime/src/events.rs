@@ -444,9 +444,16 @@ fn give_up(
     }
 }
 
-/// Opens a bracket. Where all slots are taken there is none: the pages are marked pending, which holds devices off too.
+/// Opens a bracket. Where all slots are taken, and the reader may not wait for one, there is none. Then updates that are under way are
+/// interrupted all the same; one that begins now takes its snapshot inside the gate, which is closed until the event is applied;
+/// and what is not over by then is pending, which holds rounds off.
 fn open_bracket(region: &Region, block: usize, pages: Range<usize>) -> Option<Bracket<Flight>> {
-    Bracket::start(Flight::begin(region), region.interval(block, pages), None).ok()
+    let interval = region.interval(block, pages);
+    let bracket = Bracket::start(Flight::begin(region), interval, None).ok();
+    if bracket.is_none() {
+        region.hub().interrupt(interval);
+    }
+    bracket
 }
 
 /// The blocks that a range of page indices touches, with its pages in each.
@@ -467,6 +474,78 @@ impl Place {
         match self.kind {
             PlaceKind::Moved(from) => addr - self.range.start() + from,
             PlaceKind::Body | PlaceKind::Tail | PlaceKind::Window(_) => addr,
+        }
+    }
+}
+
+#[cfg(all(test, target_os = "linux", not(any(svm_loom, svm_shuttle, svm_points))))]
+mod tests {
+    use core::time::Duration;
+
+    use crate::addr::PAGE_SIZE;
+    use crate::device::{Device, DeviceLock, Invalidation, MapInfo, WouldBlock};
+    use crate::error::{Access, Result};
+    use crate::notifier::Interval;
+    use crate::range::Interrupted;
+    use crate::space::AddressSpace;
+    use crate::{AttachOptions, Buffer, Capabilities, Capability, Delivery, Options};
+
+    /// A device without a table.
+    #[derive(Default)]
+    struct Bare(DeviceLock);
+
+    // SAFETY: it has no translations, and makes no access.
+    unsafe impl Device for Bare {
+        type Table = ();
+
+        fn map(&self, _: &MapInfo) -> Result<()> {
+            Ok(())
+        }
+
+        fn lock(&self) -> &DeviceLock {
+            &self.0
+        }
+
+        fn invalidate(&self, (): &(), _: &Invalidation) -> Result<(), WouldBlock> {
+            Ok(())
+        }
+
+        fn quiesced(&self, (): &(), _: &Invalidation) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn an_update_is_interrupted_though_no_slot_is_free() {
+        // Without MOVE removal events are not asked for.
+        let capabilities = Capabilities::probe();
+        if !capabilities.has(Capability::Events) || !capabilities.has(Capability::Move) {
+            return;
+        }
+        for delivery in [Delivery::Inline, Delivery::Thread] {
+            let options = Options::new().delivery(delivery);
+            let mut buffer = Buffer::<u8>::with_options(4 * PAGE_SIZE, &options).unwrap();
+            let start = buffer.as_mut_slice().as_mut_ptr();
+            let device = crate::attach(Bare::default(), AttachOptions::new()).unwrap();
+            let mapped = device.map(buffer.view_mut().region()).unwrap();
+            let region = mapped.shared_region();
+            let mut range = device.range().unwrap();
+            let _signals = crate::worker_thread();
+            let page = (region.addr() - region.base()) / PAGE_SIZE;
+            let mut update = range
+                .start_update(&mapped, page..page + 1, Duration::from_secs(3))
+                .unwrap();
+            update.fault(Access::Write).unwrap();
+            let mut brackets = Vec::new();
+            while let Ok(bracket) = region.hub().start(Interval::new(0, 1), None) {
+                brackets.push(bracket);
+            }
+            // SAFETY: the buffer's own page, whose contents nobody counts on.
+            let outcome = unsafe { libc::madvise(start.cast(), PAGE_SIZE, libc::MADV_DONTNEED) };
+            assert_eq!(outcome, 0);
+            drop(AddressSpace::global().gate().enter());
+            let guard = device.device().lock().lock();
+            assert_eq!(update.end_update(&guard).err(), Some(Interrupted));
         }
     }
 }

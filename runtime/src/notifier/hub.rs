@@ -406,6 +406,15 @@ impl Hub {
         Bracket::start(self, interval, except)
     }
 
+    /// Interrupts the ranges that overlap, as a start does, and opens nothing: no token that was given is good any more.
+    ///
+    /// For a caller that may not wait for a slot. A range that begins afterwards is not held up, so the caller has to see to it by
+    /// other means that its snapshot comes after the change.
+    pub fn interrupt(&self, interval: Interval) {
+        let mut inner = self.inner.lock();
+        self.bump_overlapping(&mut inner, interval, None);
+    }
+
     /// [`Subscription::insert`], by reference.
     pub fn insert(&self, interval: Interval) -> Subscription<&Self> {
         Subscription::insert(self, interval)
