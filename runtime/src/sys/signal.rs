@@ -16,8 +16,8 @@
 //!    with a message. A SIGBUS inside a chained handler is a fault like any other.
 //! 5. Only a fault with `BUS_ADRERR` is offered to the resolver, for that is what uffd raises. (So are
 //!    accesses beyond the end of a file; and to poison, on kernels without CONFIG_MEMORY_FAILURE.) What
-//!    the resolver declines, and everything else (poison, misalignment, kill(2)), goes to whatever was installed before, under the mask and flags it asked for, so that it can't tell it is
-//!    chained. Where that was the default, the default is restored, and the instruction faults again: the
+//!    the resolver declines, and everything else (poison, misalignment, kill(2)), goes to whatever was installed before, under the mask
+//!    and flags it asked for and on the stack it expects, so that it can't tell it is chained. Where that was the default, the default is restored, and the instruction faults again: the
 //!    core dump shows it where it was. An ignored SIGBUS is honoured where one was *sent*; one that was
 //!    *raised* by an instruction can't be ignored, and the kernel does not either.
 //!
@@ -361,19 +361,28 @@ unsafe fn chain(
             unsafe { libc::sigaddset(&raw mut mask, signal) };
         }
     }
-    // SAFETY: `mask` is initialised. The kernel restores the interrupted mask when we return.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) };
-    if previous.sa_flags & libc::SA_SIGINFO != 0 {
-        type Action = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
-        // SAFETY: with SA_SIGINFO, and neither SIG_DFL nor SIG_IGN, it is such a function: that is
-        // what whoever installed it promised sigaction(2).
-        let action = unsafe { std::mem::transmute::<libc::sighandler_t, Action>(handler) };
-        action(libc::SIGBUS, info, context);
-    } else {
-        type Action = extern "C" fn(libc::c_int);
-        // SAFETY: as above, without SA_SIGINFO.
-        let action = unsafe { std::mem::transmute::<libc::sighandler_t, Action>(handler) };
-        action(libc::SIGBUS);
+    let call = || {
+        // SAFETY: `mask` is initialised. The kernel restores the interrupted mask when we return.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const mask, std::ptr::null_mut()) };
+        if previous.sa_flags & libc::SA_SIGINFO != 0 {
+            type Action = extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+            // SAFETY: with SA_SIGINFO, and neither SIG_DFL nor SIG_IGN, it is such a function: that is
+            // what whoever installed it promised sigaction(2).
+            let action = unsafe { std::mem::transmute::<libc::sighandler_t, Action>(handler) };
+            action(libc::SIGBUS, info, context);
+        } else {
+            type Action = extern "C" fn(libc::c_int);
+            // SAFETY: as above, without SA_SIGINFO.
+            let action = unsafe { std::mem::transmute::<libc::sighandler_t, Action>(handler) };
+            action(libc::SIGBUS);
+        }
+    };
+    let on_alternate = previous.sa_flags & libc::SA_ONSTACK != 0;
+    // SAFETY: `context` is as it asks, by contract; a handler that is `extern "C"` does not unwind.
+    unsafe {
+        installed
+            .stacks
+            .as_delivered(context.cast(), on_alternate, call);
     }
 }
 

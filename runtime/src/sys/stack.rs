@@ -1,4 +1,4 @@
-//! Stacks for the SIGBUS handler.
+//! Stacks for the SIGBUS handler, and for the handlers that it calls in its place.
 //!
 //! A thread's alternate signal stack, where it has one, is 8 KiB for a thread made by Rust, and the kernel's frame takes up to
 //! half of it. Resolving a fault without optimisation needs more than the rest. So a handler that finds itself on such a stack
@@ -6,6 +6,17 @@
 //!
 //! The pool is one mapping, made before the handler is installed. A stack is taken by setting its bit: no lock, no system
 //! call. Where all are taken the resolver runs where it is, which an optimised build has room for.
+//!
+//! # Somebody else's handler
+//!
+//! It runs where the kernel would have run it ([`Stacks::as_delivered`]): on the interrupted stack, unless it asked for the alternate one.
+//! There it may do what our resolver never does: fault itself, and the kernel puts a second frame where one hardly fits (3.3 KiB
+//! each with AVX-512, of Rust's 8). So a small alternate stack is replaced by one of ours here as well.
+//!
+//! The kernel begins a handler at the top of the alternate stack unless the stack pointer is on it: run elsewhere, a fault would
+//! overwrite the very frames that we are to return to. So as long as somebody else's handler runs, the thread's alternate stack is
+//! the one that it runs on, or none. Asynchronous signals stay masked until that is set. A handler that leaves by `siglongjmp`
+//! leaves it like that: its thread goes on with one of ours for an alternate stack, or with none.
 
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -65,18 +76,81 @@ impl Stacks {
             f: Some(f),
             result: None,
         };
-        let end = self.memory.as_ptr().wrapping_add((index + 1) * STACK);
+        let end = self.end_of(index);
         // SAFETY: the stack is ours alone until its bit is cleared, 64 KiB long, and its end is aligned to a page; `call`
         // outlives the call and is what `run` expects.
         unsafe { call_on(end, run::<F, R>, (&raw mut call).cast()) };
-        // Release pairs with the Acquire of `take`: the next owner's frames come after ours.
-        self.taken.0.fetch_and(!(1 << index), Ordering::Release);
+        self.give_back(index);
         match call.result {
             Some(result) => result,
             None => {
                 super::process::abort_with_message(format_args!("the fault resolver did not run"))
             }
         }
+    }
+
+    /// Runs `handler`, which may fault, and may unmask what is masked, where the kernel would have run it: on the interrupted stack, or
+    /// with `on_alternate` on the alternate one, or one of ours if that is small.
+    ///
+    /// # Safety
+    /// `context` is the third argument of a signal handler whose frame this is called from. `handler` does not unwind.
+    pub(super) unsafe fn as_delivered<F: FnOnce()>(
+        &self,
+        context: *const libc::ucontext_t,
+        on_alternate: bool,
+        handler: F,
+    ) {
+        // SAFETY: by contract; the kernel says there which alternate stack the thread has.
+        let alternate = unsafe { (*context).uc_stack };
+        // SAFETY: by contract.
+        let interrupted = unsafe { stack_pointer(context) };
+        let is_on = |at: usize| at.wrapping_sub(alternate.ss_sp.addr()) < alternate.ss_size;
+        let here = 0_u8;
+        if !is_on((&raw const here).addr()) {
+            return handler();
+        }
+        let (taken, end, replaced) = match interrupted {
+            // Interrupted there, it would have gone on there.
+            Some(sp) if !on_alternate && !is_on(sp.addr()) => (None, below_red_zone(sp), NO_STACK),
+            _ if alternate.ss_size >= ENOUGH => return handler(),
+            _ => match self.take() {
+                Some(index) => (Some(index), self.end_of(index), self.as_alternate(index)),
+                None => return handler(),
+            },
+        };
+        let mut call = Call {
+            f: Some(|| {
+                set_alternate(&replaced);
+                handler();
+            }),
+            result: None,
+        };
+        // SAFETY: below the interrupted frames, and their red zone, the interrupted stack is free; a stack of ours is ours alone until its
+        // bit is cleared. Both are aligned. `call` outlives the call and is what `run` expects.
+        unsafe { call_on(end, run_of(&call), (&raw mut call).cast()) };
+        // Back on the alternate stack, which the kernel has to know before a signal comes that finds it taken by somebody else.
+        set_alternate(&alternate);
+        if let Some(index) = taken {
+            self.give_back(index);
+        }
+    }
+
+    fn end_of(&self, index: usize) -> *const u8 {
+        self.memory.as_ptr().wrapping_add((index + 1) * STACK)
+    }
+
+    fn as_alternate(&self, index: usize) -> libc::stack_t {
+        let start = self.memory.as_ptr().wrapping_add(index * STACK);
+        libc::stack_t {
+            ss_sp: start.cast_mut().cast(),
+            ss_flags: 0,
+            ss_size: STACK,
+        }
+    }
+
+    fn give_back(&self, index: usize) {
+        // Release pairs with the Acquire of `take`: the next owner's frames come after ours.
+        self.taken.0.fetch_and(!(1 << index), Ordering::Release);
     }
 
     fn take(&self) -> Option<usize> {
@@ -110,6 +184,48 @@ extern "C" fn run<F: FnOnce() -> R, R>(call: *mut c_void) {
     // SAFETY: `with_room`, the only caller, passes such a `Call`, which nobody else uses meanwhile.
     let call = unsafe { &mut *call };
     call.result = call.f.take().map(|f| f());
+}
+
+/// [`run`] for what `call` holds, whose type has no name.
+fn run_of<F: FnOnce() -> R, R>(_call: &Call<F, R>) -> extern "C" fn(*mut c_void) {
+    run::<F, R>
+}
+
+const NO_STACK: libc::stack_t = libc::stack_t {
+    ss_sp: core::ptr::null_mut(),
+    ss_flags: libc::SS_DISABLE,
+    ss_size: 0,
+};
+
+/// Async-signal-safe. Refused while the thread is on the stack that it has: then nothing has changed.
+fn set_alternate(stack: &libc::stack_t) {
+    // SAFETY: `stack` is initialised; what it names is a stack of the thread's own, or for it alone.
+    unsafe { libc::sigaltstack(stack, core::ptr::null_mut()) };
+}
+
+/// Where the interrupted code's stack ended, where that can be told and used.
+///
+/// # Safety
+/// `context` is the third argument of a signal handler.
+unsafe fn stack_pointer(context: *const libc::ucontext_t) -> Option<*const u8> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        // SAFETY: by contract it is valid for reads during the handler.
+        let sp = unsafe { (*context).uc_mcontext.gregs[libc::REG_RSP as usize] };
+        Some(core::ptr::with_exposed_provenance(
+            sp.cast_unsigned() as usize
+        ))
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = context;
+        None
+    }
+}
+
+/// The first place below `sp` that a handler may use, aligned as at a call: the x86-64 ABI leaves functions 128 bytes below it.
+fn below_red_zone(sp: *const u8) -> *const u8 {
+    sp.map_addr(|sp| sp.wrapping_sub(128) & !15)
 }
 
 /// Calls `f(arg)` with the stack pointer at `stack_end`.

@@ -113,6 +113,18 @@ pub(crate) fn alternate_stack_used(body: impl FnOnce() + Send) -> usize {
     })
 }
 
+/// The calling thread's alternate signal stack.
+pub(crate) fn current_alternate_stack() -> libc::stack_t {
+    let mut stack = libc::stack_t {
+        ss_sp: std::ptr::null_mut(),
+        ss_flags: 0,
+        ss_size: 0,
+    };
+    // SAFETY: with a null new stack the current one is written to `stack`.
+    unsafe { libc::sigaltstack(std::ptr::null(), &raw mut stack) };
+    stack
+}
+
 /// The full path of a test in the calling module, as the test harness knows it.
 macro_rules! test_name {
     ($name:literal) => {

@@ -1,9 +1,9 @@
 //! The handler, in processes of its own: there is one per process.
 
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering::SeqCst};
 
 use super::super::mmap::Reservation;
-use super::super::testing::{alternate_stack_used, in_child, test_name};
+use super::super::testing::{alternate_stack_used, current_alternate_stack, in_child, test_name};
 use super::super::uffd::{FaultScope, Features, Mode, Protect, Stop, Uffd, Wake};
 use super::*;
 use crate::addr::{PAGE_SIZE, PageRange, page_floor};
@@ -270,6 +270,7 @@ fn an_ignored_signal_is_ignored_when_sent_and_kills_when_raised() {
 }
 
 static CHAINED_TO: AtomicU32 = AtomicU32::new(0);
+static CHAINED_ON_ALTERNATE: AtomicBool = AtomicBool::new(false);
 static CHAINED_ADDR: AtomicPtr<libc::c_void> = AtomicPtr::new(std::ptr::null_mut());
 
 /// Repairs the page by mapping another over it, as apps with file mappings do.
@@ -293,6 +294,13 @@ extern "C" fn app_handler(
     // The mask it asked for, and no more.
     assert!(has(libc::SIGUSR1) && !has(libc::SIGUSR2));
     assert!(!has(libc::SIGBUS), "it asked for SA_NODEFER");
+    // It is where the kernel would have run it, or has as much room there.
+    let here = 0_u8;
+    let alternate = current_alternate_stack();
+    let used = (&raw const here)
+        .addr()
+        .wrapping_sub(alternate.ss_sp.addr());
+    CHAINED_ON_ALTERNATE.store(used < alternate.ss_size, SeqCst);
     // A chained handler may touch mirrored memory.
     if let Some(fixture) = FIXTURE.get() {
         assert_eq!(fixture.load(3), 7);
@@ -311,31 +319,59 @@ extern "C" fn app_handler(
     assert_ne!(mapped, libc::MAP_FAILED);
 }
 
+/// A stray fault reaches a handler that was installed with `flags`, which faults in turn; nothing is left of either.
+fn chain_to_app_handler(flags: libc::c_int) {
+    let mut mask = empty_set();
+    // SAFETY: the set is initialised.
+    unsafe { libc::sigaddset(&raw mut mask, libc::SIGUSR1) };
+    install_app_handler(
+        app_handler as *const () as libc::sighandler_t,
+        libc::SA_SIGINFO | libc::SA_NODEFER | flags,
+        mask,
+    );
+    Fixture::set_up();
+    install(resolve).unwrap();
+    let stack = current_alternate_stack();
+    assert_ne!(stack.ss_size, 0, "Rust gives its threads one");
+    let address = beyond_the_file();
+    set_errno(libc::ENOTTY);
+    assert_eq!(access(address.wrapping_add(77)), 0);
+    assert_eq!(errno(), libc::ENOTTY);
+    assert_eq!(CHAINED_TO.load(SeqCst), 1);
+    assert_eq!(CHAINED_ADDR.load(SeqCst).addr(), address.addr() + 77);
+    // The fault inside the chained handler was served.
+    assert_eq!(FAULTS.load(SeqCst), 1);
+    assert!(!async_signals_blocked());
+    assert!(is_installed());
+    let after = current_alternate_stack();
+    assert_eq!(
+        (after.ss_sp, after.ss_size, after.ss_flags),
+        (stack.ss_sp, stack.ss_size, stack.ss_flags)
+    );
+}
+
 #[test]
 fn a_stray_fault_goes_to_the_handler_that_was_there_before() {
     let body = || {
-        let mut mask = empty_set();
-        // SAFETY: the set is initialised.
-        unsafe { libc::sigaddset(&raw mut mask, libc::SIGUSR1) };
-        install_app_handler(
-            app_handler as *const () as libc::sighandler_t,
-            libc::SA_SIGINFO | libc::SA_NODEFER,
-            mask,
-        );
-        Fixture::set_up();
-        install(resolve).unwrap();
-        let address = beyond_the_file();
-        set_errno(libc::ENOTTY);
-        assert_eq!(access(address.wrapping_add(77)), 0);
-        assert_eq!(errno(), libc::ENOTTY);
-        assert_eq!(CHAINED_TO.load(SeqCst), 1);
-        assert_eq!(CHAINED_ADDR.load(SeqCst).addr(), address.addr() + 77);
-        // The fault inside the chained handler was served.
-        assert_eq!(FAULTS.load(SeqCst), 1);
-        assert!(!async_signals_blocked());
-        assert!(is_installed());
+        chain_to_app_handler(0);
+        if cfg!(target_arch = "x86_64") {
+            assert!(!CHAINED_ON_ALTERNATE.load(SeqCst), "it did not ask for it");
+        }
     };
     let name = test_name!("a_stray_fault_goes_to_the_handler_that_was_there_before");
+    if let Some(ended) = in_child(name, &[], body) {
+        ended.assert_passed();
+    }
+}
+
+#[test]
+fn a_handler_that_asked_for_the_alternate_stack_has_room_for_a_fault_there() {
+    let body = || {
+        chain_to_app_handler(libc::SA_ONSTACK);
+        assert!(CHAINED_ON_ALTERNATE.load(SeqCst));
+    };
+    let name =
+        test_name!("a_handler_that_asked_for_the_alternate_stack_has_room_for_a_fault_there");
     if let Some(ended) = in_child(name, &[], body) {
         ended.assert_passed();
     }
