@@ -59,6 +59,7 @@ scenarios! {
     shared_with_a_child
     discard
     discard_shared
+    discard_beside_a_wait
     unmap
     unmap_shared
     remap
@@ -85,6 +86,7 @@ mutations! {
     InvalidateNobody in cpu_and_device: "was written last" | "empty page";
     RoundTellsNobody in two_and_two: "was written last" | "empty page";
     ShootdownNotAwaited in cpu_and_span: "was written last" | "empty page" | "write-protected page";
+    WaitedWithoutLook in discard_beside_a_wait: "was written last" | "empty page" | "is away, and present";
     FinishWithoutLook in cpu_and_span: "anomalies" | "is killed" | "was written last" | "empty page";
     HomeLeavesCopies in two_and_two: "was written last" | "the CPU may write it";
     MoveErrorBelieved in moves_that_lie: "was written last" | "anomalies" | "is killed" | "fails" | "in the window" | "starved";
@@ -517,6 +519,34 @@ fn discard() {
             d.write(0);
             d.read(0);
             d.write(0);
+        }),
+    ];
+    join(world, threads);
+}
+
+/// A round wants two pages: it waits for another device's access to one, and the other is discarded meanwhile.
+fn discard_beside_a_wait() {
+    let world = World::new(Setup {
+        nr_devices: 2,
+        ..Setup::default()
+    });
+    world.write(1);
+    let first = world.worker(0, Style::Span, |d| d.write(0));
+    first.join().expect("a thread that panics ends the program");
+    let threads = [
+        world.cpu(|w| {
+            w.discard(1..2);
+            w.read(1);
+        }),
+        world.worker(0, Style::Span, |d| {
+            d.write(0);
+            d.write(0);
+            d.write(0);
+        }),
+        world.worker(1, Style::Locked, |d| {
+            d.fetch(0..2, Write);
+            d.read(1);
+            d.read(1);
         }),
     ];
     join(world, threads);

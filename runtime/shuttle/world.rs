@@ -677,7 +677,7 @@ impl Worker {
                 self.world.check();
                 return Ok(());
             }
-            self.fault_in(page, access, attempt)?;
+            self.fault_in(page..page + 1, access, attempt)?;
         }
         panic!(
             "starved: {MAX_TRIES} faults of one access of device {}",
@@ -752,11 +752,23 @@ impl Worker {
         true
     }
 
-    fn fault_in(&mut self, page: usize, access: Access, attempt: usize) -> Result<(), DeviceFault> {
+    /// A far fault for several pages at once, which must be served; nothing is accessed.
+    pub(crate) fn fetch(&mut self, pages: std::ops::Range<usize>, access: Access) {
+        let done = self.fault_in(pages, access, 0);
+        assert!(done.is_ok(), "a device's fault fails: {done:?}");
+        self.world.check();
+    }
+
+    fn fault_in(
+        &mut self,
+        pages: std::ops::Range<usize>,
+        access: Access,
+        attempt: usize,
+    ) -> Result<(), DeviceFault> {
         let mapped = self.world.mappings[self.device].clone();
-        kernel::with(|kernel| kernel.note("device fault", BASE + page * PAGE_SIZE, None));
+        let first = BASE + pages.start * PAGE_SIZE;
+        kernel::with(|kernel| kernel.note("device fault", first, None));
         if matches!(self.style, Style::Update | Style::Snapshot | Style::Migrate) {
-            let pages = page..page + 1;
             let mut update = self.range.start_update(&mapped, pages, TIMEOUT)?;
             match self.style {
                 Style::Snapshot if attempt.is_multiple_of(2) => update.snapshot(),
@@ -766,22 +778,16 @@ impl Worker {
             let guard = self.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {
                 valid.iter().for_each(|valid| mapped.table().install(valid));
-                kernel::with(|kernel| kernel.note("commit", BASE + page * PAGE_SIZE, None));
+                kernel::with(|kernel| kernel.note("commit", first, None));
             }
             return Ok(());
         }
         let attempt = u32::try_from(attempt).unwrap_or(u32::MAX);
-        self.range.fault_in(
-            &mapped,
-            page..page + 1,
-            access,
-            attempt,
-            TIMEOUT,
-            |valid, _| {
+        self.range
+            .fault_in(&mapped, pages, access, attempt, TIMEOUT, |valid, _| {
                 mapped.table().install(valid);
-                kernel::with(|kernel| kernel.note("commit", BASE + page * PAGE_SIZE, None));
-            },
-        )
+                kernel::with(|kernel| kernel.note("commit", first, None));
+            })
     }
 }
 

@@ -152,7 +152,7 @@
 //! | far faults coalesce: one movement | `far_faults_coalesce` | `MovesAgain` |
 //! | pins | `pin_and_rounds`, `unmap_shared` | `PinsAtOnce`, `UnpinTellsNobody` |
 //! | teardown of a mirror, of a device | `close_and_faults`, `detach_and_faults`, `remap_and_close` | `CloseNotSeen`, `CloseWithoutGrace` |
-//! | G1–G5: events | `discard`, `unmap`, `remap`, `mapped_over`, and with pages shared | `GateStaysOpen`, `EventOverAtOnce`, `EventNotRecorded`, `GateLeaveWithoutWake` |
+//! | G1–G5: events | `discard`, `discard_beside_a_wait`, `unmap`, `remap`, `mapped_over`, and with pages shared | `GateStaysOpen`, `EventOverAtOnce`, `EventNotRecorded`, `GateLeaveWithoutWake`, `WaitedWithoutLook` |
 //! | F1: a child finds what was written last | `fork`, `shared_with_a_child` | `ForkNotSeen` |
 //! | outcomes of the kernel | `moves_that_lie`, `changing_all_the_time` | `MoveErrorBelieved` |
 //! | without MOVE | `without_move`, `without_move_shared`, `without_move_evictions` | `CopyUnprotected` |
