@@ -61,7 +61,14 @@ impl From<Failure> for Error {
 
 /// Runs a kernel's code, and makes a failure of its panic.
 pub(crate) fn catch<R>(kernel: impl FnOnce() -> R) -> Result<R, Failure> {
-    catch_unwind(AssertUnwindSafe(kernel)).map_err(|payload| Failure::Panicked(message(&*payload)))
+    catch_unwind(AssertUnwindSafe(kernel)).map_err(|payload| {
+        let failure = Failure::Panicked(message(&*payload));
+        // A payload may panic when it is dropped, and what it panics with as well.
+        if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            std::mem::forget(again);
+        }
+        failure
+    })
 }
 
 fn message(payload: &(dyn Any + Send)) -> String {
@@ -288,7 +295,8 @@ impl Operands {
                 } else {
                     rights
                 };
-                uses.push(mapped.begin_use(access_of(written))?);
+                // SAFETY: the views are borrowed, and so is what they are of, until the work is dropped, and the guard with it.
+                uses.push(unsafe { mapped.begin_use(access_of(written)) }?);
                 granule_pages = granule_pages.max(region.granule_pages());
                 let known = spaces.iter().position(|s| {
                     s.mapped().region().id() == region.id() && s.sharing() == sharing

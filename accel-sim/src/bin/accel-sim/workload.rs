@@ -178,7 +178,8 @@ fn elements(name: &str, n: u32, of: &'static str) -> Input {
 }
 
 fn setup(common: &Common) -> Setup {
-    let one_per_cpu = || thread::available_parallelism().map_or(1, usize::from);
+    let nr_cpus = thread::available_parallelism().map_or(1, usize::from);
+    let one_per_cpu = || nr_cpus.min(accel_sim::MAX_WORKERS);
     Setup {
         workers: common.workers.unwrap_or_else(one_per_cpu),
         device_memory: common.device_memory.map(|size| size.0),
