@@ -40,7 +40,7 @@ use crate::addr::PageRange;
 use crate::block::DeviceSet;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::fork;
 use crate::mask::PageMask;
 use crate::options::Options;
@@ -208,6 +208,8 @@ impl Raw {
             Ok(()) if mapped_runs(space, body) != mapped => {
                 door.unregister(body);
                 space.unpublish_region(&region);
+                // An event may have come in between, which still refers to it.
+                region.wait_landed();
                 Self::new(operation, addr, len_bytes, options)
             }
             Ok(()) => {
@@ -216,6 +218,7 @@ impl Raw {
             }
             Err(errno) => {
                 space.unpublish_region(&region);
+                region.wait_landed();
                 match errno {
                     // Another userfaultfd has it, or it is of a kind that cannot be registered: it stays where it is.
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
@@ -290,12 +293,11 @@ impl Raw {
         };
         let mut result = Ok(());
         for device in devices.iter().flatten() {
-            result = result.and(evict::release_region(
-                &**device,
-                region,
-                &mut scratch,
-                Cause::Drop,
-            ));
+            // All of it, whatever each comes to.
+            let withdrawn = evict::withdraw_in_place(&**device, region);
+            let (cause, stale) = (Cause::Drop, Stale::GoWithWindow);
+            let released = evict::release_region(&**device, region, &mut scratch, cause, stale);
+            result = result.and(withdrawn).and(released);
         }
         if result.is_ok() && region.has_away() {
             // A device that is no longer there still holds pages: never let the kernel show zeros in their place.
@@ -382,7 +384,8 @@ fn restore(region: &Region, pages: PageRange) {
     let _ = mmap::advise(pages, Advice::DoFork);
 }
 
-/// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now.
+/// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now. Inside the gate:
+/// what is unmapped meanwhile stays vacant until that is heard of.
 fn unregister_what_is_left(region: &Region, body: PageRange) {
     let gate = AddressSpace::global().gate().enter();
     for place in AddressSpace::global().places(&gate) {
@@ -392,14 +395,13 @@ fn unregister_what_is_left(region: &Region, body: PageRange) {
     }
     let gone = |block: usize| region.lock_block(block).gone();
     if (0..region.nr_blocks()).all(|block| gone(block).is_empty()) {
-        drop(gate);
         restore(region, body);
         return;
     }
     drop(gate);
     for block in 0..region.nr_blocks() {
+        let _gate = AddressSpace::global().gate().enter();
         let (left, displaced) = {
-            let _gate = AddressSpace::global().gate().enter();
             let state = region.lock_block(block);
             (region.body_mask(block) - state.gone(), state.displaced())
         };

@@ -818,15 +818,7 @@ impl<'a> Mover<'a> {
     /// Throws the CPU's copy of `run` away; some device holds the pages.
     pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            if !self
-                .region
-                .door()
-                .discard(self.host(run.start), run.len() * PAGE_SIZE)
-            {
-                return self.not_all_discarded(run);
-            }
-            self.state.host_dropped(PageMask::range(run));
-            return Ok(());
+            return self.discard_host(run);
         }
         let base = scratch.take(run.len(), self.host(run.start));
         let start = run.start;
@@ -912,11 +904,18 @@ impl<'a> Mover<'a> {
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         self.protect_and_copy(device, run.clone())?;
-        if !self
-            .region
-            .door()
-            .discard(self.host(run.start), run.len() * PAGE_SIZE)
-        {
+        self.discard_host(run)
+    }
+
+    /// Where there is no MOVE: discards the CPU's copy of `run`, which is at its address, unless that is another's by now. The kernel
+    /// has no call that asks and acts at once; so it is asked first, and our own calls exclude rounds (`calls.rs`). What is left is a bare
+    /// `munmap` in this very moment whose address is given to another mapping in it as well.
+    fn discard_host(&mut self, run: Range<usize>) -> Movement {
+        let door = self.region.door();
+        if door.is_changing(AddressSpace::global().zeros()) {
+            return Err(Stall::Changing);
+        }
+        if !door.discard(self.host(run.start), run.len() * PAGE_SIZE) {
             return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));
@@ -987,7 +986,8 @@ impl Mover<'_> {
         Ok(())
     }
 
-    /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
+    /// Discards what is stale in `device`'s window at `pages`, so that they can be filled. One that somebody has pinned keeps none of
+    /// the others.
     pub(crate) fn clear_junk(
         &mut self,
         device: &dyn AnyMapped,
@@ -995,10 +995,23 @@ impl Mover<'_> {
         scratch: &mut Scratch,
     ) -> Movement {
         let junk = self.state.junk(device.id()) & pages;
+        let mut cleared = Ok(());
         for run in junk.runs() {
-            self.discard(device, run, scratch)?;
+            let mut at = run.start;
+            while at < run.end {
+                match self.discard(device, at..run.end, scratch) {
+                    Err(Stall::Busy(page)) => {
+                        cleared = Err(Stall::Busy(page));
+                        at = page + 1;
+                    }
+                    other => {
+                        other?;
+                        at = run.end;
+                    }
+                }
+            }
         }
-        Ok(())
+        cleared
     }
 }
 

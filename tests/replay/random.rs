@@ -223,7 +223,11 @@ fn mood(call: Call) -> Mood {
     if nth != 0 && call != Call::Zap {
         // Not each `nth` itself: what begins anew after as many calls would never come to its end.
         let draw = Random(CALLS.fetch_add(1, SeqCst) + 1).below(nth as usize);
-        return if draw == 0 { Mood::Changing } else { Mood::Fair };
+        return if draw == 0 {
+            Mood::Changing
+        } else {
+            Mood::Fair
+        };
     }
     let state = MOODS.load(SeqCst);
     if state == 0 {
