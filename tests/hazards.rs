@@ -532,10 +532,8 @@ fn a_child_reads_no_zeros_beside_a_page_that_cannot_come_home() {
         let frame =
             ptr::with_exposed_provenance_mut(map.at(1).addr().wrapping_add_signed(mapped.offset()));
         // SAFETY: a frame of the device's, which no code uses: it is lost, as it would be to a fault of the memory.
-        assert_eq!(
-            unsafe { libc::madvise(frame, PAGE, libc::MADV_DONTNEED) },
-            0
-        );
+        let dropped = unsafe { libc::madvise(frame, PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(dropped, 0);
         // SAFETY: the child reads a word and ends, one way or another.
         let child = unsafe { libc::fork() };
         assert!(child >= 0, "{}", std::io::Error::last_os_error());
