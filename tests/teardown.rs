@@ -8,7 +8,7 @@ use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use svm::{
-    Access, AttachOptions, Buffer, Delivery, Device, DeviceFaultKind, DeviceLock, Error,
+    Access, AttachOptions, Buffer, Delivery, Device, DeviceFaultKind, DeviceLock, Error, ErrorKind,
     Invalidation, MapInfo, MappedRef, Options, WouldBlock,
 };
 use tests::idle::{Idle, fault_in};
@@ -503,4 +503,13 @@ fn a_device_whose_mirror_goes_during_an_event_is_not_left_paused() {
         "pauses without a resumption, or the reverse"
     );
     noisy.unmap();
+}
+
+#[test]
+fn a_snapshot_of_more_pages_than_there_is_memory_for_is_a_typed_error() {
+    let refused = svm::snapshot(PAGE, 1 << 50).unwrap_err();
+    assert!(
+        matches!(refused.kind(), ErrorKind::OutOfMemory),
+        "{refused}"
+    );
 }

@@ -16,7 +16,8 @@
 //! The work of a launch borrows the caller's data and is kept in the queue as if it were `'static`. Nobody touches it after
 //! step 4, and each way to launch waits for that before its borrows end, also when unwinding: `run` before it
 //! returns, a scope before it returns. A detached launch borrows nothing. On a parked thread's stack references to it live on,
-//! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it.
+//! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it. (What threads of the
+//! kernel's own may do with them is in the contract of [`Options::span_deadline`](crate::Options::span_deadline).)
 
 use std::any::Any;
 use std::cell::UnsafeCell;

@@ -36,7 +36,7 @@ use core::ptr::NonNull;
 
 use bytemuck::Pod;
 
-use crate::addr::PageRange;
+use crate::addr::{PAGE_SIZE, PageRange};
 use crate::block::DeviceSet;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
@@ -80,6 +80,7 @@ pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
 /// # Errors
 /// As [`mirror`].
 pub fn mirror_with<'a, T: Pod>(slice: &'a mut [T], options: &Options) -> Result<Mirror<'a, T>> {
+    const { assert_alignment::<T>() };
     let ptr = NonNull::from(&mut *slice).cast::<T>();
     let raw = Raw::new(
         "mirror",
@@ -108,9 +109,18 @@ pub fn mirror_ref<T: Pod>(slice: &[T]) -> Result<MirrorRef<'_, T>> {
 /// # Errors
 /// As [`mirror`].
 pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<MirrorRef<'a, T>> {
+    const { assert_alignment::<T>() };
     let addr = slice.as_ptr().expose_provenance();
     let raw = Raw::input(addr, size_of_val(slice), options)?;
     Ok(MirrorRef { raw, slice })
+}
+
+/// Devices keep an element's address modulo a page, and no more.
+const fn assert_alignment<T>() {
+    assert!(
+        align_of::<T>() <= PAGE_SIZE,
+        "mirrored elements are aligned to a page at most"
+    );
 }
 
 /// Mirrors memory that is no slice: of an `mmap`, or of another language.
@@ -121,7 +131,8 @@ pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<
 /// # Safety
 /// The memory is readable and writable for as long as the mirror lives, unless it is unmapped, moved or protected by system
 /// calls, which devices then observe as faults. Whoever else accesses it while kernels write it does so by atomics, or
-/// synchronises with their launches.
+/// synchronises with their launches. The same holds for the slices that the mirror gives out, and
+/// [`into_inner`](Mirror::into_inner)'s, whose `'static` is then a promise of the caller's.
 pub unsafe fn mirror_raw(
     ptr: *mut u8,
     len_bytes: usize,
