@@ -546,7 +546,7 @@ impl<D: Device> Update<'_, D> {
                     continue;
                 }
             }
-            match round.run(&mut self.range.scratch, Valid::clone) {
+            match round.run(&mut self.range.scratch, Valid::copy) {
                 Outcome::Done(valid) => {
                     self.range.valid.push(valid);
                     at += want.count();
