@@ -48,6 +48,8 @@ pub(crate) const fn ordering(right: Ordering, _: Rule) -> Ordering {
 pub(crate) enum Rule {
     /// A worker publishes before it checks.
     PublishFirst,
+    /// What was published for a check that failed is withdrawn.
+    Withdraws,
     /// A fence stands between the publication and the check.
     WorkerFence,
     /// A fence stands between the clearing of the bits and the look at the workers.

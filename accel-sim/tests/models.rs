@@ -57,6 +57,7 @@ mod sync {
     #[repr(u8)]
     pub(crate) enum Rule {
         PublishFirst = 1,
+        Withdraws,
         WorkerFence,
         ShooterFence,
         BumpAfterClear,
@@ -506,6 +507,11 @@ fn s1_publish_before_the_check() {
     fails_without(Rule::PublishFirst, || {
         span_against_shootdown(Rights::Write, Users::All);
     });
+}
+
+#[test]
+fn s1_nothing_is_published_while_a_worker_waits() {
+    fails_without(Rule::Withdraws, item_against_shootdown);
 }
 
 #[test]
