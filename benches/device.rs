@@ -55,8 +55,8 @@ unsafe impl Device for Idle {
 }
 
 fn install(table: &Table, valid: &Valid) {
-    table.readable.insert(valid.block(), valid.readable());
-    table.writable.insert(valid.block(), valid.writable());
+    table.readable.install(valid, Access::Read);
+    table.writable.install(valid, Access::Write);
 }
 
 /// A mirrored buffer, the device on it, and one range to fault with.

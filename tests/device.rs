@@ -45,11 +45,9 @@ impl Table {
     }
 
     fn install(&self, valid: &Valid) {
-        self.readable.insert(valid.block(), valid.readable());
-        self.writable.insert(valid.block(), valid.writable());
-        let in_window = (*valid.readable() | *valid.writable()) - *valid.in_place();
-        self.in_place.remove(valid.block(), &in_window);
-        self.in_place.insert(valid.block(), valid.in_place());
+        self.in_place.install_places(valid);
+        self.readable.install(valid, Access::Read);
+        self.writable.install(valid, Access::Write);
     }
 
     fn remove(&self, block: usize, pages: &PageMask) {
@@ -287,7 +285,7 @@ impl TestDevice {
         let mut session = self.begin(region, Access::Write)?;
         let exclusive = session.fault_with(addr..addr + nr_pages * PAGE, |table, valid| {
             let alone = *valid.writable() - *valid.in_place();
-            table.exclusive.insert(valid.block(), &alone);
+            table.exclusive.install_within(valid, Access::Write, &alone);
             alone.count()
         })?;
         session.finish()?;
@@ -330,28 +328,6 @@ impl TestDevice {
         Ok((first..first + nr_pages)
             .filter(|&page| right.contains(page, Ordering::Acquire))
             .count())
-    }
-
-    /// What the device could do with each page of `pages` now, without faulting: readable, writable, in device memory.
-    ///
-    /// # Errors
-    /// As [`Attachment::map`], or an overlapping invalidation that does not end.
-    pub fn snapshot(
-        &self,
-        region: RegionRef<'_>,
-        pages: Pages<usize>,
-    ) -> Result<Vec<Valid>, Error> {
-        let _worker = svm::worker_thread();
-        let mapped = self.attachment.map(region)?;
-        let mut range = self.attachment.range()?;
-        loop {
-            let mut update = range.start_update(&mapped, pages.clone(), TIMEOUT)?;
-            update.snapshot();
-            let guard = self.attachment.device().lock.lock();
-            if let Ok(valid) = update.end_update(&guard) {
-                return Ok(valid.to_vec());
-            }
-        }
     }
 
     /// Brings everything home.

@@ -11,8 +11,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use svm::{Access, Delivery, ErrorKind, Granule, Options};
-use tests::idle::{Idle, fault_in};
+use svm::{Access, Capabilities, Capability, Delivery, ErrorKind, Granule, Options};
+use tests::idle::{Idle, TIMEOUT, fault_in};
 use tests::mapping::READ_WRITE;
 use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
 
@@ -690,4 +690,185 @@ fn a_huge_page_stays_huge_wherever_it_goes() {
         }
         assert!(buffer.as_slice().iter().all(|&byte| byte == 7));
     });
+}
+
+/// G2: before an event is read the devices are paused, for a moment. What outstays that is counted, for the event's cause may be a kernel
+/// itself, and then it is nobody's fault.
+#[test]
+fn an_access_that_outstays_a_pause_is_counted() {
+    let _watchdog = Watchdog::with_timeout("outstayed", Duration::from_secs(30));
+    let capabilities = Capabilities::probe();
+    if !usable() || !capabilities.has(Capability::Events) || !capabilities.has(Capability::Move) {
+        return;
+    }
+    for delivery in [Delivery::Inline, Delivery::Thread] {
+        let map = Map::new(4);
+        let mirror = map.mirror(&Options::new().delivery(delivery));
+        // Its accesses never end, by its own word.
+        let device = Idle::attach().unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        let before = mirror.stats().outstayed_pauses;
+        discard(&map, 1..2);
+        let after = mirror.stats().outstayed_pauses;
+        // Through the thread door nobody is paused. Through the other it is also for what tests beside this one discard.
+        assert_eq!(after > before, delivery == Delivery::Inline, "{delivery:?}");
+        drop(mapped);
+        mirror.close().unwrap();
+        map.unmap();
+    }
+}
+
+fn discard(map: &Map, pages: std::ops::Range<usize>) {
+    let (at, len) = (map.at(pages.start), pages.len() * PAGE);
+    // SAFETY: the test's mapping, whose contents nobody counts on.
+    let outcome = unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
+    assert_eq!(outcome, 0);
+}
+
+/// G3: a marker looks like a page that is swapped out, and no discard takes it away. So a discard that waited for every entry to be
+/// empty would wait for ever; it waits for a moment.
+#[test]
+fn a_marker_holds_a_discard_up_for_a_moment_only() {
+    const GUARD_INSTALL: i32 = 102;
+    both_doors("marker", |options| {
+        let map = Map::new(8);
+        let mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        // SAFETY: the test's mapping: a marker that makes an access to the page fail.
+        if unsafe { libc::madvise(map.at(3).cast(), PAGE, GUARD_INSTALL) } != 0 {
+            println!("SKIPPED: no guard pages before Linux 6.13");
+            return;
+        }
+        discard(&map, 0..8);
+        let (view, mut out) = (mirror.view(), [1; PAGE]);
+        device
+            .read(view.region(), view.addr() + 2 * PAGE, &mut out)
+            .unwrap();
+        assert_eq!(out, [0; PAGE], "a discarded page reads as zeros");
+        assert_eq!(map.read(4), 0);
+        let marked = svm::snapshot(map.addr, 8).unwrap()[3];
+        assert!(!marked.is_present(), "the discard took the marker away");
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
+
+/// W4: a device that was promised its pages for a while keeps CPU faults and other devices out; not a pin, a fork, an unmapping or the end
+/// of the mirror. Each of them is done, in some try, before the promise has ended.
+#[test]
+fn nothing_but_faults_waits_for_a_promised_page() {
+    /// What the last but one of the attempts that count earns, the longest there is: 10 us, doubled twelve times.
+    const PROMISED: Duration = Duration::from_micros(10 << 12);
+    fn spared(what: &str, options: &Options, act: impl Fn(Map, svm::Mirror<'static, u8>)) {
+        let in_time = (0..100).any(|_| {
+            let map = Map::new(4);
+            let mirror = map.mirror(options);
+            let device = Idle::attach().unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            let mut range = device.range().unwrap();
+            let page = (map.addr - mapped.region().base()) / PAGE;
+            let begun = std::time::Instant::now();
+            range
+                .fault_in(
+                    &mapped,
+                    page..page + 4,
+                    Access::Write,
+                    12,
+                    TIMEOUT,
+                    |_, _| {},
+                )
+                .unwrap();
+            act(map, mirror);
+            let took = begun.elapsed();
+            map.unmap();
+            took < PROMISED
+        });
+        assert!(in_time, "{what} has waited for a promised page");
+    }
+    let name = "nothing_but_faults_waits_for_a_promised_page";
+    // A fork brings home what tests beside it count.
+    in_own_process(name, &[""], || both_doors("promised", promised));
+    fn promised(options: &Options) {
+        spared("a pin", options, |_, mirror| {
+            drop(mirror.pin(0..10).unwrap());
+        });
+        spared("a close", options, |_, mirror| mirror.close().unwrap());
+        spared("an unmapping", options, |map, _| {
+            // SAFETY: the test's mapping, which nobody touches any more.
+            unsafe { svm::munmap(map.at(1), PAGE) }.unwrap();
+        });
+        spared("a fork", options, |_, _| {
+            // SAFETY: the child ends at once.
+            match unsafe { libc::fork() } {
+                -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+                // SAFETY: ends the child, without the parent's destructors.
+                0 => unsafe { libc::_exit(0) },
+                // SAFETY: waits for the child just made.
+                child => assert_eq!(unsafe { libc::waitpid(child, ptr::null_mut(), 0) }, child),
+            }
+        });
+    }
+}
+
+/// F1: between our prepare handler and the fork other handlers run, and what they touch is served: a hole, and what has just come home.
+#[test]
+fn what_another_fork_handler_touches_is_served() {
+    unsafe extern "C" {
+        fn pthread_atfork(
+            prepare: Option<extern "C" fn()>,
+            parent: Option<extern "C" fn()>,
+            child: Option<extern "C" fn()>,
+        ) -> i32;
+    }
+    static PAGES: AtomicUsize = AtomicUsize::new(0);
+    extern "C" fn touch() {
+        let pages = PAGES.load(Ordering::Relaxed);
+        for page in 0..if pages == 0 { 0 } else { 4 } {
+            let word = ptr::with_exposed_provenance_mut::<u64>(pages + page * PAGE);
+            // SAFETY: the test's mapping, which it names here while it is there.
+            unsafe { word.write_volatile(word.read_volatile() + 10) };
+        }
+    }
+    in_own_process(
+        "what_another_fork_handler_touches_is_served",
+        &["", "move"],
+        || {
+            // Prepare handlers run in the reverse order of their registration: before ours is registered, so that it runs after it.
+            // SAFETY: the handler lives as long as the process.
+            assert_eq!(unsafe { pthread_atfork(Some(touch), None, None) }, 0);
+            both_doors("another handler", |options| {
+                let map = Map::new(2);
+                let holes = Map::at_hint(map.addr + 2 * PAGE, 2, READ_WRITE, 0);
+                assert_eq!(holes.addr, map.addr + 2 * PAGE);
+                let map = Map { pages: 4, ..map };
+                let mirror = map.mirror(options);
+                let device = Idle::attach().unwrap();
+                let mapped = device.map(mirror.view().region()).unwrap();
+                let mut range = device.range().unwrap();
+                let page = (map.addr - mapped.region().base()) / PAGE;
+                fault_in(&mut range, &mapped, page..page + 2, Access::Write).unwrap();
+                PAGES.store(map.addr, Ordering::Relaxed);
+                let values = || (0..4).map(|page| map.read(page));
+                // SAFETY: the child reads its memory and ends.
+                match unsafe { libc::fork() } {
+                    -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+                    0 => {
+                        let same = values().eq([11, 12, 10, 10]);
+                        // SAFETY: ends the child, without the parent's destructors.
+                        unsafe { libc::_exit(i32::from(!same)) }
+                    }
+                    child => {
+                        let mut status = 0;
+                        // SAFETY: waits for the child just made.
+                        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                        assert_eq!(status, 0, "the child finds what the handler wrote");
+                    }
+                }
+                PAGES.store(0, Ordering::Relaxed);
+                assert!(values().eq([11, 12, 10, 10]));
+                mirror.close().unwrap();
+                map.unmap();
+            });
+        },
+    );
 }

@@ -129,14 +129,8 @@ impl Rig {
                         0,
                         Duration::from_secs(10),
                         |valid, _| {
-                            mapped
-                                .table()
-                                .readable
-                                .insert(valid.block(), valid.readable());
-                            mapped
-                                .table()
-                                .writable
-                                .insert(valid.block(), valid.writable());
+                            mapped.table().readable.install(valid, Access::Read);
+                            mapped.table().writable.install(valid, Access::Write);
                         },
                     )
                     .unwrap();
@@ -274,14 +268,8 @@ fn an_update_of_many_huge_blocks_reaches_the_device() {
         update.fault(Access::Write).unwrap();
         let guard = rig.0.device().lock.lock();
         for valid in update.end_update(&guard).unwrap().iter() {
-            mapped
-                .table()
-                .readable
-                .insert(valid.block(), valid.readable());
-            mapped
-                .table()
-                .writable
-                .insert(valid.block(), valid.writable());
+            mapped.table().readable.install(valid, Access::Read);
+            mapped.table().writable.install(valid, Access::Write);
         }
     }
     let seen = rig.add(buffer.view_mut().region(), 0..NR_PAGES, 5);

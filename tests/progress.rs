@@ -9,10 +9,11 @@ use std::sync::{Barrier, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use svm::{
-    Access, Buffer, Delivery, Device, DeviceFault, DeviceFaultKind, DeviceGuard, Granule,
-    MappedRef, Options, Range, Valid,
+    Access, AttachOptions, Attachment, Buffer, Delivery, Device, DeviceFault, DeviceFaultKind,
+    DeviceGuard, Granule, MappedRef, Options, Range, Valid,
 };
-use tests::{Dummy, TestDevice, Watchdog, usable};
+use tests::idle::fault_in;
+use tests::{Dummy, Idle, TestDevice, Watchdog, usable};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -454,4 +455,122 @@ fn unmap_once(device: &TestDevice, options: &Options, count: &AtomicUsize) {
         count.fetch_add(1, Ordering::Relaxed);
     }
     mirror.close().unwrap();
+}
+
+/// A device of so many pages of memory, and a buffer on it.
+fn small_device(memory: usize, pages: usize) -> (Attachment<Idle>, Buffer<u64>) {
+    let options = Options::new().granule(Granule::Page);
+    let buffer = Buffer::<u64>::with_options(pages * WORDS, &options).unwrap();
+    let attach = AttachOptions::new().memory_bytes(memory * PAGE);
+    (svm::attach(Idle::default(), attach).unwrap(), buffer)
+}
+
+/// The page indices of the buffer.
+fn pages_of(mapped: &MappedRef<Idle>, buffer: &Buffer<u64>) -> std::ops::Range<usize> {
+    let first = (buffer.view().addr() - mapped.region().base()) / PAGE;
+    first..first + buffer.len() / WORDS
+}
+
+/// A deadline starts anew with each progress (protocol.md section 5): with no time at all, an update over several blocks gets all its
+/// work done, since each of its steps is progress, evictions and refused allocations among them.
+#[test]
+fn an_update_that_gets_on_does_not_time_out() {
+    let _alone = alone();
+    if !usable() {
+        return;
+    }
+    let _watchdog = Watchdog::new("patience");
+    const PAGES: usize = 2 * 512;
+    for migrates in [false, true] {
+        let (device, buffer) = small_device(PAGES, PAGES + 512);
+        let (_worker, mut range) = (svm::worker_thread(), device.range().unwrap());
+        // What is in the way first: device memory full of other pages.
+        let other = Buffer::<u64>::zeroed(PAGES * WORDS).unwrap();
+        let full = device.map(other.view().region()).unwrap();
+        for page in pages_of(&full, &other) {
+            fault_in(&mut range, &full, page..page + 1, Access::Write).unwrap();
+        }
+        assert_eq!(device.resident_bytes(), PAGES * PAGE);
+        let mapped = device.map(buffer.view().region()).unwrap();
+        // A few on either side of a border of blocks.
+        let border = pages_of(&mapped, &buffer).start.next_multiple_of(512) + 512;
+        let pages = border - 8..border + 8;
+        device.fail_next_allocations(1);
+        let mut update = range
+            .start_update(&mapped, pages.clone(), Duration::ZERO)
+            .unwrap();
+        let outcome = if migrates {
+            update.migrate()
+        } else {
+            update.fault(Access::Write)
+        };
+        outcome.unwrap();
+        let guard = device.device().device_lock().lock();
+        let committed = update.end_update(&guard).unwrap();
+        let valid: usize = committed.iter().map(|v| v.writable().count()).sum();
+        assert_eq!(valid, pages.len());
+        assert!(device.stats().evicted_pages > 0);
+    }
+}
+
+/// The same of the loop that commits inside its rounds: an allocation is refused, and the pages come one by one.
+#[test]
+fn a_fault_that_gets_on_does_not_time_out() {
+    let _alone = alone();
+    if !usable() {
+        return;
+    }
+    let _watchdog = Watchdog::new("patience of a round");
+    const PAGES: usize = 8;
+    let (device, buffer) = small_device(PAGES, PAGES);
+    let (_worker, mut range) = (svm::worker_thread(), device.range().unwrap());
+    let mapped = device.map(buffer.view().region()).unwrap();
+    let pages = pages_of(&mapped, &buffer);
+    let mut handed = Vec::new();
+    device.fail_next_allocations(1);
+    range
+        .fault_in(&mapped, pages, Access::Write, 0, Duration::ZERO, |v, _| {
+            handed.push(v.writable().count());
+        })
+        .unwrap();
+    assert_eq!(handed, [1; PAGES]);
+}
+
+/// The whole loop over many blocks: each in order, all of the pages in the end, though the device has no room for all of them at once;
+/// an update, which is to have them at once, is told so.
+#[test]
+fn a_fault_over_many_blocks_is_served_block_by_block() {
+    let _alone = alone();
+    if !usable() {
+        return;
+    }
+    let _watchdog = Watchdog::new("many blocks");
+    const PAGES: usize = 3 * 512 + 100;
+    let (device, buffer) = small_device(600, PAGES);
+    let (_worker, mut range) = (svm::worker_thread(), device.range().unwrap());
+    let mapped = device.map(buffer.view().region()).unwrap();
+    let pages = pages_of(&mapped, &buffer);
+    let mut handed = Vec::new();
+    let blocks = pages.start / 512..pages.end.div_ceil(512);
+    assert!(blocks.len() > 3);
+    range
+        .fault_in(&mapped, pages.clone(), Access::Write, 0, TIMEOUT, |v, _| {
+            handed.extend(v.writable().runs().flatten().map(|p| v.block() * 512 + p));
+        })
+        .unwrap();
+    assert!(handed.iter().copied().eq(pages.clone()));
+    assert_eq!(buffer.stats().device_write_faults, blocks.len() as u64);
+    let mut update = range.start_update(&mapped, pages.clone(), TIMEOUT).unwrap();
+    let refused = update.fault(Access::Write).unwrap_err();
+    assert_eq!(refused.kind, DeviceFaultKind::OutOfMemory);
+    // Nothing of a range that is not all the region's; nothing to do for none.
+    let mut never = |_: &Valid, _: &DeviceGuard<'_>| panic!("handed out");
+    let beyond = pages.start..blocks.end * 512 + 1;
+    let refused = range
+        .fault_in(&mapped, beyond, Access::Write, 0, TIMEOUT, &mut never)
+        .unwrap_err();
+    assert_eq!(refused.kind, DeviceFaultKind::OutOfViews);
+    range
+        .fault_in(&mapped, 0..0, Access::Write, 0, TIMEOUT, &mut never)
+        .unwrap();
 }

@@ -62,7 +62,7 @@
 
 use std::ops::Range;
 
-use crate::sync::{AtomicU64, Ordering, Rule, broken, fence, heavy_fence};
+use crate::sync::{AtomicU64, Ordering, Rule, broken, fence, heavy_fence, ordering};
 
 /// Spans that an item can hold at once: six views, and one for an element that lies across pages.
 pub(crate) const MAX_SPANS: usize = 7;
@@ -160,7 +160,7 @@ impl Slot {
             fence(Ordering::SeqCst);
         }
         let checked = valid();
-        if checked.is_none() {
+        if checked.is_none() && !broken(Rule::Withdraws) {
             self.close(at, spans.len());
         }
         checked
@@ -171,7 +171,8 @@ impl Slot {
     pub(crate) fn close(&self, at: usize, nr: usize) {
         for span in &self.spans[at..at + nr] {
             // S4. Release: pairs with the Acquire in `Slot::uses`.
-            span.end.store(0, Ordering::Release);
+            span.end
+                .store(0, ordering(Ordering::Release, Rule::CloseRelease));
         }
     }
 
@@ -189,7 +190,8 @@ impl Slot {
     #[inline]
     pub(crate) fn leave_element_mode(&self) {
         // Release: the accesses made in the mode stay before it, should a shooter skip the heavy fence because of it.
-        self.mode.store(0, Ordering::Release);
+        self.mode
+            .store(0, ordering(Ordering::Release, Rule::ModeRelease));
     }
 
     /// Runs one element access on `page`, if `check` (the look-up, given the generation it must be good for) finds a translation.
@@ -211,14 +213,16 @@ impl Slot {
             .store(page << 2 | rights.bit() << 1 | 1, Ordering::Relaxed);
         light_fence();
         // Acquire (free on x86-64): a walk in `check` that sees generation g sees the bits cleared before g. Pairs with the Release in `Generation::bump`.
-        let checked = check(generation.load(Ordering::Acquire));
+        let acquire = ordering(Ordering::Acquire, Rule::GenerationAcquire);
+        let checked = check(generation.load(acquire));
         if broken(Rule::CoverAccess) {
             self.access.store(0, Ordering::Release);
             return checked.map(access);
         }
         let result = checked.map(access);
         // S4. Release: pairs with the Acquire in `Slot::uses`.
-        self.access.store(0, Ordering::Release);
+        self.access
+            .store(0, ordering(Ordering::Release, Rule::AccessRelease));
         result
     }
 
@@ -233,14 +237,16 @@ impl Slot {
 
     /// Whether an access or an open span of this worker, of the kind that counts, uses host pages for which `intersects` says true.
     pub(crate) fn uses(&self, users: Users, intersects: impl Fn(Range<u64>) -> bool) -> bool {
-        let counts = |write: u64| users == Users::All || write == 1;
+        let counts = |write: u64| users == Users::All || write == 1 || broken(Rule::WritersAlone);
+        let intersects = |pages| intersects(pages) || broken(Rule::Intersects);
         // S4. Acquire, here and below: a closed span's accesses happen before what the shooter does next.
-        let access = self.access.load(Ordering::Acquire);
+        let acquire = ordering(Ordering::Acquire, Rule::LookAcquire);
+        let access = self.access.load(acquire);
         if access != 0 && counts(access >> 1 & 1) && intersects(access >> 2..(access >> 2) + 1) {
             return true;
         }
         self.spans.iter().any(|span| {
-            let end = span.end.load(Ordering::Acquire);
+            let end = span.end.load(acquire);
             if end == 0 {
                 return false;
             }
@@ -309,7 +315,8 @@ impl Generation {
         // S2. Pairs with the fences in `Slot::try_open` and `Slot::enter_element_mode`.
         fence(Ordering::SeqCst);
         // Acquire: pairs with the Release in `Slot::leave_element_mode`.
-        if workers.iter().any(|w| w.mode.load(Ordering::Acquire) != 0) {
+        let acquire = ordering(Ordering::Acquire, Rule::ModeAcquire);
+        if workers.iter().any(|w| w.mode.load(acquire) != 0) {
             // Pairs with the light fence in `Slot::access`.
             heavy_fence();
         }
@@ -317,8 +324,9 @@ impl Generation {
 
     fn bump(&self, by: u64) {
         // One writer at a time (the device lock), so no read-modify-write. Release: pairs with the Acquire in `Slot::access`.
+        let release = ordering(Ordering::Release, Rule::BumpRelease);
         self.current
-            .store(self.current.load(Ordering::Relaxed) + by, Ordering::Release);
+            .store(self.current.load(Ordering::Relaxed) + by, release);
     }
 }
 

@@ -36,12 +36,20 @@ pub(crate) const fn broken(_: Rule) -> bool {
     false
 }
 
+/// `right`, or a relaxed ordering where a model has broken the rule: never, outside the models.
+#[inline(always)]
+pub(crate) const fn ordering(right: Ordering, _: Rule) -> Ordering {
+    right
+}
+
 /// The rules that the models break one at a time, to show that each is needed (and that the models can fail).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(dead_code, reason = "what only the models break is named nowhere else")]
 pub(crate) enum Rule {
     /// A worker publishes before it checks.
     PublishFirst,
+    /// What was published for a check that failed is withdrawn.
+    Withdraws,
     /// A fence stands between the publication and the check.
     WorkerFence,
     /// A fence stands between the clearing of the bits and the look at the workers.
@@ -54,4 +62,30 @@ pub(crate) enum Rule {
     ModeFence,
     /// A cached translation carries the generation read before the walk, not after.
     StampBeforeWalk,
+    /// A right is set with a Release, after what it leads to.
+    InstallRelease,
+    /// A right is read with an Acquire, before what it leads to.
+    RightAcquire,
+    /// A page's place is set before its right.
+    PlaceFirst,
+    /// A page's place stays when its right goes.
+    PlaceStays,
+    /// A span is closed with a Release.
+    CloseRelease,
+    /// An element access ends with a Release.
+    AccessRelease,
+    /// A shooter looks at the slots with an Acquire.
+    LookAcquire,
+    /// Element mode is left with a Release.
+    ModeRelease,
+    /// A shooter looks for element mode with an Acquire.
+    ModeAcquire,
+    /// The generation is bumped with a Release.
+    BumpRelease,
+    /// The generation is read with an Acquire.
+    GenerationAcquire,
+    /// A shooter waits for what intersects, and for nothing else.
+    Intersects,
+    /// A shooter that lets readers stay waits for writers alone.
+    WritersAlone,
 }

@@ -21,7 +21,7 @@
 use std::ops::Range;
 
 use crate::shootdown::{Rights, Users};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, Rule, broken, ordering};
 
 /// Bits in a word.
 pub(crate) const WORD: usize = 64;
@@ -93,6 +93,10 @@ impl<W: Words> Table<W> {
     /// neither set keep what they have. T1: the caller holds the device lock, and the protocol's leave.
     pub(crate) fn install(&self, i: usize, readable: u64, writable: u64, in_place: u64) {
         let pages = readable | writable;
+        if broken(Rule::PlaceFirst) {
+            or(self.readable.word(i), pages);
+            or(self.writable.word(i), writable);
+        }
         // T2: the place first. Only pages that have no translation yet can change theirs.
         and(self.in_place.word(i), !pages | in_place);
         or(self.in_place.word(i), pages & in_place);
@@ -102,6 +106,9 @@ impl<W: Words> Table<W> {
 
     /// Takes the translations of word `i` that are in `bits` away, or only the right to write. T1: the caller holds the device lock.
     pub(crate) fn clear(&self, i: usize, bits: u64, users: Users) {
+        if broken(Rule::PlaceStays) {
+            and(self.in_place.word(i), !bits);
+        }
         and(self.writable.word(i), !bits);
         if users == Users::All {
             and(self.readable.word(i), !bits);
@@ -116,7 +123,9 @@ impl<W: Words> Table<W> {
             Rights::Write => &self.writable,
         };
         // Acquire: pairs with the Release in `or`, so that a page's place (T2) and contents are there when its right is.
-        let valid = right.word(i).load(Ordering::Acquire);
+        let valid = right
+            .word(i)
+            .load(ordering(Ordering::Acquire, Rule::RightAcquire));
         let in_place = self.in_place.word(i).load(Ordering::Relaxed);
         (valid & !in_place, valid & in_place)
     }
@@ -171,7 +180,10 @@ impl<W: Words> Table<W> {
 fn or(word: &AtomicU64, bits: u64) {
     if bits != 0 {
         // Release: pairs with the Acquire in `Table::valid`.
-        word.store(word.load(Ordering::Relaxed) | bits, Ordering::Release);
+        word.store(
+            word.load(Ordering::Relaxed) | bits,
+            ordering(Ordering::Release, Rule::InstallRelease),
+        );
     }
 }
 

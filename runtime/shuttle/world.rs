@@ -201,12 +201,9 @@ impl Table {
     }
 
     fn install(&self, valid: &Valid) {
-        self.readable.insert(valid.block(), valid.readable());
-        self.writable.insert(valid.block(), valid.writable());
-        let all = *valid.readable() | *valid.writable();
-        self.in_place
-            .remove(valid.block(), &(all - *valid.in_place()));
-        self.in_place.insert(valid.block(), valid.in_place());
+        self.in_place.install_places(valid);
+        self.readable.install(valid, Access::Read);
+        self.writable.install(valid, Access::Write);
     }
 }
 

@@ -5,7 +5,8 @@
 //! read. What closes the gaps is the gate (hazards G1):
 //!
 //! 1. A message waits. Close the gate: no section that could act on the old picture is inside, none gets in.
-//! 2. Pause the devices, for a moment at most (G2): no hit is served from a translation that is about to go.
+//! 2. Pause the devices, for a moment at most (G2): no hit is served from a translation that is about to go. An access that
+//!    outstays that moment is counted.
 //! 3. Read **one** event. Its caller may run from here on, and all it can find is a closed gate.
 //! 4. Apply it: invalidate, and re-key the directory. Nothing is moved here and nothing waited for (G5).
 //! 5. Resume, open. Only the range itself stays [`Pending`]: its bracket open, its faults waiting, until the kernel has
@@ -219,7 +220,11 @@ pub(crate) fn pause(space: &AddressSpace, door: &Door, closed: &Closed<'_>) {
     for_each_device(space, door, closed, |device| device.pause());
     let deadline = clock::monotonic_ns() + PAUSE_NS;
     for_each_device(space, door, closed, |device| {
-        while !device.is_paused() && clock::monotonic_ns() < deadline {
+        while !device.is_paused() {
+            if clock::monotonic_ns() >= deadline {
+                count(&device.counters().outstayed_pauses, 1);
+                break;
+            }
             process::sched_yield();
         }
     });

@@ -64,7 +64,7 @@
 //!     update.fault(Access::Write)?; //                         the page moves; nothing is held afterwards
 //!     let guard = device.device().0.lock();
 //!     let Ok(valid) = update.end_update(&guard) else { continue }; // interrupted: start over
-//!     valid.iter().for_each(|v| mapped.table().insert(v.block(), v.writable()));
+//!     valid.iter().for_each(|v| mapped.table().install(v, Access::Write));
 //!     let word = std::ptr::with_exposed_provenance_mut::<u64>(first.wrapping_add_signed(mapped.offset()));
 //!     // SAFETY: the page is the device's, and the device lock, which is held, keeps it so.
 //!     unsafe { word.write(7) };

@@ -131,6 +131,8 @@ counters! {
     changing_outcomes,
     /// Pages taken from under a span that outstayed a shootdown.
     severed_pages,
+    /// Times that a device's accesses did not end while an event of the kernel waited to be read: one of them may be the event's own cause.
+    outstayed_pauses,
     /// Threads parked because they touched such a page afterwards: the launch ended with an error.
     overruns,
     /// Faults and events that should not exist: our own bugs. Tests assert zero.

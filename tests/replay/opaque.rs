@@ -101,8 +101,8 @@ fn add(device: &Attachment<Opaque>, region: svm::RegionRef<'_>, page: usize, by:
         range
             .fault_in(&mapped, pages, Access::Write, 0, timeout, |valid, _| {
                 let table = mapped.table();
-                table.readable.insert(valid.block(), valid.readable());
-                table.writable.insert(valid.block(), valid.writable());
+                table.readable.install(valid, Access::Read);
+                table.writable.install(valid, Access::Write);
             })
             .unwrap();
     }

@@ -174,11 +174,9 @@ impl<'d> Worker<'d> {
     }
 
     fn install(table: &Table, valid: &Valid) {
-        table.readable.insert(valid.block(), valid.readable());
-        table.writable.insert(valid.block(), valid.writable());
-        let in_window = *valid.readable() - *valid.in_place();
-        table.in_place.remove(valid.block(), &in_window);
-        table.in_place.insert(valid.block(), valid.in_place());
+        table.in_place.install_places(valid);
+        table.readable.install(valid, Access::Read);
+        table.writable.install(valid, Access::Write);
     }
 
     /// A fault for reading, without a look at the table first.

@@ -2,6 +2,7 @@
 
 use super::RangeKey;
 use super::interval::Interval;
+use crate::sync::mutation::{Mutation, mutated};
 
 /// How many invalidations of one region can be open at a time.
 pub(super) const SLOTS: usize = if cfg!(svm_loom) { 3 } else { 64 };
@@ -51,7 +52,11 @@ impl Active {
     /// Forgets an invalidation; returns what it covered.
     pub(super) fn remove(&mut self, slot: u8) -> Interval {
         debug_assert_ne!(self.used & 1 << slot, 0, "slot {slot} ended twice");
-        self.used &= !(1 << slot);
+        self.used &= if mutated(Mutation::HubEndEndsAll) {
+            0
+        } else {
+            !(1 << slot)
+        };
         self.slots[usize::from(slot)].interval
     }
 

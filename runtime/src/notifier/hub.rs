@@ -55,8 +55,8 @@ impl RangeWord {
 
     /// Makes every token of the range bad. Under the hub's lock.
     fn bump(&self) {
-        // Relaxed: whoever compares holds the device lock, and so sees this or takes the lock before the callback does (M1
-        // and M2 in the module's text).
+        // Relaxed: whoever compares holds the device lock, and so sees this or takes the lock before the callback does ("why it
+        // is safe" in the module's text).
         self.seq.fetch_add(2, Relaxed);
     }
 
@@ -365,7 +365,11 @@ impl WakeList {
 #[cold]
 fn wake(words: &Shared<RangeWord>, index: u32) {
     if let Some(word) = words.get(index) {
-        word.event.wake_all();
+        if mutated(Mutation::HubWakesOne) {
+            word.event.wake_one();
+        } else {
+            word.event.wake_all();
+        }
     }
 }
 
@@ -406,13 +410,15 @@ impl Hub {
         Bracket::start(self, interval, except)
     }
 
-    /// Interrupts the ranges that overlap, as a start does, and opens nothing: no token that was given is good any more.
+    /// Interrupts the ranges that overlap, as a start does, and opens nothing: no token that was given is good any more. Rule 8.
     ///
     /// For a caller that may not wait for a slot. A range that begins afterwards is not held up, so the caller has to see to it by
-    /// other means that its snapshot comes after the change.
+    /// other means that its snapshot comes after the change. In the [`Counters`] it is no start; the ranges are counted.
     pub fn interrupt(&self, interval: Interval) {
         let mut inner = self.inner.lock();
-        self.bump_overlapping(&mut inner, interval, None);
+        if !mutated(Mutation::HubInterruptWithoutBump) {
+            self.bump_overlapping(&mut inner, interval, None);
+        }
     }
 
     /// [`Subscription::insert`], by reference.
@@ -462,13 +468,22 @@ impl Hub {
         } else {
             interval
         };
-        let Some(slot) = inner.active.insert(remembered, except) else {
-            inner.counters.full += 1;
-            return Err(Full);
+        let slot = match inner.active.insert(remembered, except) {
+            Some(slot) => slot,
+            None if mutated(Mutation::HubFullGoesOn) => 0,
+            None => {
+                inner.counters.full += 1;
+                return Err(Full);
+            }
         };
         inner.counters.starts += 1;
+        let bumped = if mutated(Mutation::HubStartBumpsAll) {
+            Interval::ALL
+        } else {
+            interval
+        };
         if !mutated(Mutation::HubStartWithoutBump) && !mutated(Mutation::HubBumpAtEnd) {
-            self.bump_overlapping(&mut inner, interval, except);
+            self.bump_overlapping(&mut inner, bumped, except);
         }
         Ok(slot)
     }
@@ -547,7 +562,7 @@ impl Hub {
             let nodes = Tree::allocate_segment(segment)?;
             let words = storage::allocate(segment, RangeWord::new)?;
             let mut inner = self.inner.lock();
-            if inner.tree.nr_segments() == segment {
+            if inner.tree.nr_segments() == segment || mutated(Mutation::HubGrowsTwice) {
                 inner.tree.grow(nodes);
                 self.words.grow(segment, words);
             } else {
@@ -594,7 +609,11 @@ impl Hub {
             if inner.is_released {
                 return Err(BeginError::Released);
             }
-            let interval = inner.tree.at(key.index).interval;
+            let interval = if mutated(Mutation::HubBeginWaitsForAll) {
+                Interval::ALL
+            } else {
+                inner.tree.at(key.index).interval
+            };
             if !inner.active.blocks(interval, key) || mutated(Mutation::HubBeginWithoutWait) {
                 if mutated(Mutation::HubTokenReadLate) {
                     drop(inner);
@@ -624,7 +643,8 @@ impl Hub {
             }
             last_look = word.sleep(event, deadline) == Woken::TimedOut;
             inner = self.inner.lock();
-            if !mutated(Mutation::HubWaiterNotCounted) {
+            let stays = last_look && mutated(Mutation::HubTimeoutStaysCounted);
+            if !mutated(Mutation::HubWaiterNotCounted) && !stays {
                 inner.tree.at_mut(key.index).nr_waiting -= 1;
                 inner.nr_waiting -= 1;
             }

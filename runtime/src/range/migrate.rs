@@ -1,6 +1,6 @@
 //! Explicit migration to a device: the kernel's `migrate_vma`.
 
-use super::{Appetite, Update, round_info};
+use super::{Appetite, Progress, Update, round_info};
 use crate::addr::PAGES_PER_BLOCK;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
@@ -22,6 +22,15 @@ enum Migration {
     Stop(Outcome<()>),
     /// Nothing more: what can move has moved.
     Done(Valid),
+}
+
+/// Whether fewer pages of a block are left for some step than ever before: what others have taken back meanwhile was no progress.
+fn fewer(least: &mut usize, left: &PageMask) -> Progress {
+    if left.count() >= *least {
+        return Progress::None;
+    }
+    *least = left.count();
+    Progress::Made
 }
 
 impl<D: Device> Round<'_, D> {
@@ -78,7 +87,7 @@ impl<D: Device> Update<'_, D> {
     /// kernel would not move them.
     ///
     /// # Errors
-    /// A page is not mapped or permits no access, device memory is exhausted, or the deadline passed.
+    /// A page is not mapped or permits no access, device memory is exhausted, or the timeout passed without progress.
     pub fn migrate(&mut self) -> Result<(), DeviceFault> {
         let mapped = self.mapped.clone();
         let region = mapped.shared_region();
@@ -95,6 +104,7 @@ impl<D: Device> Update<'_, D> {
         }
         self.range.valid.clear();
         let (mut at, mut stuck, mut appetite) = (self.pages.start, None, Appetite::Granules);
+        let mut left = [PAGES_PER_BLOCK + 1; 3];
         while at < self.pages.end {
             let block = at / PAGES_PER_BLOCK;
             let origin = block * PAGES_PER_BLOCK;
@@ -116,18 +126,22 @@ impl<D: Device> Update<'_, D> {
                 alone: true,
                 cause,
             };
-            let outcome = match round.next_migration() {
+            let progress = match round.next_migration() {
                 Migration::Done(valid) => {
                     self.range.valid.push(valid);
                     at = end;
-                    stuck = None;
-                    continue;
+                    (stuck, left) = (None, [PAGES_PER_BLOCK + 1; 3]);
+                    Progress::Made
                 }
-                Migration::Stop(outcome) => outcome,
+                Migration::Stop(outcome) => {
+                    let info = round_info(&mapped, block, access);
+                    self.range.between_rounds(&info, outcome, &mut stuck)?
+                }
                 Migration::Release(pages) => {
+                    let progress = fewer(&mut left[2], &pages);
                     self.release_others(&mapped, block, pages)
                         .map_err(|_| fault(at, DeviceFaultKind::Lost))?;
-                    continue;
+                    progress
                 }
                 Migration::Run(want, access) => {
                     let round = Round {
@@ -136,21 +150,19 @@ impl<D: Device> Update<'_, D> {
                         ..round
                     };
                     match round.run(&mut self.range.scratch, |_| ()) {
-                        Outcome::NoFrames => {
-                            appetite.refused(&round);
-                            continue;
+                        Outcome::Done(()) => {
+                            let least = &mut left[usize::from(access == Access::Write)];
+                            fewer(least, &(want - round.want))
                         }
-                        Outcome::Done(()) => continue,
-                        outcome => outcome,
+                        Outcome::NoFrames => appetite.refused(&round),
+                        outcome => {
+                            let info = round_info(&mapped, block, Access::Read);
+                            self.range.between_rounds(&info, outcome, &mut stuck)?
+                        }
                     }
                 }
             };
-            self.range.between_rounds(
-                &round_info(&mapped, block, Access::Read),
-                outcome,
-                &mut stuck,
-            )?;
-            if self.deadline.has_passed() {
+            if !self.patience.lasts(progress) {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
         }

@@ -13,8 +13,8 @@
 //!     update.end_update_mapped(mapper, install)                the same for a device that maps pages first, and undoes that
 //! ```
 //!
-//! [`Range::fault_in`] is the whole loop for pages of one block, and what a worker's far fault calls. It differs in one
-//! thing: it takes its token and commits *inside* the block's round, so that only changes made behind the runtime's back can
+//! [`Range::fault_in`] is the whole loop, and what a worker's far fault calls. It differs in one
+//! thing: block by block it takes its token and commits *inside* the block's round, so that only changes made behind the runtime's back can
 //! interrupt it, and a storm of our own invalidations cannot starve a fault (protocol.md section 5).
 
 mod dma;
@@ -80,7 +80,38 @@ pub struct Update<'r, D: Device> {
     subscription: usize,
     pages: Pages<usize>,
     token: Token,
-    deadline: Deadline,
+    patience: Patience,
+}
+
+/// How long a fault goes on without progress: its timeout, counted from its first wait, and anew after each progress (protocol.md
+/// section 5). Who has nothing to wait for does not ask what time it is.
+#[derive(Clone, Copy, Debug)]
+struct Patience {
+    timeout: Duration,
+    until: Option<Deadline>,
+}
+
+impl Patience {
+    fn new(timeout: Duration) -> Self {
+        Self {
+            timeout,
+            until: None,
+        }
+    }
+
+    fn until(&mut self) -> Deadline {
+        let timeout = self.timeout;
+        *self.until.get_or_insert_with(|| Deadline::after(timeout))
+    }
+
+    /// Whether the fault may go on, after a step that came to `progress`.
+    fn lasts(&mut self, progress: Progress) -> bool {
+        if progress == Progress::Made {
+            self.until = None;
+            return true;
+        }
+        !self.until().has_passed()
+    }
 }
 
 impl<D: Device> Range<D> {
@@ -102,7 +133,8 @@ impl<D: Device> Range<D> {
         );
     }
 
-    /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them.
+    /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them. `timeout` is
+    /// for this wait, and then for each step of the update: it is counted anew whenever progress was made.
     ///
     /// # Errors
     /// [`DeviceFaultKind::Timeout`] if overlapping invalidations did not end in time; [`DeviceFaultKind::OutOfViews`] if pages lie
@@ -117,7 +149,7 @@ impl<D: Device> Range<D> {
         timeout: Duration,
     ) -> Result<Update<'_, D>, DeviceFault> {
         self.check_is_ours(mapped);
-        let deadline = Deadline::after(timeout);
+        let mut patience = Patience::new(timeout);
         let region = mapped.shared_region();
         check_pages(region, &pages, Access::Read)?;
         let pages = pages.start..pages.end.max(pages.start);
@@ -135,7 +167,7 @@ impl<D: Device> Range<D> {
             .map_err(|kind| DeviceFault::new(addr, Access::Read, kind))?;
         let (_, subscription) = &mut self.subscriptions[at];
         let token = subscription
-            .begin_at(interval_of(region, &covered), deadline)
+            .begin_at(interval_of(region, &covered), patience.until())
             .map_err(|e| DeviceFault::new(addr, Access::Read, kind_of(e)))?;
         let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
         self.valid.clear();
@@ -147,21 +179,23 @@ impl<D: Device> Range<D> {
             subscription: at,
             pages,
             token,
-            deadline,
+            patience,
         })
     }
 
-    /// Faults `pages` (indices from the region's base, within one block) in for `access` and hands what became valid to
-    /// `install`, under the device lock. The whole loop, with retries, eviction and a deadline that starts anew with each
-    /// progress. `attempt` counts the tries of an access that needs several ranges at once: it earns the pages a lease.
+    /// Faults `pages` (indices from the region's base) in for `access` and hands what became valid to `install`, under the device lock.
+    /// The whole loop, with retries, eviction and a deadline that starts anew with each progress. `attempt` counts the tries of an access
+    /// that needs several ranges at once: it earns the pages a lease.
     ///
-    /// More than was asked for may become valid: a granule moves as a whole.
+    /// More than was asked for may become valid: a granule moves as a whole. It goes block by block, in order, and `install` is called at
+    /// least once for each; between two the lock is free, so that what the first was given may be taken away before the last is there.
+    /// A device that must have all of a range at once begins an [`Update`].
     ///
     /// # Errors
-    /// The fault that ends the access.
+    /// The fault that ends the access. What was installed before it stays until it is invalidated.
     ///
     /// # Panics
-    /// If `pages` is empty or spans blocks, or `mapped` is of another attachment: a bug of the device.
+    /// If `mapped` is of another attachment: a bug of the device.
     pub fn fault_in(
         &mut self,
         mapped: &MappedRef<D>,
@@ -172,13 +206,28 @@ impl<D: Device> Range<D> {
         mut install: impl FnMut(&Valid, &DeviceGuard<'_>),
     ) -> Result<(), DeviceFault> {
         self.check_is_ours(mapped);
+        check_pages(mapped.shared_region(), &pages, access)?;
+        let mut at = pages.start;
+        while at < pages.end {
+            let end = pages.end.min((at / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK);
+            self.fault_in_block(mapped, at..end, access, attempt, timeout, &mut install)?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// [`fault_in`](Self::fault_in), of pages of one block.
+    fn fault_in_block(
+        &mut self,
+        mapped: &MappedRef<D>,
+        pages: Pages<usize>,
+        access: Access,
+        attempt: u32,
+        timeout: Duration,
+        install: &mut impl FnMut(&Valid, &DeviceGuard<'_>),
+    ) -> Result<(), DeviceFault> {
         let block = pages.start / PAGES_PER_BLOCK;
-        assert!(
-            !pages.is_empty() && (pages.end - 1) / PAGES_PER_BLOCK == block,
-            "fault_in serves pages of one block"
-        );
         let region = mapped.shared_region();
-        check_pages(region, &pages, access)?;
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
         if region.door().is_disowned() {
@@ -193,8 +242,7 @@ impl<D: Device> Range<D> {
         );
         let at = self.subscription(region).map_err(fault)?;
         let covered = interval_of(region, &covered_by_granules(region, &pages));
-        // Set at the first wait: a round that has nothing to wait for does not ask what time it is.
-        let mut deadline = None;
+        let mut patience = Patience::new(timeout);
         let mut retries = 0;
         let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         let mut is_first = true;
@@ -204,9 +252,8 @@ impl<D: Device> Range<D> {
             // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
             // the commit.
             if !core::mem::take(&mut is_first) {
-                let until = *deadline.get_or_insert_with(|| Deadline::after(timeout));
                 let _ = subscription
-                    .begin_at(covered, until)
+                    .begin_at(covered, patience.until())
                     .map_err(|e| fault(kind_of(e)))?;
             }
             if self.scratch.ensure(region.door()).is_err() {
@@ -242,27 +289,24 @@ impl<D: Device> Range<D> {
                 point!(RoundCommitted, addr);
                 Ok(())
             });
-            match outcome {
+            let progress = match outcome {
                 Outcome::Done(Ok(())) if !alone || rest == want => return Ok(()),
-                Outcome::Done(Ok(())) => rest -= want,
+                Outcome::Done(Ok(())) => {
+                    rest -= want;
+                    Progress::Made
+                }
                 Outcome::NoFrames => appetite.refused(&round),
+                // An interruption alone is no progress (protocol.md section 5).
                 Outcome::Done(Err(Interrupted)) => {
                     count(&mapped.counters().retries, 1);
                     retries += 1;
+                    Progress::None
                 }
                 other => {
-                    // An interruption alone is no progress (protocol.md section 5).
-                    if self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?
-                        == Progress::Made
-                    {
-                        deadline = None;
-                    }
+                    self.between_rounds(&round_info(mapped, block, access), other, &mut stuck)?
                 }
-            }
-            if deadline
-                .get_or_insert_with(|| Deadline::after(timeout))
-                .has_passed()
-            {
+            };
+            if !patience.lasts(progress) {
                 return Err(fault(DeviceFaultKind::Timeout));
             }
             if retries > 0 {
@@ -377,8 +421,9 @@ impl Appetite {
         }
     }
 
-    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place.
-    fn refused<D: Device>(&mut self, round: &Round<'_, D>) {
+    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place. So a refusal brings the
+    /// fault nearer to its end: no device can go on refusing.
+    fn refused<D: Device>(&mut self, round: &Round<'_, D>) -> Progress {
         if *self == Self::Page {
             let _gate = AddressSpace::global().gate().enter();
             round
@@ -387,6 +432,7 @@ impl Appetite {
                 .set_unmovable(round.want);
         }
         *self = Self::Page;
+        Progress::Made
     }
 }
 
@@ -508,7 +554,8 @@ fn interval_of(region: &Region, pages: &Pages<usize>) -> crate::notifier::Interv
 }
 
 impl<D: Device> Update<'_, D> {
-    /// Makes the pages accessible to the device: moves or duplicates them. May serve some blocks and fail at a later one.
+    /// Makes the pages accessible to the device: moves or duplicates them. May serve some blocks and fail at a later one. The timeout of
+    /// the update starts anew with each progress.
     ///
     /// # Errors
     /// The fault that ends the update.
@@ -555,25 +602,24 @@ impl<D: Device> Update<'_, D> {
                 let nr_taken = round.take_blocks(nr_whole, scratch, valid);
                 if nr_taken > 0 {
                     at += nr_taken * PAGES_PER_BLOCK;
+                    self.patience.lasts(Progress::Made);
                     continue;
                 }
             }
-            match round.run(&mut self.range.scratch, Valid::clone) {
+            let progress = match round.run(&mut self.range.scratch, Valid::copy) {
                 Outcome::Done(valid) => {
                     self.range.valid.push(valid);
                     at += want.count();
                     stuck = None;
+                    Progress::Made
                 }
                 Outcome::NoFrames => appetite.refused(&round),
                 other => {
-                    self.range.between_rounds(
-                        &round_info(&mapped, block, access),
-                        other,
-                        &mut stuck,
-                    )?;
+                    let info = round_info(&mapped, block, access);
+                    self.range.between_rounds(&info, other, &mut stuck)?
                 }
-            }
-            if self.deadline.has_passed() {
+            };
+            if !self.patience.lasts(progress) {
                 return Err(fault(at, DeviceFaultKind::Timeout));
             }
         }

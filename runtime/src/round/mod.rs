@@ -34,7 +34,12 @@ use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::clock;
 
 /// Pages of one block that a device may establish translations to, and with which rights.
-#[derive(Clone, Debug, PartialEq, Eq)]
+///
+/// It is the leave to do so, and exists for a device only while its lock is held: borrowed from what
+/// [`Update::end_update`](crate::Update::end_update) returns, or as an argument of the callback of
+/// [`Range::fault_in`](crate::Range::fault_in). So it can't be made, copied or kept; what it *says* can, by the masks, and is then no
+/// more than a record of what was once so.
+#[derive(Debug, PartialEq, Eq)]
 pub struct Valid {
     block: usize,
     readable: PageMask,
@@ -43,6 +48,11 @@ pub struct Valid {
 }
 
 impl Valid {
+    /// Another one: for the runtime, which hands it out under the device's lock alone.
+    pub(crate) fn copy(&self) -> Self {
+        Self { ..*self }
+    }
+
     /// The block, counted from the region's base.
     #[must_use]
     pub fn block(&self) -> usize {

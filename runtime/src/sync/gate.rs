@@ -95,6 +95,15 @@ impl Shard {
     }
 }
 
+impl Shard {
+    /// Whether nobody is inside with `phase`.
+    #[inline]
+    fn is_empty(&self, phase: usize) -> bool {
+        // SeqCst, as in rule 1: the counts are read after `state` was written. And Acquire, of what those sections wrote.
+        self.inside[phase].load(ordering(SeqCst, Mutation::GateDrainRelaxed)) == 0
+    }
+}
+
 /// A section; dropping it leaves.
 #[derive(Debug)]
 #[must_use = "the section lasts only while the guard lives"]
@@ -177,7 +186,8 @@ impl Gate {
         let now = if mutated(Mutation::GateEnterWithoutSecondLook) {
             state
         } else {
-            self.state.load(SeqCst)
+            self.state
+                .load(ordering(SeqCst, Mutation::GateEnterRelaxed))
         };
         let guard = GateGuard {
             gate: self,
@@ -257,7 +267,9 @@ impl Gate {
         let changed = change()?;
         // SeqCst: rule 4, against rule 1.
         let was = self.state.fetch_xor(PHASE, SeqCst);
-        fence_for_model();
+        if !mutated(Mutation::GateChangeWithoutFence) {
+            fence_for_model();
+        }
         if !mutated(Mutation::GateSynchronizeWithoutWait) {
             self.drain(phase_of(was));
         }
@@ -266,12 +278,7 @@ impl Gate {
 
     /// Waits until every shard's count for `phase` has been seen at zero; acquires what those sections wrote.
     fn drain(&self, phase: usize) {
-        // SeqCst, as in rule 1: the counts are read after `state` was written.
-        if self
-            .shards
-            .iter()
-            .all(|shard| shard.inside[phase].load(SeqCst) == 0)
-        {
+        if self.shards.iter().all(|shard| shard.is_empty(phase)) {
             return;
         }
         self.drain_contended(phase);
@@ -279,11 +286,11 @@ impl Gate {
 
     #[cold]
     fn drain_contended(&self, phase: usize) {
-        // SeqCst: either a leaver sees that somebody waits, or the look at the counts sees that it has left.
-        self.draining.store(1, SeqCst);
-        fence_for_model();
+        // Relaxed: who sleeps has a fence, (A) of the wait queue, between this and its last look at the count. So either a leaver
+        // sees that somebody waits, or that look sees that it has left.
+        self.draining.store(1, Relaxed);
         for shard in &self.shards {
-            let is_empty = || shard.inside[phase].load(SeqCst) == 0;
+            let is_empty = || shard.is_empty(phase);
             let mut backoff = Backoff::default();
             while !is_empty() {
                 if backoff.spin() {
@@ -313,7 +320,10 @@ impl Drop for GateGuard<'_> {
         // Release: pairs with the Acquire, within SeqCst, of the drain that reads the zero.
         self.inside
             .fetch_sub(1, ordering(SeqCst, Mutation::GateLeaveRelaxed));
-        fence_for_model();
+        if !mutated(Mutation::GateLeaveWithoutFence) {
+            fence_for_model();
+        }
+        // SeqCst, like the count: whoever sleeps has stored `draining`, then passed a fence, then seen the count.
         if self.gate.draining.load(SeqCst) != 0 && !mutated(Mutation::GateLeaveWithoutWake) {
             self.gate.drained.wake_all();
         }
@@ -323,8 +333,11 @@ impl Drop for GateGuard<'_> {
 impl Drop for Closed<'_> {
     fn drop(&mut self) {
         // Release: pairs with the second look of `try_enter`.
-        let was = self.gate.state.fetch_and(!(CLOSED | SLEEPERS), Release);
-        if was & SLEEPERS != 0 {
+        let was = self.gate.state.fetch_and(
+            !(CLOSED | SLEEPERS),
+            ordering(Release, Mutation::GateOpenRelaxed),
+        );
+        if was & SLEEPERS != 0 && !mutated(Mutation::GateOpenWithoutWake) {
             self.gate.state.wake_all();
         }
     }

@@ -25,7 +25,7 @@ fn mutex_excludes() {
     assert!(!lock.is_locked());
 }
 
-/// A locker that gives up leaves the lock usable for the others.
+/// A locker that gives up at its deadline has the lock or not, and leaves the lock usable for the others.
 fn mutex_gives_up() {
     let lock = Arc::new(Mutex::new(0));
     let lockers: Vec<_> = [Deadline::PASSED, Deadline::NEVER]
@@ -73,7 +73,7 @@ fn wait_queue_wakes() {
     wakers.into_iter().for_each(|waker| waker.join().unwrap());
 }
 
-/// Two sleepers, one waker.
+/// No wake-up is lost: two sleepers on one condition, one waker, which wakes both.
 fn wait_queue_wakes_all() {
     let shared = Arc::new((WaitQueue::new(), AtomicU32::new(0)));
     let waiter = {
@@ -123,7 +123,7 @@ fn gate_closes() {
     }
 }
 
-/// A section's writes are seen by the closer.
+/// Leaving is a Release and the drain an Acquire: a section's writes are seen by the closer.
 fn gate_hands_over() {
     let shared = Arc::new((Gate::new(), Watched::new(0)));
     let section = {
@@ -141,7 +141,7 @@ fn gate_hands_over() {
     reached(["closed before the section", "closed after the section"][seen as usize]);
 }
 
-/// Two closers exclude each other, and a section both.
+/// Rule 3: two closers exclude each other, and a section both.
 fn gate_has_one_closer() {
     let shared = Arc::new((Gate::new(), Watched::new(0)));
     let closer = {
@@ -166,7 +166,7 @@ fn gate_has_one_closer() {
     section.join().unwrap();
 }
 
-/// What was unpublished is free after a grace period: a section reads the array that is current, the updater publishes another,
+/// Rule 4: what was unpublished is free after a grace period: a section reads the array that is current, the updater publishes another,
 /// waits, and takes the old one back.
 fn gate_grace_period() {
     let shared = Arc::new((
@@ -249,19 +249,30 @@ const STUCK: &str = "deadlock";
 const MUTATIONS: &[(Mutation, &str, fn())] = &[
     (Mutation::MutexLockRelaxed, RACE, mutex_excludes),
     (Mutation::MutexUnlockRelaxed, RACE, mutex_excludes),
+    (Mutation::MutexContendedRelaxed, RACE, mutex_excludes),
+    (Mutation::MutexTimedOutRelaxed, RACE, mutex_gives_up),
     (Mutation::MutexForgetsSleepers, STUCK, mutex_excludes),
     (Mutation::WakeWithoutFence, STUCK, wait_queue_wakes),
+    (Mutation::WaitWithoutFence, STUCK, wait_queue_wakes),
     (Mutation::WaitWithoutSecondLook, STUCK, wait_queue_wakes),
+    (Mutation::WakeWithoutFence, STUCK, wait_queue_wakes_all),
     (Mutation::GateEnterWithoutSecondLook, RACE, gate_closes),
     (Mutation::GateEnterWithoutFence, RACE, gate_closes),
     (Mutation::GateCloseWithoutFence, RACE, gate_closes),
+    (Mutation::GateEnterRelaxed, RACE, gate_closes),
+    (Mutation::GateOpenRelaxed, RACE, gate_closes),
+    (Mutation::GateOpenWithoutWake, STUCK, gate_closes),
     (Mutation::GateLeaveRelaxed, RACE, gate_hands_over),
+    (Mutation::GateDrainRelaxed, RACE, gate_hands_over),
     (Mutation::GateLeaveWithoutWake, STUCK, gate_closes),
+    (Mutation::GateLeaveWithoutFence, STUCK, gate_closes),
+    (Mutation::MutexBarges, RACE, gate_has_one_closer),
     (
         Mutation::GateSynchronizeWithoutWait,
         RACE,
         gate_grace_period,
     ),
+    (Mutation::GateChangeWithoutFence, RACE, gate_grace_period),
     (
         Mutation::GateEnterWithoutSecondLook,
         RACE,

@@ -18,7 +18,7 @@ macro_rules! mutations {
        [$($(#[$all_doc:meta])* $all:ident on [$cfg:meta] { $($listed:ident,)* })*]) => {
         /// One way to break the code.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[cfg_attr(not(any(svm_loom, svm_shuttle)), allow(dead_code, reason = "asked about in the code, set by models alone"))]
+        #[cfg_attr(not(svm_shuttle), allow(dead_code, reason = "asked about in the code, set by models alone, and by each those it finds"))]
         pub(crate) enum Mutation {
             $($(#[$doc])* $name,)*
         }
@@ -40,26 +40,52 @@ mutations! {
     MutexLockRelaxed,
     /// `Mutex` unlocks without releasing what its holder wrote.
     MutexUnlockRelaxed,
+    /// A locker that has waited takes the word without acquiring what its last holder wrote.
+    MutexContendedRelaxed,
+    /// The same of a locker that was just about to give up.
+    MutexTimedOutRelaxed,
+    /// A locker that finds the lock held goes on as though it were not.
+    MutexBarges,
     /// A locker sleeps without marking the word, so that nobody wakes it.
     MutexForgetsSleepers,
     /// `WaitQueue::wake_all` looks for sleepers before the condition is sure to be seen.
     WakeWithoutFence,
+    /// A waiter looks at the condition again before its announcement is sure to be seen.
+    WaitWithoutFence,
     /// A waiter sleeps without looking at the condition again after it has announced itself.
     WaitWithoutSecondLook,
     /// `Gate::enter` does not look at the gate again after it has counted itself.
     GateEnterWithoutSecondLook,
     /// `Gate::enter` looks at the gate first and counts itself afterwards, unordered.
     GateEnterWithoutFence,
+    /// `Gate::enter` goes on without acquiring what the last closer wrote.
+    GateEnterRelaxed,
     /// `Gate::close` looks at the sections before the closing is sure to be seen.
     GateCloseWithoutFence,
     /// A section leaves without releasing what it wrote.
     GateLeaveRelaxed,
     /// A section leaves without waking the closer that waits for it.
     GateLeaveWithoutWake,
+    /// A section looks for a closer that waits before its leaving is sure to be seen.
+    GateLeaveWithoutFence,
+    /// A closer sees that all sections have left without acquiring what they wrote.
+    GateDrainRelaxed,
+    /// A gate opens without releasing what its closer wrote.
+    GateOpenRelaxed,
+    /// A gate opens and leaves those asleep who wait for it.
+    GateOpenWithoutWake,
+    /// A grace period looks at the sections before the turn of the phase is sure to be seen.
+    GateChangeWithoutFence,
     /// `Gate::synchronize` does not wait for the sections of the old phase.
     GateSynchronizeWithoutWait,
     /// `Hub::start` does not bump the overlapping ranges.
     HubStartWithoutBump,
+    /// `Hub::start` bumps all ranges.
+    HubStartBumpsAll,
+    /// `Hub::start` goes on without a slot where none is free.
+    HubFullGoesOn,
+    /// `Hub::interrupt` bumps nothing.
+    HubInterruptWithoutBump,
     /// `Hub::start` does not remember the invalidation, so that `begin` does not wait for it.
     HubStartWithoutSlot,
     /// `Hub::start` skips the excepted range's neighbours as well.
@@ -68,6 +94,16 @@ mutations! {
     HubBumpAtEnd,
     /// A bracket goes without its end.
     HubSkipsEnd,
+    /// The end of one invalidation ends all that are open.
+    HubEndEndsAll,
+    /// Of the threads that wait on one range, one is woken.
+    HubWakesOne,
+    /// A waiter that has given up is counted still.
+    HubTimeoutStaysCounted,
+    /// `begin` waits for all open invalidations.
+    HubBeginWaitsForAll,
+    /// The storage is grown without a look whether somebody else has grown it meanwhile.
+    HubGrowsTwice,
     /// The end of an invalidation wakes nobody.
     HubEndWithoutWake,
     /// A waiter is not counted, so that the end of an invalidation sees none.

@@ -127,6 +127,9 @@ impl<T> Mutex<T> {
 
     #[cold]
     fn lock_contended(&self, deadline: Deadline) -> bool {
+        if mutated(Mutation::MutexBarges) {
+            return true;
+        }
         let mut backoff = Backoff::default();
         while self.word.load(Relaxed) == LOCKED && !backoff.spin() {}
         if self.try_acquire() {
@@ -138,9 +141,11 @@ impl<T> Mutex<T> {
         } else {
             CONTENDED
         };
-        while self.word.swap(sleeping, Acquire) != UNLOCKED {
+        let acquire = ordering(Acquire, Mutation::MutexContendedRelaxed);
+        while self.word.swap(sleeping, acquire) != UNLOCKED {
             if self.word.wait(sleeping, deadline) == Woken::TimedOut {
-                return self.word.swap(CONTENDED, Acquire) == UNLOCKED;
+                let acquire = ordering(Acquire, Mutation::MutexTimedOutRelaxed);
+                return self.word.swap(CONTENDED, acquire) == UNLOCKED;
             }
         }
         true

@@ -60,7 +60,9 @@ impl WaitQueue {
             // Relaxed: the fence below orders it.
             let seen = self.word.fetch_or(SLEEPERS, Relaxed) | SLEEPERS;
             // (A) Pairs with (B) in `wake_all`.
-            fence(SeqCst);
+            if !mutated(Mutation::WaitWithoutFence) {
+                fence(SeqCst);
+            }
             if !mutated(Mutation::WaitWithoutSecondLook) && condition() {
                 return true;
             }

@@ -15,7 +15,7 @@ use crate::sync::checker::{Lane, expect_failure, models, reached};
 use crate::sync::mutation::{Mutation, with_mutation};
 use crate::sync::shim::atomic::AtomicU32;
 use crate::sync::shim::atomic::Ordering::Relaxed;
-use crate::sync::{Deadline, Mutex};
+use crate::sync::{Deadline, Gate, Mutex};
 use loom::thread;
 use std::sync::Arc;
 
@@ -286,7 +286,7 @@ fn three_cpu_ladder() {
     );
 }
 
-/// No wait and no retry for disjoint invalidations, at any moment.
+/// Liveness, "it waits for nothing else": no wait and no retry for disjoint invalidations, at any moment.
 fn disjoint_costs_nothing() {
     let world = World::new(1);
     let range = world.hub.insert(page_at(0));
@@ -303,11 +303,13 @@ fn disjoint_costs_nothing() {
         "interrupted by what does not overlap"
     );
     let counters = world.hub.counters();
-    assert_eq!((counters.waits, counters.bumps, counters.wakes), (0, 0, 0));
+    let costs = (counters.waits, counters.bumps, counters.wakes);
+    assert_eq!(costs, (0, 0, 0), "pays for what does not overlap");
     join(&world, churn);
 }
 
-/// Nested: a thread starts a second overlapping invalidation within the first.
+/// I3, rule 4: nested, a thread starts a second overlapping invalidation within the first; the end of one is not the other's, and what
+/// changes after the inner end is inside the outer bracket still.
 fn nested() {
     let world = World::new(1);
     let fault = faulter(&world, 0, 0, 0);
@@ -397,7 +399,8 @@ fn insert_and_remove() {
     join(&world, [fault, invalidation]);
 }
 
-/// The storage grows under a running invalidation and a running fault.
+/// I4: the storage grows under a running invalidation and a running fault, by two threads at once. Nothing moves, and every range that
+/// was handed out is there for the walk, the commit and its own begin.
 fn growing() {
     let world = World::new(1);
     let fault = {
@@ -408,16 +411,18 @@ fn growing() {
                 world.hub.insert(page_at(1)),
                 world.hub.insert(page_at(0)),
             ];
-            assert!(world.fault(Lane(0), 0, &ranges[2], 0).is_ok());
+            let committed = world.fault(Lane(0), 0, &ranges[2], 0);
+            assert!(committed.is_ok(), "a range has no place");
         })
     };
     let invalidation = invalidator(&world, 1, page_at(0));
     let range = world.hub.insert(page_at(0));
-    assert!(world.fault(Lane(2), 0, &range, 0).is_ok());
+    let committed = world.fault(Lane(2), 0, &range, 0);
+    assert!(committed.is_ok(), "a range has no place");
     join(&world, [fault, invalidation]);
 }
 
-/// A range is moved under an open invalidation of where it goes, and of where it was.
+/// I5, and a token is for one interval: a range is moved under an open invalidation of where it goes, and of where it was.
 fn moving() {
     let world = World::new(1);
     let mut range = world.hub.insert(page_at(1));
@@ -538,7 +543,7 @@ fn waiters_wake() {
     join(&world, threads);
 }
 
-/// Two threads wait on one range.
+/// No wake-up is lost: two threads wait on one range, and its one event is for both.
 fn two_wait_on_one_range() {
     let world = World::new(1);
     let range = Arc::new(Subscription::insert(HubOf(Arc::clone(&world)), page_at(0)));
@@ -552,7 +557,7 @@ fn two_wait_on_one_range() {
     join(&world, threads);
 }
 
-/// Release: the region goes while a fault is under way and another waits. Whatever had been committed is wiped, nothing
+/// Rule 7: the region goes while a fault is under way and another waits. Whatever had been committed is wiped, nothing
 /// is committed afterwards, and nobody is left asleep; no bracket is needed.
 fn teardown_vs_fault() {
     let world = World::new(1);
@@ -580,7 +585,7 @@ fn teardown_vs_fault() {
     );
 }
 
-/// Release wakes whoever waits, even for an invalidation that never ends.
+/// Rule 7: release wakes whoever waits, even for an invalidation that never ends.
 fn teardown_wakes() {
     let world = World::new(1);
     let never_ends = world.hub.start(page_at(0), None);
@@ -597,7 +602,7 @@ fn teardown_wakes() {
     world.check_at_rest();
 }
 
-/// All slots in use is an outcome: the starter lets go, yields and comes again; nobody is stuck and nothing is stale.
+/// Rule 1: all slots in use is an outcome, which changes nothing. The starter lets go, yields and comes again; nobody is stuck and nothing is stale.
 fn slots_run_out() {
     let world = World::new(1);
     let open: Vec<_> = core::iter::repeat_with(|| {
@@ -628,7 +633,7 @@ fn slots_run_out() {
     join(&world, starters);
 }
 
-/// A deadline that has passed: a token or a time-out, and no trace of the waiter.
+/// Rule 5: a deadline that has passed gives a token or a time-out, and no trace of the waiter.
 fn deadline_passed() {
     let world = World::new(1);
     let range = world.hub.insert(page_at(0));
@@ -645,6 +650,48 @@ fn deadline_passed() {
     drop(world.hub.start(page_at(0), None));
     assert_eq!(world.hub.counters().wakes, so_far, "wakes one who has gone");
     assert!(range.begin(Deadline::PASSED).is_ok());
+}
+
+/// Rule 8: with no slot for a bracket, whoever has closed the gate interrupts, tells and changes before it opens; the snapshots of
+/// this region are taken inside the gate. Then a commit is interrupted, or wiped, or has seen the change.
+fn interrupt_behind_a_gate() {
+    let shared = Arc::new((World::new(1), Gate::new()));
+    let fault = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let (world, gate) = (&shared.0, &shared.1);
+            let range = world.hub.insert(page_at(0));
+            loop {
+                let token = range.begin(Deadline::NEVER).expect("no teardown");
+                Lane(0).did("begin");
+                let version = {
+                    let _section = gate.enter_in(0);
+                    world.snapshot(Lane(0), 0)
+                };
+                if world.commit(Lane(0), 0, &range, 0, token, version) {
+                    return;
+                }
+            }
+        })
+    };
+    let (world, lane) = (&shared.0, Lane(1));
+    {
+        let _closed = shared.1.close();
+        lane.did("the gate is closed");
+        world.hub.interrupt(page_at(0));
+        lane.did("interrupt: overlapping ranges += 2");
+        world
+            .tell(lane, page_at(0), Blocking::Yes)
+            .expect("may block");
+        world.change(lane, page_at(0));
+    }
+    lane.did("the gate is open");
+    join(world, [fault]);
+    assert_eq!(
+        world.hub.counters().waits,
+        0,
+        "nobody waits for what is not open"
+    );
 }
 
 models! {
@@ -669,6 +716,7 @@ models! {
     teardown_wakes reaches ["a wait"]
     slots_run_out reaches ["full", "interrupted: retry", "a wait"]
     deadline_passed reaches ["establish translation to", "a wait"]
+    interrupt_behind_a_gate reaches ["interrupted: retry", "establish translation to"]
 }
 
 const STALE: &str = "stale translation";
@@ -712,6 +760,37 @@ pub(crate) const MUTATIONS: &[(Mutation, &str, fn())] = &[
     (Mutation::HubBeginWithoutWait, STALE, ended_elsewhere),
     (Mutation::HubStartWithoutBump, STALE, token_is_not_reused),
     (Mutation::HubStartWithoutSlot, STALE, insert_and_remove),
+    (
+        Mutation::HubStartBumpsAll,
+        "what does not overlap",
+        disjoint_costs_nothing,
+    ),
+    (
+        Mutation::HubBeginWaitsForAll,
+        "no wait for what does not overlap",
+        disjoint_costs_nothing,
+    ),
+    (
+        Mutation::HubStartBumpsAll,
+        "only the overlapping one",
+        three_cpu_ladder,
+    ),
+    (Mutation::HubEndEndsAll, STALE, nested),
+    (Mutation::HubGrowsTwice, "a range has no place", growing),
+    (Mutation::HubFullGoesOn, STALE, slots_run_out),
+    (
+        Mutation::HubTimeoutStaysCounted,
+        "wakes one who has gone",
+        deadline_passed,
+    ),
+    (Mutation::HubWakesOne, STUCK, two_wait_on_one_range),
+    (
+        Mutation::HubInterruptWithoutBump,
+        STALE,
+        interrupt_behind_a_gate,
+    ),
+    (Mutation::GateStaysOpen, STALE, interrupt_behind_a_gate),
+    (Mutation::HubStartWithoutBump, STALE, fault_vs_two),
 ];
 
 #[test]
