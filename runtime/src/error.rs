@@ -28,7 +28,8 @@ struct Inner {
 pub enum ErrorKind {
     /// This process cannot have what was asked for; the text says which sysctl, capability or kernel would help.
     Unsupported(String),
-    /// The range overlaps one that is already mirrored.
+    /// The range shares a byte with one that is already mirrored, if only by a mirror that was leaked. (Two slices side by side may
+    /// share a page.)
     Overlap,
     /// An argument makes no sense: empty, unaligned, wrapping, zero or too large; the text says which.
     Invalid(&'static str),
