@@ -592,6 +592,13 @@ impl<'a> Mover<'a> {
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
+        let lost = self.state.lost() & PageMask::range(run.clone());
+        if let Some(page) = lost.first_from(run.start) {
+            if run.start < page {
+                self.bring_home(device, run.start..page)?;
+            }
+            return Err(Stall::Lost(page));
+        }
         if run.len() > 1
             && self
                 .state
