@@ -381,6 +381,12 @@ impl<'a> Mover<'a> {
         self.block * PAGES_PER_BLOCK + run.start..self.block * PAGES_PER_BLOCK + run.end
     }
 
+    /// Drops pages by `madvise`, where there is no MOVE. False if the kernel would not.
+    fn drop_pages(&self, at: usize, nr_pages: usize) -> bool {
+        count(&self.region.counters().discard_calls, 1);
+        self.region.door().discard(at, nr_pages * PAGE_SIZE)
+    }
+
     /// Throws window pages away that nobody needs any more. The directory is not concerned.
     fn empty_window(
         &mut self,
@@ -389,11 +395,7 @@ impl<'a> Mover<'a> {
         scratch: &mut Scratch,
     ) -> Movement {
         if !self.has_move() {
-            let discarded = self
-                .region
-                .door()
-                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
-            return if discarded {
+            return if self.drop_pages(self.frame(device, run.start), run.len()) {
                 Ok(())
             } else {
                 Err(Stall::Refused(run.start))
@@ -773,11 +775,7 @@ impl<'a> Mover<'a> {
             return Ok(());
         }
         if !self.has_move() {
-            if !self
-                .region
-                .door()
-                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE)
-            {
+            if !self.drop_pages(self.frame(device, run.start), run.len()) {
                 return Err(Stall::Refused(run.start));
             }
             self.state.emptied(id, PageMask::range(run));
@@ -800,11 +798,7 @@ impl<'a> Mover<'a> {
     /// Throws the CPU's copy of `run` away; some device holds the pages.
     pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            if !self
-                .region
-                .door()
-                .discard(self.host(run.start), run.len() * PAGE_SIZE)
-            {
+            if !self.drop_pages(self.host(run.start), run.len()) {
                 return self.not_all_discarded(run);
             }
             self.state.host_dropped(PageMask::range(run));
@@ -894,11 +888,7 @@ impl<'a> Mover<'a> {
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         self.protect_and_copy(device, run.clone())?;
-        if !self
-            .region
-            .door()
-            .discard(self.host(run.start), run.len() * PAGE_SIZE)
-        {
+        if !self.drop_pages(self.host(run.start), run.len()) {
             return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));
