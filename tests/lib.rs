@@ -11,6 +11,7 @@ pub mod device;
 pub mod idle;
 pub mod mapping;
 pub mod mm;
+pub mod seccomp;
 pub mod storm;
 pub mod stress;
 pub mod watchdog;

@@ -2,10 +2,14 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+#[path = "../../tests/seccomp.rs"]
+mod seccomp;
 
 /// No run here may take longer: a hang is a failure, not a timeout of the whole suite.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -29,6 +33,23 @@ fn accel_sim_without(dir: &Path, disabled: &str, arguments: &str) -> Outcome {
     if !disabled.is_empty() {
         command.env("SVM_DISABLE", disabled);
     }
+    outcome(command, dir, arguments)
+}
+
+/// The same, where a container's filter answers to the system call userfaultfd, and to the device's ioctl, with `errno`.
+fn accel_sim_filtered(dir: &Path, errno: i32, arguments: &str) -> Outcome {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_accel-sim"));
+    let filter = seccomp::Filter {
+        syscall: Some(errno),
+        user_mode_only: None,
+        device: Some(errno),
+    };
+    // SAFETY: the filter is installed by two system calls, without memory.
+    unsafe { command.pre_exec(move || filter.install()) };
+    outcome(command, dir, arguments)
+}
+
+fn outcome(mut command: Command, dir: &Path, arguments: &str) -> Outcome {
     let mut child = command
         .args(arguments.split(' '))
         .current_dir(dir)
@@ -367,4 +388,36 @@ fn doctor_says_what_there_is_and_is_not() {
     let run = accel_sim_without(&files.0, "userfaultfd", "run list --n 10");
     assert_eq!(run.status, Some(1), "{}", run.stdout);
     assert!(run.stderr.contains("userfaultfd"), "{}", run.stderr);
+}
+
+#[test]
+fn where_a_filter_forbids_it_both_say_what_would_help() {
+    let files = Files::new("filtered", &[]);
+    for (errno, names) in [
+        (
+            libc::EPERM,
+            ["CAP_SYS_PTRACE", "vm.unprivileged_userfaultfd"],
+        ),
+        (
+            libc::ENOSYS,
+            ["CONFIG_USERFAULTFD", "system call userfaultfd"],
+        ),
+    ] {
+        let doctor = accel_sim_filtered(&files.0, errno, "doctor");
+        assert_eq!(doctor.status, Some(1), "{}{}", doctor.stdout, doctor.stderr);
+        let verdict = "memory can NOT be mirrored here\n";
+        assert!(doctor.stdout.ends_with(verdict), "{}", doctor.stdout);
+        let run = accel_sim_filtered(&files.0, errno, "run list --n 10");
+        assert_eq!(run.status, Some(1), "{}{}", run.stdout, run.stderr);
+        for text in [&doctor.stdout, &run.stderr] {
+            let device = ["seccomp", "profile", "/dev/userfaultfd", "setfacl"];
+            for name in device.iter().chain(&names) {
+                assert!(text.contains(name), "no word of {name}: {text}");
+            }
+        }
+    }
+    let without = accel_sim_without(&files.0, "wp", "doctor");
+    assert_eq!(without.status, Some(1), "{}", without.stdout);
+    let verdict = "memory can NOT be mirrored here\n";
+    assert!(without.stdout.ends_with(verdict), "{}", without.stdout);
 }

@@ -15,6 +15,7 @@
 //! | `severed` | a span outstayed a shootdown of the page ([`crate::overrun`]): until it is over no window page is filled there; devices access it in place |
 //! | `pending` | the kernel is discarding or unmapping the page, or accesses to a frame that was given up are in flight: nobody may touch it until that is over |
 //! | `displaced` | `mremap` moved the page: it comes home at its new address, and is out of devices' reach |
+//! | `lost` | the page is `away`, and the window that should hold it does not: an access is an error until the page is discarded |
 //! | `gone` | the page left the region (unmapped, moved or discarded for good) and is no longer ours |
 //!
 //! The *holders* of a page are the CPU, unless it is `away`, and every device whose `frames` contain it. From them
@@ -135,6 +136,7 @@ pub(crate) struct BlockState {
     severed: PageMask,
     pending: PageMask,
     displaced: PageMask,
+    lost: PageMask,
     holdings: [Holding; MAX_DEVICES],
 }
 
@@ -168,6 +170,7 @@ impl BlockState {
             severed: PageMask::EMPTY,
             pending: PageMask::EMPTY,
             displaced: PageMask::EMPTY,
+            lost: PageMask::EMPTY,
             holdings: [NONE; MAX_DEVICES],
             occupied: 0,
             exceptional: 0,
@@ -194,6 +197,11 @@ impl BlockState {
     #[inline]
     pub(crate) fn displaced(&self) -> PageMask {
         self.displaced
+    }
+
+    #[inline]
+    pub(crate) fn lost(&self) -> PageMask {
+        self.lost
     }
 
     /// Pages that devices access in place: pinned, unmovable or severed.
@@ -422,6 +430,13 @@ impl BlockState {
     pub(crate) fn discarded(&mut self, pages: PageMask) {
         self.revoked_all(pages, None);
         self.away -= pages;
+        self.lost -= pages;
+    }
+
+    /// The page, which is `away`, is nowhere. The CPU's entry may be given a poison marker, which looks like a page (hazards M2): from here
+    /// on nobody looks there.
+    pub(crate) fn set_lost(&mut self, page: usize) {
+        self.lost |= PageMask::page(page) & self.away;
     }
 
     /// The pages left the region.

@@ -24,11 +24,11 @@ pub enum Capability {
     KernelFaults,
     /// A fault is a signal in the faulting thread, which resolves it itself.
     Sigbus,
-    /// Pages can be write-protected, and so shared for reading.
+    /// Pages can be write-protected: shared for reading, and copied without losing a write. Nothing works without.
     WriteProtect,
     /// Pages change owner without being copied.
     Move,
-    /// Pages that are lost can be made to say so.
+    /// An access that the monitor thread cannot serve, to a page whose contents are lost, fails as one to bad memory does.
     Poison,
     /// Events for mremap, munmap and madvise.
     Events,
@@ -159,9 +159,11 @@ impl Capability {
             Self::Userfaultfd => "none: mirroring is refused",
             Self::KernelFaults => "a system call on a page that is away fails with EFAULT: pin it",
             Self::Sigbus => "faults are resolved by a monitor thread",
-            Self::WriteProtect => "pages are never shared, only moved",
+            Self::WriteProtect => "none: mirroring is refused",
             Self::Move => "pages are write-protected, copied and dropped",
-            Self::Poison => "a page that is lost ends the process with a message",
+            Self::Poison => {
+                "an access that the monitor thread cannot serve ends the process with a message"
+            }
             Self::Events => "changes of mappings must go through svm's own wrappers",
             Self::ForkEvents => "pages come home before a fork",
             Self::WriteProtectAsync => "each first write is a fault",
@@ -203,7 +205,7 @@ impl Capabilities {
 
     /// Whether memory can be mirrored at all.
     pub fn is_usable(&self) -> bool {
-        self.has(Capability::Userfaultfd)
+        self.has(Capability::Userfaultfd) && self.has(Capability::WriteProtect)
     }
 
     /// Whether the runtime will use it.
@@ -270,11 +272,9 @@ mod platform {
     use crate::sys::disable::{Disabled, VARIABLE, WORDS};
     use crate::sys::maps::Maps;
     use crate::sys::pagemap::Pagemap;
+    use crate::sys::process::Status;
     use crate::sys::uffd::{DEVICE, FaultScope, Features, OpenError, Uffd};
     use crate::sys::{membarrier, process};
-
-    /// CAP_SYS_PTRACE's bit in /proc/self/status.
-    const CAP_SYS_PTRACE: u32 = 19;
 
     pub(super) fn probe() -> Capabilities {
         let disabled = Disabled::current();
@@ -285,7 +285,7 @@ mod platform {
             .into_iter()
             .map(|each| {
                 let support = match each {
-                    Capability::Userfaultfd => userfaultfd(&user, disabled, &status),
+                    Capability::Userfaultfd => userfaultfd(&user, disabled),
                     Capability::KernelFaults => {
                         kernel_faults_support(&kernel_faults, disabled, &status)
                     }
@@ -335,38 +335,7 @@ mod platform {
         }
     }
 
-    /// The lines of /proc/self/status that decide about userfaultfd.
-    struct Status {
-        effective_capabilities: u64,
-        is_seccomp_filtered: bool,
-    }
-
-    impl Status {
-        fn read() -> Self {
-            let text = fs::read_to_string("/proc/self/status").unwrap_or_default();
-            let field = |name: &str| {
-                text.lines()
-                    .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-                    .map(str::trim)
-            };
-            Self {
-                effective_capabilities: field("CapEff")
-                    .and_then(|hex| u64::from_str_radix(hex, 16).ok())
-                    .unwrap_or(0),
-                is_seccomp_filtered: field("Seccomp") == Some("2"),
-            }
-        }
-
-        fn has_ptrace(&self) -> bool {
-            self.effective_capabilities >> CAP_SYS_PTRACE & 1 != 0
-        }
-    }
-
-    fn userfaultfd(
-        probed: &Result<Features, OpenError>,
-        disabled: Disabled,
-        status: &Status,
-    ) -> Support {
+    fn userfaultfd(probed: &Result<Features, OpenError>, disabled: Disabled) -> Support {
         if process::page_size() != PAGE_SIZE {
             let size = process::page_size();
             return Support::No(format!(
@@ -376,23 +345,7 @@ mod platform {
         match probed {
             Ok(_) => Support::Yes,
             Err(_) if disabled.contains(Disabled::USERFAULTFD) => Support::Disabled,
-            Err(error) => {
-                let help = match error.syscall.raw_os_error() {
-                    Some(libc::EPERM) if status.is_seccomp_filtered => {
-                        "a seccomp filter refuses it: allow userfaultfd in the container's profile"
-                    }
-                    Some(libc::ENOSYS) if status.is_seccomp_filtered => {
-                        "a kernel without CONFIG_USERFAULTFD, or a seccomp filter that hides it"
-                    }
-                    Some(libc::ENOSYS) => "a kernel without CONFIG_USERFAULTFD",
-                    Some(libc::EPERM) => {
-                        "a kernel before 5.11 with vm.unprivileged_userfaultfd=0, \
-                         or a security module"
-                    }
-                    _ => "unexpected",
-                };
-                Support::No(format!("{error}; {help}"))
-            }
+            Err(error) => Support::No(format!("{error}; {}", error.help())),
         }
     }
 
@@ -556,7 +509,7 @@ Linux 4.14
   UFFDIO_MOVE            no: the kernel does not offer it (Linux 6.8); \
 instead: pages are write-protected, copied and dropped
   UFFDIO_POISON          no: disabled by SVM_DISABLE (Linux 6.6); \
-instead: a page that is lost ends the process with a message
+instead: an access that the monitor thread cannot serve ends the process with a message
   transparent huge pages yes: where asked for
   - a note
 ";
@@ -571,6 +524,7 @@ instead: a page that is lost ends the process with a message
     #[cfg(all(target_os = "linux", not(svm_unsupported)))]
     mod linux {
         use super::super::*;
+        use crate::sys::disable::WORDS;
         use crate::sys::testing::{in_child, test_name};
 
         #[test]
@@ -588,6 +542,28 @@ instead: a page that is lost ends the process with a message
             };
             if let Some(ended) = in_child(name, &[("SVM_DISABLE", "userfaultfd")], body) {
                 ended.assert_passed();
+            }
+        }
+
+        /// For each word: what is said to be usable can be mirrored, and what is not is refused by name.
+        #[test]
+        fn usable_means_that_memory_can_be_mirrored() {
+            let name = test_name!("usable_means_that_memory_can_be_mirrored");
+            for (word, _) in WORDS {
+                let body = || {
+                    let capabilities = Capabilities::probe();
+                    match crate::mirror(&mut [0_u64; 4096]).map(drop) {
+                        Ok(()) => assert!(capabilities.is_usable(), "{capabilities}"),
+                        Err(error) => {
+                            assert!(error.is_unsupported(), "{error}");
+                            assert!(!capabilities.is_usable(), "{error}: {capabilities}");
+                            assert!(error.to_string().contains("SVM_DISABLE"), "{error}");
+                        }
+                    }
+                };
+                if let Some(ended) = in_child(name, &[("SVM_DISABLE", word)], body) {
+                    ended.assert_passed();
+                }
             }
         }
 

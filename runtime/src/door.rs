@@ -84,13 +84,9 @@ impl Door {
                 }
             }
         }
-        let why = refused.map_or_else(String::new, |e| e.to_string());
-        Err(Error::new(
-            operation,
-            ErrorKind::Unsupported(format!(
-                "no userfaultfd: {why}; run `accel-sim doctor` for what would help"
-            )),
-        ))
+        let why = refused.map_or_else(String::new, |error| format!("{error}; {}", error.help()));
+        let why = format!("no userfaultfd: {why}");
+        Err(Error::new(operation, ErrorKind::Unsupported(why)))
     }
 
     fn checked(operation: &'static str, uffd: Uffd, delivery: Delivery) -> Result<Self> {
@@ -100,7 +96,12 @@ impl Door {
         }
         if !uffd.enabled().contains(needed) {
             let missing = needed - uffd.enabled();
-            let why = format!("userfaultfd lacks {missing:?} here; Linux 5.7 has it");
+            let lacks = if missing.contains(Features::PAGEFAULT_FLAG_WP) {
+                "write-protect pages; Linux 5.7 can, on x86-64"
+            } else {
+                "deliver faults as SIGBUS; Linux 4.14 can, and Delivery::Thread needs no such thing"
+            };
+            let why = format!("userfaultfd cannot {lacks} (unless SVM_DISABLE says not to use it)");
             return Err(Error::new(operation, ErrorKind::Unsupported(why)));
         }
         let failed = |e: std::io::Error| {
@@ -179,6 +180,19 @@ impl Door {
     pub(crate) fn is_changing(&self, elsewhere: usize) -> bool {
         // The kernel looks for a change first, and only then finds that there is nothing to do.
         self.unprotect(elsewhere, PAGE_SIZE) == Stop::Changing
+    }
+
+    /// Makes an access to a missing page fail, now and later; false if that cannot be, or the page is not missing any more.
+    pub(crate) fn poison(&self, page: usize) -> bool {
+        PageRange::from_pages(page, 1).is_some_and(|range| {
+            // SAFETY: `crate::monitor`, the only caller, has read a fault on the page from this descriptor, which it is registered with.
+            self.can_poison() && unsafe { self.uffd.poison(range, Wake::Yes) }.is_complete()
+        })
+    }
+
+    /// Whether the kernel can do so.
+    pub(crate) fn can_poison(&self) -> bool {
+        self.uffd.enabled().contains(Features::POISON)
     }
 
     /// Index of this door, below 2.

@@ -28,7 +28,8 @@ struct Inner {
 pub enum ErrorKind {
     /// This process cannot have what was asked for; the text says which sysctl, capability or kernel would help.
     Unsupported(String),
-    /// The range overlaps one that is already mirrored.
+    /// The range shares a byte with one that is already mirrored, if only by a mirror that was leaked. (Two slices side by side may
+    /// share a page.)
     Overlap,
     /// An argument makes no sense: empty, unaligned, wrapping, zero or too large; the text says which.
     Invalid(&'static str),
@@ -42,7 +43,8 @@ pub enum ErrorKind {
     Timeout,
     /// This is a forked child; mirrors and devices belong to the parent.
     Forked,
-    /// Contents could not be brought home; the pages are poisoned and the text names the first address.
+    /// Contents could not be brought home; the text names the first address. The pages stay out of reach: to touch one is an error
+    /// (SIGBUS, or the end of the process), and never reads a zero.
     Lost,
     /// A device access faulted for good.
     Device(DeviceFault),
@@ -168,7 +170,7 @@ impl fmt::Display for Error {
             }
             ErrorKind::Lost => write!(
                 f,
-                ": contents could not be brought home; the pages are poisoned"
+                ": contents could not be brought home; to touch such a page is an error (SIGBUS)"
             )?,
             ErrorKind::Device(fault) => write!(f, ": {fault}")?,
             ErrorKind::Kernel(how) => write!(f, ": {how}")?,

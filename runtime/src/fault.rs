@@ -61,7 +61,7 @@ pub(crate) enum Verdict {
 /// What a fault on a page calls for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Class {
-    /// The page left the region.
+    /// The page left the region, or was lost.
     Gone,
     /// A device holds it: move this run home, the CPU becomes its only holder.
     MoveHome(Range<usize>),
@@ -316,13 +316,14 @@ fn classify(
     fault: &CpuFault,
 ) -> Class {
     let displaced = state.displaced().contains(page);
-    if (state.gone().contains(page) && !displaced) || region.kind() != RegionKind::Managed {
+    let gone = state.gone().contains(page) && !displaced;
+    if gone || state.lost().contains(page) || region.kind() != RegionKind::Managed {
         return Class::Gone;
     }
     if state.pending().contains(page) {
         return Class::Pending;
     }
-    let body = region.body_mask(block) - state.pending();
+    let body = region.body_mask(block) - state.pending() - state.lost();
     // Displaced pages come home one by one: their neighbours may have gone elsewhere.
     let near = if displaced {
         PageMask::page(page)
@@ -502,6 +503,9 @@ fn act(
             // The mirror ends: the page is home, and what the kernel refused was registered no more. It serves the access itself.
             if region.is_closing() && !state.away().contains(page) {
                 return Attempt::Done(Verdict::Resolved);
+            }
+            if let Err(Stall::Lost(_)) = moved {
+                state.set_lost(page);
             }
             count(&region.counters().anomalies, 1);
             Attempt::Done(Verdict::NotOurs)

@@ -201,26 +201,32 @@ impl Raw {
             owner: true,
             open: true,
         };
-        let Some(body) = region.body().filter(|_| kind == RegionKind::Managed) else {
-            if kind == RegionKind::InPlace {
-                space.publish_in_place(&region)?;
-            }
+        let in_place = |region: MapArc<Region>| {
+            space.admit(&region, || space.publish_in_place(&region))?;
+            Ok(open(region))
+        };
+        if kind == RegionKind::InPlace {
+            return in_place(region);
+        }
+        let Some(body) = region.body() else {
+            space.admit(&region, || Ok(()))?;
             return Ok(open(region));
         };
         space.settle();
         let mapped = mapped_runs(space, body);
         leave_out_holes(space, &region, body, &mapped);
-        if space.publish_region(&region, &mapped).is_err() {
-            space.drain_events();
-            space.publish_region(&region, &mapped)?;
-        }
+        space.admit(&region, || space.publish_region(&region, &mapped))?;
+        let withdraw = || {
+            space.unpublish_region(&region);
+            space.dismiss(&region);
+            // An event may have come meanwhile, which refers to it still.
+            region.wait_landed();
+        };
         match door.register(body, Role::Body) {
             // Unmapped, or mapped, by another thread between the look and the registration, of which no event tells: look again.
             Ok(()) if mapped_runs(space, body) != mapped => {
                 door.unregister(body);
-                space.unpublish_region(&region);
-                // An event may have come in between, which still refers to it.
-                region.wait_landed();
+                withdraw();
                 Self::new(operation, addr, len_bytes, options)
             }
             Ok(()) => {
@@ -228,15 +234,12 @@ impl Raw {
                 Ok(open(region))
             }
             Err(errno) => {
-                space.unpublish_region(&region);
-                region.wait_landed();
+                withdraw();
                 match errno {
                     // Another userfaultfd has it, or it is of a kind that cannot be registered: it stays where it is.
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
-                        let region =
-                            Region::new(addr, len_bytes, RegionKind::InPlace, true, door, options)?;
-                        space.publish_in_place(&region)?;
-                        Ok(open(region))
+                        let kind = RegionKind::InPlace;
+                        in_place(Region::new(addr, len_bytes, kind, true, door, options)?)
                     }
                     libc::ENOMEM => Err(Error::new(operation, ErrorKind::OutOfMemory)
                         .at(addr)
@@ -258,6 +261,13 @@ impl Raw {
                 owner: false,
                 open: true,
             });
+        }
+        // Of part of a mirror: its pages may be away, where a copy does not reach them, or waits for the thread that waits for it.
+        if space.is_published(&(addr..addr + len_bytes)) {
+            space.drain_events();
+            if space.is_published(&(addr..addr + len_bytes)) {
+                return Err(Error::new("mirror_ref", ErrorKind::Overlap).at(addr));
+            }
         }
         let door = space.door("mirror_ref", options.delivery, options.transparent_syscalls)?;
         let region = Region::new(addr, len_bytes, RegionKind::Input, false, door, options)?;
@@ -332,6 +342,7 @@ impl Raw {
             space.unpublish_in_place(region);
             region.wait_landed();
         }
+        space.dismiss(region);
         // 6. The windows go, but for one that a span is still open on: that stays, empty, until its device is detached.
         let mut kept = [const { None }; crate::block::MAX_DEVICES];
         for device in devices.iter().flatten() {

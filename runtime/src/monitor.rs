@@ -23,7 +23,6 @@ use crate::sys::clock;
 use crate::sys::event::{Event, EventBuffer};
 use crate::sys::process;
 use crate::sys::signal::{self, AsyncSignalsBlocked};
-use crate::sys::uffd::Wake;
 
 /// Faults that can be put aside. It is more than there are threads to fault, as a rule; what comes beyond it is sent back to fault
 /// anew. The monitor never stops reading: what the faults aside wait for may be an event, and faults are read before events.
@@ -81,7 +80,7 @@ struct AbortOnEnd;
 impl Drop for AbortOnEnd {
     fn drop(&mut self) {
         process::abort_with_message(format_args!(
-            "svm: the fault monitor died; pages that are away cannot come home"
+            "the fault monitor died; pages that are away cannot come home"
         ));
     }
 }
@@ -195,7 +194,6 @@ impl Reader {
         match attempt {
             // Most resolutions have woken the thread already; the one that found nothing to do has not.
             Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
-            // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
             Attempt::Done(verdict @ (Verdict::NotOurs | Verdict::Window)) => {
                 let write = fault.access == Some(Access::Write);
                 if verdict == Verdict::Window
@@ -203,19 +201,31 @@ impl Reader {
                 {
                     return;
                 }
-                if let Some(range) = crate::addr::PageRange::containing(page, 1) {
-                    // SAFETY: a fault is read from the descriptor that its page is registered with.
-                    let poisoned = unsafe { door.uffd().poison(range, Wake::Yes) };
-                    if !poisoned.is_complete() {
-                        door.wake(page, PAGE_SIZE);
-                    }
-                }
+                self.refuse(&fault);
             }
             Attempt::Again => self.put_aside(page, Aside::Retry(fault, 0)),
             Attempt::WaitUntil(ns) => self.put_aside(page, Aside::Retry(fault, ns)),
             Attempt::Pending(_) if mutated(Mutation::MonitorForgetsFault) => {}
             Attempt::Pending(pending) => self.put_aside(page, Aside::Pending(fault, pending)),
         }
+    }
+
+    /// Nobody can serve the access: it must fail loudly rather than wait for ever.
+    fn refuse(&self, fault: &CpuFault) {
+        let (space, door, page) = (self.space, self.door, page_floor(fault.addr));
+        if door.poison(page) {
+            return;
+        }
+        // Populated by somebody meanwhile, or not registered any more: then the access, tried again, does not come here again. If it
+        // does, only poison would end that.
+        let again = space.has_missed_before(&space.gate().enter(), fault.addr, fault.thread);
+        if again && !door.can_poison() && !space.is_populated(page) {
+            process::abort_with_message(format_args!(
+                "an access to {:#x} cannot be served: no page can be brought there",
+                fault.addr
+            ));
+        }
+        door.wake(page, PAGE_SIZE);
     }
 
     fn put_aside(&mut self, page: usize, what: Aside) {

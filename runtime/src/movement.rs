@@ -404,6 +404,12 @@ impl<'a> Mover<'a> {
         self.block * PAGES_PER_BLOCK + run.start..self.block * PAGES_PER_BLOCK + run.end
     }
 
+    /// Drops pages by `madvise`, where there is no MOVE. False if the kernel would not.
+    fn drop_pages(&self, at: usize, nr_pages: usize) -> bool {
+        count(&self.region.counters().discard_calls, 1);
+        self.region.door().discard(at, nr_pages * PAGE_SIZE)
+    }
+
     /// Throws window pages away that nobody needs any more. The directory is not concerned.
     fn empty_window(
         &mut self,
@@ -412,11 +418,7 @@ impl<'a> Mover<'a> {
         scratch: &mut Scratch,
     ) -> Movement {
         if !self.has_move() {
-            let discarded = self
-                .region
-                .door()
-                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE);
-            return if discarded {
+            return if self.drop_pages(self.frame(device, run.start), run.len()) {
                 Ok(())
             } else {
                 Err(Stall::Refused(run.start))
@@ -615,6 +617,13 @@ impl<'a> Mover<'a> {
     /// Moves `device`'s pages of `run` to the CPU. Other devices' copies are the caller's to revoke.
     pub(crate) fn bring_home(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
+        let lost = self.state.lost() & PageMask::range(run.clone());
+        if let Some(page) = lost.first_from(run.start) {
+            if run.start < page {
+                self.bring_home(device, run.start..page)?;
+            }
+            return Err(Stall::Lost(page));
+        }
         if run.len() > 1
             && self
                 .state
@@ -791,11 +800,7 @@ impl<'a> Mover<'a> {
             return Ok(());
         }
         if !self.has_move() {
-            if !self
-                .region
-                .door()
-                .discard(self.frame(device, run.start), run.len() * PAGE_SIZE)
-            {
+            if !self.drop_pages(self.frame(device, run.start), run.len()) {
                 return Err(Stall::Refused(run.start));
             }
             self.state.emptied(id, PageMask::range(run));
@@ -911,11 +916,14 @@ impl<'a> Mover<'a> {
     /// has no call that asks and acts at once; so it is asked first, and our own calls exclude rounds (`calls.rs`). What is left is a bare
     /// `munmap` in this very moment whose address is given to another mapping in it as well.
     fn discard_host(&mut self, run: Range<usize>) -> Movement {
-        let door = self.region.door();
-        if door.is_changing(AddressSpace::global().zeros()) {
+        if self
+            .region
+            .door()
+            .is_changing(AddressSpace::global().zeros())
+        {
             return Err(Stall::Changing);
         }
-        if !door.discard(self.host(run.start), run.len() * PAGE_SIZE) {
+        if !self.drop_pages(self.host(run.start), run.len()) {
             return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));

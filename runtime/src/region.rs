@@ -154,6 +154,14 @@ impl Region {
         self.body
     }
 
+    /// The bytes that the kernel and other regions know nothing of: the edges of a body that is registered, all of anything else.
+    pub(crate) fn outside_places(&self) -> [Range<usize>; 2] {
+        match self.body.filter(|_| self.kind == RegionKind::Managed) {
+            Some(body) => [self.addr..body.start(), body.end()..self.end()],
+            None => [self.addr..self.end(), self.end()..self.end()],
+        }
+    }
+
     pub(crate) fn kind(&self) -> RegionKind {
         self.kind
     }

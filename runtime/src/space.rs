@@ -7,11 +7,12 @@
 //! | [`Places`] (which address belongs to which region or window) | inside the gate | by replacement, freed after a grace period |
 //! | [`Door`]s | any time once made | made once, live for ever: a uffd is never closed while a page may be away (design rule 2) |
 //! | device slots | any time | compare-and-swap |
+//! | claims | control paths | under their lock |
 //!
 //! A region is published *before* it is registered and unpublished *after* it is unregistered, so that no fault can come
 //! for an address that nobody knows (hazards G6).
 
-use core::ops::ControlFlow;
+use core::ops::{ControlFlow, Range};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
 
@@ -79,6 +80,14 @@ impl Place {
     }
 }
 
+/// Bytes that a mirror has to itself and that lie in no [`Place`] of its: its edges, or all of it if it is accessed in place or has no
+/// whole page.
+#[derive(Debug)]
+struct Claim {
+    region: u64,
+    bytes: Range<usize>,
+}
+
 /// Slots for threads whose fault found no place; those that share one only try once more.
 const MISS_SLOTS: usize = 64;
 
@@ -106,6 +115,8 @@ pub(crate) struct AddressSpace {
     fork_bracket: StdMutex<()>,
     /// Held across a call of [`crate::calls`] that vacates addresses, until it is applied.
     vacating: StdMutex<()>,
+    /// What mirrors have to themselves beside `places`. Held while one is published, so that of two that overlap one is refused.
+    claims: StdMutex<Vec<Claim>>,
     pagemap: Pagemap,
     maps: Maps,
     /// A block of zeros to copy from: never written, so it costs no memory.
@@ -135,6 +146,7 @@ impl AddressSpace {
             forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
             vacating: StdMutex::new(()),
+            claims: StdMutex::new(Vec::new()),
             pagemap,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
@@ -431,6 +443,56 @@ impl AddressSpace {
         })
     }
 
+    /// Has `publish` make a mirror's region known, unless the mirror shares a byte with another: an error that changes nothing.
+    ///
+    /// Bytes, not pages: of two slices side by side each may have a part of the page between them, where nothing ever moves. What
+    /// the kernel has taken from a mirror's body is that mirror's no more.
+    pub(crate) fn admit(&self, region: &Region, publish: impl Fn() -> Result<()>) -> Result<()> {
+        let admitted = || {
+            let mut claims = self.claims();
+            self.check_overlap(&claims, region)?;
+            publish()?;
+            let of_region = |bytes| Claim {
+                region: region.id(),
+                bytes,
+            };
+            let outside = region.outside_places().into_iter();
+            claims.extend(outside.filter(|bytes| !bytes.is_empty()).map(of_region));
+            Ok(())
+        };
+        admitted().or_else(|_| {
+            // What it overlaps may be gone, and nobody has read of it yet.
+            self.drain_events();
+            admitted()
+        })
+    }
+
+    /// Gives up what [`admit`](Self::admit) gave. The caller unpublishes it first.
+    pub(crate) fn dismiss(&self, region: &Region) {
+        self.claims().retain(|claim| claim.region != region.id());
+    }
+
+    fn claims(&self) -> MutexGuard<'_, Vec<Claim>> {
+        self.claims.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn check_overlap(&self, claims: &[Claim], region: &Region) -> Result<()> {
+        let bytes = region.addr()..region.end();
+        let claimed = claims.iter().find(|claim| share(&claim.bytes, &bytes));
+        if claimed.is_some() || self.is_published(&bytes) {
+            return Err(Error::new("mirror", ErrorKind::Overlap).at(region.addr()));
+        }
+        Ok(())
+    }
+
+    /// Whether one of `bytes` lies in a published range.
+    pub(crate) fn is_published(&self, bytes: &Range<usize>) -> bool {
+        let gate = self.gate.enter();
+        self.places(&gate)
+            .iter()
+            .any(|place| share(&(place.range.start()..place.range.end()), bytes))
+    }
+
     /// Makes those parts of `region` known to faults where something is mapped: all of them, or none.
     pub(crate) fn publish_region(
         &self,
@@ -602,6 +664,11 @@ impl AddressSpace {
     pub(crate) fn release_device(&self, id: DeviceId) {
         self.devices.fetch_and(!(1 << id.0), Ordering::Release);
     }
+}
+
+/// Whether some byte is in both.
+fn share(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start.max(b.start) < a.end.min(b.end)
 }
 
 fn check_transparent(

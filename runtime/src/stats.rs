@@ -125,6 +125,8 @@ counters! {
     write_protect_calls,
     /// Copies of pages by process_vm_readv.
     kernel_copy_calls,
+    /// Calls of madvise that dropped pages, where there is no UFFDIO_MOVE.
+    discard_calls,
     /// PAGEMAP_SCAN calls.
     scan_calls,
     /// Calls the kernel answered with "changing, try again" because an event was pending.
@@ -172,6 +174,7 @@ impl Stats {
             + self.zeropage_calls
             + self.write_protect_calls
             + self.kernel_copy_calls
+            + self.discard_calls
     }
 }
 

@@ -81,6 +81,10 @@ impl OpenError {
     pub(crate) fn syscall_errno(&self) -> Option<i32> {
         None
     }
+
+    pub(crate) fn help(&self) -> String {
+        String::new()
+    }
 }
 
 impl fmt::Display for OpenError {

@@ -263,6 +263,38 @@ pub(crate) fn abort_with_message(message: fmt::Arguments<'_>) -> ! {
     unsafe { libc::abort() }
 }
 
+/// The lines of /proc/self/status that decide about userfaultfd.
+pub(crate) struct Status {
+    effective_capabilities: u64,
+    /// Whether a filter looks at this process's system calls.
+    pub(crate) is_seccomp_filtered: bool,
+}
+
+/// CAP_SYS_PTRACE's bit there.
+const CAP_SYS_PTRACE: u32 = 19;
+
+impl Status {
+    /// Control path: it allocates.
+    pub(crate) fn read() -> Self {
+        let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+                .map(str::trim)
+        };
+        Self {
+            effective_capabilities: field("CapEff")
+                .and_then(|hex| u64::from_str_radix(hex, 16).ok())
+                .unwrap_or(0),
+            is_seccomp_filtered: field("Seccomp") == Some("2"),
+        }
+    }
+
+    pub(crate) fn has_ptrace(&self) -> bool {
+        self.effective_capabilities >> CAP_SYS_PTRACE & 1 != 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::mmap::{MapArray, Reservation};

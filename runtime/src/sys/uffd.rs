@@ -53,9 +53,9 @@ use userfaultfd_sys::{
     uffdio_copy, uffdio_range, uffdio_writeprotect, uffdio_zeropage,
 };
 
-use super::disable::Disabled;
+use super::disable::{Disabled, VARIABLE};
 pub(crate) use super::event::{Doorbell, Ready};
-use super::process::abort_with_message;
+use super::process::{Status, abort_with_message};
 use super::{check, ioctl, iowr, replace_fd};
 use crate::addr::PageRange;
 
@@ -302,6 +302,40 @@ impl OpenError {
     /// The error number of the system call.
     pub(crate) fn syscall_errno(&self) -> Option<i32> {
         self.syscall.raw_os_error()
+    }
+}
+
+/// What makes the kernel let a process have faults of its system calls handled, or, before 5.11, any.
+const PRIVILEGE: &str = "CAP_SYS_PTRACE or the sysctl vm.unprivileged_userfaultfd=1";
+
+impl OpenError {
+    /// What would help, for who meets it without having asked. Control path: it reads /proc.
+    pub(crate) fn help(&self) -> String {
+        if Disabled::current().contains(Disabled::USERFAULTFD) {
+            return format!("{VARIABLE} says not to use it");
+        }
+        let is_filtered = Status::read().is_seccomp_filtered;
+        let device = format!(
+            "access to {DEVICE} (Linux 6.1 or later; setfacl -m u:NAME:rw {DEVICE}, or its mode)"
+        );
+        match self.syscall_errno() {
+            // What an old kernel or a security module says, a filter may say as well, and there is one.
+            Some(errno) if is_filtered => {
+                let otherwise = if errno == libc::ENOSYS {
+                    "the kernel lacks it: CONFIG_USERFAULTFD=y".into()
+                } else {
+                    format!("it is a kernel before 5.11: {PRIVILEGE}")
+                };
+                format!(
+                    "a seccomp filter is in force, as in a container: have its profile allow the system call userfaultfd, or have \
+                     {device}, which needs no such call; or, if the filter is not to blame but {otherwise}"
+                )
+            }
+            Some(libc::ENOSYS) => "the kernel needs CONFIG_USERFAULTFD=y".into(),
+            _ => format!(
+                "a kernel before 5.11, or a security module, refuses it; these may help: {PRIVILEGE}, {device}"
+            ),
+        }
     }
 }
 

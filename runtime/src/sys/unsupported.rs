@@ -632,6 +632,10 @@ pub(crate) mod uffd {
         pub(crate) fn syscall_errno(&self) -> Option<i32> {
             None
         }
+
+        pub(crate) fn help(&self) -> String {
+            String::new()
+        }
     }
 
     impl fmt::Display for OpenError {
