@@ -49,6 +49,22 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
     });
 }
 
+/// The kernel refuses it, whatever is mirrored there and whatever it tells of; and the call does not wait for itself.
+#[test]
+fn a_move_over_its_own_range_is_refused_at_once() {
+    each("a_move_over_its_own_range_is_refused_at_once", |options| {
+        let (map, mirror, device) = mirrored(options);
+        let (len, flags) = (16 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        // SAFETY: nothing comes of it.
+        let moved = unsafe { svm::mremap(map.at(0), len, len, flags, map.at(8)) };
+        assert_eq!(moved.unwrap_err().os_error(), Some(libc::EINVAL));
+        assert_eq!(read(&device, mirror.view(), 9), Ok(10));
+        assert_eq!(map.read(20), 21);
+        mirror.close().unwrap();
+        map.unmap();
+    });
+}
+
 /// A map, its mirror, and a device that has some of it to itself, some as duplicates, and has given some back.
 fn mirrored(options: &Options) -> (Map, Mirror<'static, u8>, TestDevice) {
     let map = Map::new(PAGES);

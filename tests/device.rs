@@ -229,7 +229,8 @@ impl TestDevice {
             (first / 512..end.div_ceil(512))
                 .for_each(|block| mapped.table().remove(block, &PageMask::FULL));
         }
-        let use_guard = mapped.begin_use(access)?;
+        // SAFETY: whoever tests keeps the mirror, and leaves its edges alone, while there is a session.
+        let use_guard = unsafe { mapped.begin_use(access) }?;
         let edges = use_guard.edge_pages().collect();
         Ok(Session {
             device: self,

@@ -362,12 +362,16 @@ fn an_edge_whose_mapping_has_gone_is_a_typed_error() {
             if gone_first {
                 unmap();
             } else {
-                let begun = mapped.begin_use(Access::Write).unwrap();
+                // SAFETY: that the memory does not stay is what is tried; nothing else uses it.
+                let begun = unsafe { mapped.begin_use(Access::Write) }.unwrap();
                 unmap();
                 let ended = begun.finish().unwrap_err();
                 assert!(matches!(ended.kind(), ErrorKind::Unmapped), "{ended}");
             }
-            let refused = mapped.begin_use(Access::Write).map(drop).unwrap_err();
+            // SAFETY: as above.
+            let refused = unsafe { mapped.begin_use(Access::Write) }
+                .map(drop)
+                .unwrap_err();
             assert!(matches!(refused.kind(), ErrorKind::Unmapped), "{refused}");
             // Memory of somebody else's there is not written by a launch that began before.
             let mut range = device.range().unwrap();
@@ -474,6 +478,83 @@ fn a_profilers_handler_may_touch_what_the_thread_is_faulting_on() {
         drop(range);
         mirror.close().unwrap();
         map.unmap();
+    });
+}
+
+/// A stale window page that somebody has pinned is nobody's contents. It keeps its mirror neither from closing nor from being made anew.
+#[test]
+fn a_pinned_stale_frame_keeps_no_mirror_from_closing() {
+    both_doors("stale and pinned", |options| {
+        let map = Map::new(8);
+        let device = TestDevice::new().unwrap();
+        for round in 0..2 {
+            let mirror = map.mirror(&options.clone().read_mostly(true));
+            let view = mirror.view();
+            let mut out = [0; 8 * PAGE];
+            device.read(view.region(), view.addr(), &mut out).unwrap();
+            let offset = device.attachment().map(view.region()).unwrap().offset();
+            let frame = map.addr.wrapping_add_signed(offset) + 3 * PAGE;
+            let Some(ring) = ring::Ring::holding(frame, PAGE) else {
+                println!("SKIPPED: no io_uring here");
+                return;
+            };
+            // What the device has of it is stale from here on.
+            map.write(3, 40 + round);
+            mirror.close().unwrap();
+            assert_eq!(map.read(3), 40 + round);
+            assert_eq!(device.attachment().resident_bytes(), 0);
+            drop(ring);
+        }
+        map.unmap();
+    });
+}
+
+/// F1: what cannot come home is not inherited; and it keeps nothing else from coming home, not even behind it in the same region.
+#[test]
+fn a_child_reads_no_zeros_beside_a_page_that_cannot_come_home() {
+    const NR_PAGES: usize = 3 * 512;
+    both_doors("stuck at a fork", |options| {
+        let map = Map::new(NR_PAGES);
+        let mirror = map.mirror(options);
+        let device = Idle::attach().unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        let mut range = device.range().unwrap();
+        let index = |page: usize| (map.addr - mapped.region().base()) / PAGE + page;
+        for page in [1, NR_PAGES - 1] {
+            fault_in(
+                &mut range,
+                &mapped,
+                index(page)..index(page) + 1,
+                Access::Write,
+            )
+            .unwrap();
+        }
+        let frame =
+            ptr::with_exposed_provenance_mut(map.at(1).addr().wrapping_add_signed(mapped.offset()));
+        // SAFETY: a frame of the device's, which no code uses: it is lost, as it would be to a fault of the memory.
+        let dropped = unsafe { libc::madvise(frame, PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(dropped, 0);
+        // SAFETY: the child reads a word and ends, one way or another.
+        let child = unsafe { libc::fork() };
+        assert!(child >= 0, "{}", std::io::Error::last_os_error());
+        if child == 0 {
+            let found = map.read(NR_PAGES - 1);
+            // SAFETY: ends the child, without the parent's destructors.
+            unsafe { libc::_exit(if found == NR_PAGES as u64 { 0 } else { 9 }) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for the child just made.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert!(
+            libc::WIFSIGNALED(status) || libc::WEXITSTATUS(status) == 0,
+            "the child read something else: {status:#x}"
+        );
+        // Behind the one that is stuck, in another block, the page is home.
+        assert_eq!(device.resident_bytes(), PAGE);
+        assert_eq!(map.read(NR_PAGES - 1), NR_PAGES as u64);
+        drop(range);
+        let lost = mirror.close().unwrap_err();
+        assert!(matches!(lost.kind(), ErrorKind::Lost), "{lost}");
     });
 }
 

@@ -40,12 +40,9 @@ fn two_readers_miss_the_same_page_at_once() {
                 .write(view.region(), view.addr(), &round.to_ne_bytes())
                 .unwrap();
             // A launch is in progress: CPU readers duplicate.
-            let in_use = device
-                .attachment()
-                .map(buffer.view().region())
-                .unwrap()
-                .begin_use(Access::Read)
-                .unwrap();
+            let mapped = device.attachment().map(buffer.view().region()).unwrap();
+            // SAFETY: the buffer outlives the guard, and is only read while there is one.
+            let in_use = unsafe { mapped.begin_use(Access::Read) }.unwrap();
             let (barrier, slice) = (Barrier::new(2), buffer.as_slice());
             std::thread::scope(|scope| {
                 for page in [0, round as usize % 16] {

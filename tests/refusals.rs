@@ -329,15 +329,15 @@ fn two_launches_share_the_edges() {
                 // SAFETY: an edge page of the window, while a writing use is open.
                 unsafe { edge.add(at).write_volatile(value) }
             };
-            let first = mapped.begin_use(Access::Write).unwrap();
+            let first = begin_write(&mapped).unwrap();
             write(0, 1);
-            let second = mapped.begin_use(Access::Write).unwrap();
+            let second = begin_write(&mapped).unwrap();
             write(1, 2);
             first.finish().unwrap();
             write(2, 3);
             second.finish().unwrap();
             // A third finds what the two have left.
-            let third = mapped.begin_use(Access::Write).unwrap();
+            let third = begin_write(&mapped).unwrap();
             write(3, 4);
             third.finish().unwrap();
             mirror.close().unwrap();
@@ -362,18 +362,15 @@ fn a_second_device_may_not_write_a_mirror_that_one_is_writing() {
             a.map(mirror.view().region()).unwrap(),
             b.map(mirror.view().region()).unwrap(),
         );
-        let writes = on_a.begin_use(Access::Write).unwrap();
-        let also = on_a.begin_use(Access::Write).unwrap();
-        assert!(on_b.begin_use(Access::Write).is_err());
+        let writes = begin_write(&on_a).unwrap();
+        let also = begin_write(&on_a).unwrap();
+        assert!(begin_write(&on_b).is_err());
         writes.finish().unwrap();
-        assert!(
-            on_b.begin_use(Access::Write).is_err(),
-            "one of two is still writing"
-        );
+        assert!(begin_write(&on_b).is_err(), "one of two is still writing");
         also.finish().unwrap();
         // A refused use has left nothing behind.
-        on_b.begin_use(Access::Write).unwrap().finish().unwrap();
-        on_a.begin_use(Access::Write).unwrap().finish().unwrap();
+        begin_write(&on_b).unwrap().finish().unwrap();
+        begin_write(&on_a).unwrap().finish().unwrap();
         mirror.close().unwrap();
         assert!(bytes.iter().all(|&b| b == 7));
     });
@@ -542,4 +539,23 @@ fn pages_outside_the_region_are_refused() {
         let mut update = range.start_update(&mapped, nothing, TIMEOUT).unwrap();
         update.fault(Access::Write).unwrap();
     });
+}
+
+/// A writing use of a region whose mirror the test keeps, and whose edges it touches through the window alone.
+fn begin_write<D: svm::Device>(mapped: &svm::MappedRef<D>) -> Result<svm::UseGuard<D>, svm::Error> {
+    // SAFETY: as said, here and where it is called.
+    unsafe { mapped.begin_use(Access::Write) }
+}
+
+#[test]
+#[should_panic(expected = "its own attachment")]
+fn a_range_refuses_what_another_attachment_has_mapped() {
+    let _watchdog = Watchdog::new("another attachment's region");
+    assert!(usable(), "its own attachment has no userfaultfd to be of");
+    let mirror = Buffer::<u8>::zeroed(PAGE).unwrap();
+    let (a, b) = (Idle::attach().unwrap(), Idle::attach().unwrap());
+    let mapped = b.map(mirror.view().region()).unwrap();
+    let page = (mirror.view().addr() - mapped.region().base()) / PAGE;
+    let mut range = a.range().unwrap();
+    let _ = range.start_update(&mapped, page..page + 1, Duration::from_secs(1));
 }

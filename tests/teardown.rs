@@ -3,12 +3,16 @@
 #![cfg(target_os = "linux")]
 
 use std::ptr;
-use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use svm::{Access, Buffer, Delivery, DeviceFaultKind, MappedRef, Options};
+use svm::{
+    Access, AttachOptions, Buffer, Delivery, Device, DeviceFaultKind, DeviceLock, Error, ErrorKind,
+    Invalidation, MapInfo, MappedRef, Options, WouldBlock,
+};
 use tests::idle::{Idle, fault_in};
+use tests::mapping::{self, READ_WRITE};
 use tests::{TestDevice, Watchdog, usable};
 
 const PAGE: usize = 4096;
@@ -27,6 +31,88 @@ fn both_doors(name: &'static str, test: impl Fn(&Options)) {
 fn first_page(mapped: &MappedRef<Idle>) -> usize {
     let region = mapped.region();
     (region.addr().next_multiple_of(PAGE) - region.base()) / PAGE
+}
+
+/// A device that makes no access, and pretends that one goes on until it was asked often enough.
+#[derive(Default)]
+struct InPlace {
+    lock: DeviceLock,
+    seen: Arc<Seen>,
+}
+
+/// Of how many pages it was told, and how often it was asked whether it is done.
+#[derive(Default)]
+struct Seen {
+    told: AtomicU64,
+    asked: AtomicU64,
+}
+
+// SAFETY: it makes no access.
+unsafe impl Device for InPlace {
+    type Table = ();
+
+    fn map(&self, _: &MapInfo) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn lock(&self) -> &DeviceLock {
+        &self.lock
+    }
+
+    fn invalidate(&self, (): &(), inv: &Invalidation) -> Result<(), WouldBlock> {
+        let nr_pages = inv.pages().count() as u64;
+        self.seen.told.fetch_add(nr_pages, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn quiesced(&self, (): &(), _: &Invalidation) -> bool {
+        self.seen.asked.fetch_add(1, Ordering::SeqCst) > 20
+    }
+}
+
+/// Memory that devices use where it lies has nothing that would have to come home. They are told all the same, and waited for, before
+/// its mirror is closed or they are detached: nobody would tell them of a change any more.
+#[test]
+fn translations_in_place_end_with_the_mirror_and_with_the_device() {
+    both_doors("in place", |options| {
+        for detach in [false, true] {
+            let map = mapping::Map::at_hint(0, 4, READ_WRITE, libc::MAP_SHARED);
+            let mirror = map.mirror(options);
+            let device = svm::attach(InPlace::default(), AttachOptions::new()).unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            assert!(mapped.region().is_in_place());
+            let first = (map.addr - mapped.region().base()) / PAGE;
+            let mut range = device.range().unwrap();
+            let signals = svm::worker_thread();
+            let timeout = Duration::from_secs(3);
+            range
+                .fault_in(
+                    &mapped,
+                    first..first + 4,
+                    Access::Write,
+                    0,
+                    timeout,
+                    |_, _| {},
+                )
+                .unwrap();
+            drop((signals, range));
+            let seen = device.device().seen.clone();
+            assert_eq!(seen.told.load(Ordering::SeqCst), 0);
+            if detach {
+                drop(device);
+            }
+            let before_close = seen.told.load(Ordering::SeqCst);
+            mirror.close().unwrap();
+            let (told, asked) = (&seen.told, &seen.asked);
+            assert!(told.load(Ordering::SeqCst) >= 4, "it was not told");
+            assert!(asked.load(Ordering::SeqCst) > 20, "it was not waited for");
+            assert!(
+                !detach || before_close >= 4,
+                "told by the mirror, not by its own end"
+            );
+            map.unmap();
+        }
+    });
 }
 
 /// A device thread is between two rounds, or in one, when the mirror is closed. What its last round moved comes home all the
@@ -417,4 +503,13 @@ fn a_device_whose_mirror_goes_during_an_event_is_not_left_paused() {
         "pauses without a resumption, or the reverse"
     );
     noisy.unmap();
+}
+
+#[test]
+fn a_snapshot_of_more_pages_than_there_is_memory_for_is_a_typed_error() {
+    let refused = svm::snapshot(PAGE, 1 << 50).unwrap_err();
+    assert!(
+        matches!(refused.kind(), ErrorKind::OutOfMemory),
+        "{refused}"
+    );
 }

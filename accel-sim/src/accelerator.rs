@@ -3,7 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crossbeam_channel::{Sender, unbounded};
 use svm::addr::PAGE_SIZE;
@@ -114,8 +114,11 @@ impl Accelerator {
     ///
     /// # Errors
     ///
-    /// If a page could not be brought home.
+    /// If a page could not be brought home; [`Nested`](Error::Nested) in a kernel of its own, which would wait for itself.
     pub fn release(&self) -> Result<(), Error> {
+        if self.shared.is_current() {
+            return Err(Error::Nested);
+        }
         Ok(self.shared.attachment.release()?)
     }
 
@@ -220,17 +223,7 @@ impl Accelerator {
             _env: PhantomData,
         };
         let result = catch_unwind(AssertUnwindSafe(|| f(&scope)));
-        let launches = std::mem::take(
-            &mut *scope
-                .launches
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        // Each is waited for, whatever the others came to.
-        let ended = launches
-            .iter()
-            .map(|launch| launch.wait())
-            .fold(Ok(()), Result::and);
+        let ended = scope.wait_for_all();
         match result {
             Ok(result) => result.and_then(|r| ended.map(|()| r)),
             Err(panic) => resume_unwind(panic),
@@ -289,11 +282,8 @@ impl Accelerator {
         buffers: B,
         work: impl Work + 'static,
     ) -> Result<Job<B>, Error> {
-        let buffers = Arc::new(Mutex::new(Some(buffers)));
-        let work = Owning {
-            work,
-            _buffers: buffers.clone(),
-        };
+        let work = Owning::new(work, buffers);
+        let buffers = work.owned.clone();
         // SAFETY: the work borrows nothing: it is 'static, and keeps the buffers alive itself.
         let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers()) });
         self.enqueue(&launch);
@@ -361,18 +351,34 @@ impl Drop for Accelerator {
             std::mem::forget(self.relief.take());
             return;
         }
-        self.shared.join();
-        if let Some(relief) = self.relief.take() {
-            relief.dismiss();
+        let Some(relief) = self.relief.take() else {
+            // It was never complete.
+            self.shared.join();
+            return;
+        };
+        if self.shared.is_current() {
+            // A kernel's captures held the last handle, and one of the workers, which nobody can wait for there, drops them.
+            let _ = std::thread::Builder::new()
+                .name("accel-end".into())
+                .spawn(move || relief.end());
+            return;
         }
+        relief.end();
         // The attachment goes with `shared`, of which ours is now the last: its pages come home.
     }
 }
 
-/// Work that keeps the buffers it works on alive.
+/// Work that keeps what it works on alive: its views, or buffers of its own.
 struct Owning<W, B> {
     work: W,
-    _buffers: Arc<Mutex<Option<B>>>,
+    owned: Arc<Mutex<Option<B>>>,
+}
+
+impl<W, B> Owning<W, B> {
+    fn new(work: W, owned: B) -> Self {
+        let owned = Arc::new(Mutex::new(Some(owned)));
+        Self { work, owned }
+    }
 }
 
 impl<W: Work, B: Send> Work for Owning<W, B> {
@@ -442,6 +448,25 @@ impl fmt::Debug for Scope<'_, '_> {
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {
+    /// Waits for each launch, whatever the others came to. A kernel, or a thread that it has started, may launch more meanwhile: into
+    /// the list, before the launch that it is part of is over.
+    fn wait_for_all(&self) -> Result<(), Error> {
+        let mut ended = Ok(());
+        loop {
+            let launches = std::mem::take(&mut *self.list());
+            if launches.is_empty() {
+                return ended;
+            }
+            for launch in launches {
+                ended = ended.and(launch.wait());
+            }
+        }
+    }
+
+    fn list(&self) -> MutexGuard<'_, Vec<Arc<Launch>>> {
+        self.launches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Launches a kernel over slices, as [`Accelerator::run`] does, and returns at once.
     ///
     /// # Errors
@@ -449,13 +474,13 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// As [`Accelerator::run`], as far as they show before the kernel runs.
     pub fn launch<V, K>(&'scope self, views: V, kernel: K) -> Result<ScopedLaunch<'scope>, Error>
     where
-        V: SpanSet + 'scope,
+        V: SpanSet + Send + 'scope,
         K: for<'s> Fn(<V as SpanSet>::Spans<'s>) + Sync + Send + 'scope,
     {
         let operands = self.accel.operands(&views)?;
         let budget = self.accel.budget(&operands);
         let work = SpanWork::<V, K>::new(operands, kernel, budget)?;
-        Ok(self.launch_work(Box::new(work)))
+        Ok(self.launch_work(Box::new(Owning::new(work, views))))
     }
 
     /// Launches a kernel by items, as [`Accelerator::run_items`] does, and returns at once.
@@ -470,7 +495,7 @@ impl<'scope, 'env> Scope<'scope, 'env> {
         kernel: K,
     ) -> Result<ScopedLaunch<'scope>, Error>
     where
-        V: ViewSet + 'scope,
+        V: ViewSet + Send + 'scope,
         K: for<'l, 's> Fn(
                 &'l Lane<'s>,
                 usize,
@@ -482,17 +507,14 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     {
         let operands = self.accel.operands(&views)?;
         let work = ItemWork::<V, K>::new(operands, nr_items, kernel, self.accel.workers());
-        Ok(self.launch_work(Box::new(work)))
+        Ok(self.launch_work(Box::new(Owning::new(work, views))))
     }
 
     fn launch_work(&'scope self, work: Box<dyn Work + 'scope>) -> ScopedLaunch<'scope> {
         // SAFETY: `Accelerator::scope` waits for every launch in the list before it returns or unwinds, and 'scope lasts until then.
         // It is in the list before it is in the queue.
         let launch = Arc::new(unsafe { Launch::new(work, self.accel.workers()) });
-        self.launches
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(launch.clone());
+        self.list().push(launch.clone());
         self.accel.enqueue(&launch);
         ScopedLaunch {
             launch,

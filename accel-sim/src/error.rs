@@ -21,6 +21,8 @@ pub enum Error {
         /// Elements of the one that differs.
         found: usize,
     },
+    /// A launch over slices without a view: nothing says how many indices there are.
+    NoViews,
     /// Zero workers, or more than [`MAX_WORKERS`](crate::MAX_WORKERS).
     BadWorkerCount(usize),
     /// The translation cache's size is not a power of two, or is out of range.
@@ -66,6 +68,10 @@ impl fmt::Display for Error {
                     "the views of a launch over slices have {expected} and {found} elements; use run_items for views of different lengths"
                 )
             }
+            Error::NoViews => write!(
+                f,
+                "a launch over slices needs a view, which says how many elements there are; use run_items for none"
+            ),
             Error::BadWorkerCount(n) => {
                 write!(
                     f,

@@ -76,7 +76,8 @@ where
     fn item(&self, worker: &Worker, launch: &Launch, batch: usize) -> Result<(), Failure> {
         worker.cache().use_for(launch.id());
         let lane = Lane::new(worker, launch, &self.operands.views, &self.operands.spaces);
-        let elements = <V as ViewSet>::elements(&lane);
+        // SAFETY: the operands, which the lane is of, were made of a `V`.
+        let elements = unsafe { <V as ViewSet>::elements(&lane) };
         worker.slot().enter_element_mode();
         let mode = ElementMode(worker.slot());
         let ran = catch(|| {

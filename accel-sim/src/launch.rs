@@ -16,7 +16,8 @@
 //! The work of a launch borrows the caller's data and is kept in the queue as if it were `'static`. Nobody touches it after
 //! step 4, and each way to launch waits for that before its borrows end, also when unwinding: `run` before it
 //! returns, a scope before it returns. A detached launch borrows nothing. On a parked thread's stack references to it live on,
-//! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it.
+//! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it. (What threads of the
+//! kernel's own may do with them is in the contract of [`Options::span_deadline`](crate::Options::span_deadline).)
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -61,7 +62,14 @@ impl From<Failure> for Error {
 
 /// Runs a kernel's code, and makes a failure of its panic.
 pub(crate) fn catch<R>(kernel: impl FnOnce() -> R) -> Result<R, Failure> {
-    catch_unwind(AssertUnwindSafe(kernel)).map_err(|payload| Failure::Panicked(message(&*payload)))
+    catch_unwind(AssertUnwindSafe(kernel)).map_err(|payload| {
+        let failure = Failure::Panicked(message(&*payload));
+        // A payload may panic when it is dropped, and what it panics with as well.
+        if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+            std::mem::forget(again);
+        }
+        failure
+    })
 }
 
 fn message(payload: &(dyn Any + Send)) -> String {
@@ -288,7 +296,8 @@ impl Operands {
                 } else {
                     rights
                 };
-                uses.push(mapped.begin_use(access_of(written))?);
+                // SAFETY: the views are borrowed, and so is what they are of, until the work is dropped, and the guard with it.
+                uses.push(unsafe { mapped.begin_use(access_of(written)) }?);
                 granule_pages = granule_pages.max(region.granule_pages());
                 let known = spaces.iter().position(|s| {
                     s.mapped().region().id() == region.id() && s.sharing() == sharing

@@ -32,6 +32,11 @@ pub struct Options {
     pub fault_timeout: Duration,
     /// How long the CPU, or another device, waits for a slice kernel that holds a page it needs. Past that the page is taken, and a
     /// kernel that touches it afterwards ends its launch with [`DeviceFaultKind::Stuck`](svm::DeviceFaultKind::Stuck).
+    ///
+    /// Its frames stay where they are, and never run again; what the launch has borrowed is the caller's once more. That is sound for
+    /// a kernel whose borrows are used by its own thread. One that lends them to threads which it starts (`std::thread::scope`, rayon, a
+    /// launch on another accelerator) and waits for must not be late: they would go on with what is not theirs any more. Give such
+    /// a launch a deadline that it cannot miss: `Duration::MAX` is for ever.
     pub span_deadline: Duration,
 }
 

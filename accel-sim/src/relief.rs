@@ -6,9 +6,9 @@
 //! what the worker had in flight, noted where it was lost, and rung the bell; everything that takes more than a few stores is
 //! for this thread, the *relief*:
 //!
-//! 1. It starts another thread in the worker's place, with the same slot, so that the accelerator keeps its strength.
-//! 2. It ends the lost worker's part in its launch, with the fault: the others stop as after any failure, the last ticket drops
+//! 1. It ends the lost worker's part in its launch, with the fault: the others stop as after any failure, the last ticket drops
 //!    the work, and who waits for the launch is told.
+//! 2. It starts another thread in the worker's place, with the same slot, so that the accelerator keeps its strength.
 //!
 //! # What stays behind
 //! The parked thread's stack and all that it owned: the worker's range, cache and buffers, and whatever the kernel had allocated or
@@ -31,7 +31,7 @@ use crossbeam_channel::Receiver;
 use crate::launch::Launch;
 use crate::worker::Shared;
 
-/// The thread. It ends with [`Relief::dismiss`].
+/// The thread. It ends with [`Relief::end`].
 #[derive(Debug)]
 pub(crate) struct Relief {
     shared: Arc<Shared>,
@@ -54,8 +54,9 @@ impl Relief {
         })
     }
 
-    /// Ends it, when nobody is at work any more.
-    pub(crate) fn dismiss(self) {
+    /// Waits until nobody is at work any more, the accelerator having hung up, and ends it.
+    pub(crate) fn end(self) {
+        self.shared.join();
         // Release: the wait that it ends has an order of its own.
         self.dismissed.store(true, Ordering::Release);
         self.shared.attachment.device().ring();
@@ -73,13 +74,13 @@ fn stand_by(shared: &Arc<Shared>, dismissed: &AtomicBool, queue: &Receiver<Arc<L
         // SAFETY: the count is the lost worker's own. Its thread never runs again, so it neither uses the state nor gives the
         // count back; and ours keeps the state alive here.
         unsafe { Arc::decrement_strong_count(Arc::as_ptr(shared)) };
-        let task = shared.take_task(i);
+        // First, for who waits for the launch need not wait for a thread that the system will not give.
+        if let Some(launch) = shared.take_task(i) {
+            launch.give_up_part(fault);
+        }
         while shared.enlist_successor(i, queue).is_err() {
             // No thread, or no memory, now: there will be.
             std::thread::sleep(Duration::from_millis(5));
-        }
-        if let Some(launch) = task {
-            launch.give_up_part(fault);
         }
     }
 }

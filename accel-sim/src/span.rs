@@ -52,6 +52,9 @@ where
 {
     pub(crate) fn new(operands: Operands, kernel: K, budget: Budget) -> Result<Self, Error> {
         let views = || operands.views.iter().flatten();
+        if views().next().is_none() {
+            return Err(Error::NoViews);
+        }
         let expected = views().next().map_or(0, |v| v.len);
         if let Some(other) = views().find(|v| v.len != expected) {
             return Err(Error::LengthMismatch {
@@ -465,10 +468,14 @@ fn with_page(
     let page = want.space.pages(host, 1);
     let spans = [(want.space.host_pages(&page), rights)];
     for attempt in 0.. {
-        if let Some(place) = worker
-            .slot()
-            .try_open(0, &spans, || want.space.place(page.start, rights))
-        {
+        worker.wait_while_paused();
+        let place = || {
+            if worker.is_paused() {
+                return None;
+            }
+            want.space.place(page.start, rights)
+        };
+        if let Some(place) = worker.slot().try_open(0, &spans, place) {
             let open = Open {
                 slot: worker.slot(),
                 nr: 1,

@@ -120,8 +120,11 @@ pub trait ViewSet: sealed::Operands {
     /// What the kernel gets: a handle for each view.
     type Elements<'s>;
 
+    /// # Safety
+    ///
+    /// `lane` is of a launch with these very views.
     #[doc(hidden)]
-    fn elements<'s>(lane: &'s Lane<'s>) -> <Self as ViewSet>::Elements<'s>;
+    unsafe fn elements<'s>(lane: &'s Lane<'s>) -> <Self as ViewSet>::Elements<'s>;
 }
 
 /// Arguments of a slice kernel: a [`View`], a [`ViewMut`], [`Indices`], or a tuple of up to six. Sealed.
@@ -139,7 +142,7 @@ pub trait SpanSet: sealed::SpanOperands {
 impl<V: Operands> ViewSet for V {
     type Elements<'s> = <V as Operands>::Elements<'s>;
 
-    fn elements<'s>(lane: &'s Lane<'s>) -> <Self as ViewSet>::Elements<'s> {
+    unsafe fn elements<'s>(lane: &'s Lane<'s>) -> <Self as ViewSet>::Elements<'s> {
         <V as Operands>::elements(lane)
     }
 }

@@ -114,6 +114,7 @@ fn bad_input_is_named_by_file_and_line_and_exits_2() {
         ],
     );
     fs::create_dir(files.0.join("dir.el")).expect("a directory for the test");
+    fs::write(files.0.join("latin.lock"), b"# a\n# \xe9\n").expect("a file for the test");
     for (arguments, complaint) in [
         (
             "--input short.mtx",
@@ -145,6 +146,11 @@ fn bad_input_is_named_by_file_and_line_and_exits_2() {
             "missing.el: No such file or directory",
         ),
         ("--input dir.el", "dir.el: Is a directory"),
+        ("--input latin.lock", "latin.lock:2: not UTF-8"),
+        (
+            "--rmat 3 --tolerance 0.9 --damping 0.99",
+            "--tolerance 0.9 with --damping 0.99: ranks that sum to 1 could differ by",
+        ),
     ] {
         let Outcome {
             status,

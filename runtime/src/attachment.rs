@@ -9,7 +9,7 @@ use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::DeviceId;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::mapped::{AnyMapped, Mapped, MappedRef, RegionRef};
 use crate::mask::PageMask;
 use crate::scratch::Scratch;
@@ -287,16 +287,17 @@ impl<D: Device> Attachment<D> {
             return Err(Error::new("release", ErrorKind::Forked));
         }
         let _signals = AsyncSignalsBlocked::new();
+        self.release_all(Stale::Kept)
+    }
+
+    fn release_all(&self, stale: Stale) -> Result<()> {
         let mut scratch = Scratch::new(self.attached.space)?;
-        for mapped in self.attached.mapped_list() {
-            evict::release_region(
-                &*mapped,
-                mapped.shared_region(),
-                &mut scratch,
-                Cause::Explicit,
-            )?;
-        }
-        Ok(())
+        let mapped = self.attached.mapped_list();
+        let mut release = |mapped: &MapArc<Mapped<D>>| {
+            let (region, cause) = (mapped.shared_region(), Cause::Explicit);
+            evict::release_region(&**mapped, region, &mut scratch, cause, stale)
+        };
+        mapped.iter().map(&mut release).fold(Ok(()), Result::and)
     }
 
     /// Brings home what the device holds of `pages` (indices from the region's base), and empties its memory there: the
@@ -322,6 +323,7 @@ impl<D: Device> Attachment<D> {
                 mask,
                 &mut scratch,
                 Cause::Explicit,
+                Stale::Kept,
             )?;
             at = part.end;
         }
@@ -417,7 +419,15 @@ impl<D: Device> Drop for Attachment<D> {
         self.attached.detached.store(true, Ordering::SeqCst);
         let gate = space.gate();
         gate.synchronize();
-        if self.release().is_err() {
+        let mapped = self.attached.mapped_list();
+        let withdraw = |mapped: &MapArc<Mapped<D>>| {
+            evict::withdraw_in_place(&**mapped, mapped.shared_region())
+        };
+        let withdrawn = mapped.iter().map(withdraw).fold(Ok(()), Result::and);
+        if withdrawn
+            .and(self.release_all(Stale::GoWithWindow))
+            .is_err()
+        {
             // Contents are stuck in a window: the device stays known, so that a touch faults instead of reading zeros.
             return;
         }

@@ -14,7 +14,7 @@
 //!    the reader sees as soon as it looks; ring it up.
 //! 6. Close the brackets.
 //!
-//! Calls that vacate addresses are made one at a time. The kernel tells of a change some time after it has made it, and what is
+//! Calls that vacate addresses are made one at a time, each waiting for its turn before it opens its brackets. The kernel tells of a change some time after it has made it, and what is
 //! vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was moved there since looks
 //! as if it were of that. (With bare calls this can happen; see the module `events`.)
 //!
@@ -28,6 +28,9 @@
 //! | discarding | the pages are pending: their faults wait | every copy is stale, the pages are zero-fill; no longer pending |
 //! | unmapping, moving | every page comes home, and is pending | what is no longer mapped there has left its region |
 //!
+//! The last is done on every kernel without `UFFDIO_MOVE`: there a round takes a page by copying it and discarding what is at its
+//! address, which is another's memory if the page was unmapped in between (hazards M1).
+//!
 //! The kernel moves a mapping without its registration where it does not tell of it: at the new address it is memory like any
 //! other. A discarding call is made piece by piece, so that it is known what a call that fails half-way has discarded.
 
@@ -38,7 +41,7 @@ use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{self, PendingList, blocks};
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::notifier::{Bracket, Full, Interval};
@@ -98,8 +101,7 @@ const PENDING_NS: u64 = 1_000_000_000;
 pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
     let addr = ptr.expose_provenance();
     let range = pages(addr, len_bytes);
-    let change = Change::begin([range], Some(Keep::Nothing));
-    let _alone = change.alone();
+    let change = Change::begin_alone([range]);
     let home = change.hold_home()?;
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::munmap(addr, len_bytes) };
@@ -154,10 +156,11 @@ pub unsafe fn mremap(
     let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
     // All of the old range: whether it moves nobody knows before the call.
     let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
-    let change = Change::begin([old, replaced], Some(Keep::Nothing));
-    let _alone = change.alone();
+    // One that overlaps the other the kernel refuses, and nothing happens to either.
+    let replaced = replaced.filter(|there| old.is_none_or(|old| !old.overlaps(*there)));
+    let change = Change::begin_alone([old, replaced]);
     let home = change.hold_home()?;
-    let was_held = home.is_some();
+    let was_held = home.as_ref().is_some_and(|home| !home.heard);
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
     change.let_go(home, |part| match outcome {
@@ -222,12 +225,12 @@ pub unsafe fn madvise(ptr: *mut u8, len_bytes: usize, advice: i32) -> Result<()>
         MADV_DONTNEED | MADV_DONTNEED_LOCKED | MADV_FREE | MADV_REMOVE | MADV_GUARD_INSTALL
     );
     let range = pages(addr, len_bytes).filter(|_| discards);
-    let change = Change::begin([range], Some(Keep::Nothing));
     // Of guards no event tells, whatever was asked for.
     let unheard = |part: &Part| {
         part.published.is_some()
             && (advice == MADV_GUARD_INSTALL || !part.flight.region().door().hears_of_removal())
     };
+    let change = Change::begin_to_discard(range, unheard);
     let outcome = match range {
         // SAFETY: by the caller's contract.
         Some(range) if change.parts.iter().any(unheard) => unsafe {
@@ -304,6 +307,8 @@ struct Change {
     parts: Vec<Part>,
     /// One of each region that a part is of.
     brackets: Vec<Bracket<Flight>>,
+    /// Held by those that are made one at a time; taken before the brackets, which others wait for.
+    alone: Option<std::sync::MutexGuard<'static, ()>>,
     _signals: Option<AsyncSignalsBlocked>,
 }
 
@@ -336,8 +341,11 @@ impl Fate {
     }
 }
 
-/// What is held home, of a kernel that does not tell of unmapping.
+/// What is held home: of a kernel that does not tell of unmapping; or where pages are taken by a copy, and then discarded at an address
+/// that may be another's by then.
 struct HeldHome<'a> {
+    /// The reader records what becomes of it.
+    heard: bool,
     parts: Vec<&'a Part>,
     /// The pages that were made pending, of one block each.
     marked: Vec<(&'a Part, usize, PageMask)>,
@@ -359,22 +367,53 @@ impl HeldHome<'_> {
 impl Change {
     /// Steps 1 and 2 for the ranges; what `keep` says may stay with the devices, all of it if it says nothing.
     fn begin<const N: usize>(ranges: [Option<PageRange>; N], keep: Option<Keep>) -> Self {
+        let mut change = Self::find_all(ranges);
+        change.start(keep);
+        change
+    }
+
+    /// The same for a change that vacates addresses, or that makes pages pending itself: one at a time. Two of the former could make a
+    /// moved mapping look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
+    /// Nobody waits for its turn with a bracket open: whose turn it is may need the slot.
+    fn begin_alone<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
+        let mut change = Self::find_all(ranges);
+        let space = change.space.filter(|_| !change.parts.is_empty());
+        change.alone = space.map(AddressSpace::vacating);
+        change.start(Some(Keep::Nothing));
+        change
+    }
+
+    /// For discarding `range`: alone, if there is something of which the kernel does not tell.
+    fn begin_to_discard(range: Option<PageRange>, unheard: impl Fn(&Part) -> bool) -> Self {
+        let mut change = Self::find_all([range]);
+        let space = change.space.filter(|_| change.parts.iter().any(unheard));
+        change.alone = space.map(AddressSpace::vacating);
+        change.start(Some(Keep::Nothing));
+        change
+    }
+
+    fn find_all<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
         let space = AddressSpace::existing().filter(|space| space.is_usable());
         let mut change = Self {
             space,
             parts: Vec::new(),
             brackets: Vec::new(),
+            alone: None,
             _signals: space.map(|_| AsyncSignalsBlocked::new()),
         };
         let Some(space) = space else { return change };
         for range in ranges.into_iter().flatten() {
             change.find(space, range);
         }
-        change.open_brackets();
-        if let Some(keep) = keep {
-            change.tell(space, keep);
-        }
         change
+    }
+
+    fn start(&mut self, keep: Option<Keep>) {
+        let Some(space) = self.space else { return };
+        self.open_brackets();
+        if let Some(keep) = keep {
+            self.tell(space, keep);
+        }
     }
 
     /// The parts of the range.
@@ -443,13 +482,6 @@ impl Change {
         }
     }
 
-    /// One change at a time that vacates addresses, or that makes pages pending itself: two of the former could make a moved mapping
-    /// look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
-    fn alone(&self) -> Option<std::sync::MutexGuard<'static, ()>> {
-        let space = self.space.filter(|_| !self.parts.is_empty());
-        space.map(AddressSpace::vacating)
-    }
-
     /// Steps 4 and 6.
     fn end(self) {
         if let Some(space) = self.space.filter(|_| !self.parts.is_empty()) {
@@ -469,11 +501,12 @@ impl Change {
         }
     }
 
-    /// Where the kernel does not tell of unmapping: brings home what the parts have with devices, and makes them pending, so that
-    /// it stays.
+    /// Where the kernel does not tell of unmapping, or cannot move pages: brings home what the parts have with devices, and makes
+    /// them pending, so that it stays.
     fn hold_home(&self) -> Result<Option<HeldHome<'_>>> {
         let unheard = |part: &&Part| {
-            part.published.is_some() && !part.flight.region().door().hears_of_unmapping()
+            let door = part.flight.region().door();
+            part.published.is_some() && !(door.hears_of_unmapping() && door.has_move())
         };
         let Some(space) = self
             .space
@@ -485,7 +518,9 @@ impl Change {
             Error::new("hold home", ErrorKind::OutOfMemory)
                 .errno(e.raw_os_error().unwrap_or(libc::ENOMEM))
         };
+        let hears = |part: &Part| part.flight.region().door().hears_of_unmapping();
         let mut held = HeldHome {
+            heard: self.parts.iter().filter(unheard).all(hears),
             parts: self.parts.iter().filter(unheard).collect(),
             marked: Vec::new(),
             pending: PendingList::new().map_err(no_memory)?,
@@ -511,7 +546,8 @@ impl Change {
             return;
         };
         let pending = &mut home.pending;
-        for part in &home.parts {
+        let unrecorded = home.parts.iter().filter(|_| !home.heard);
+        for part in unrecorded {
             let Some(published) = part.published else {
                 continue;
             };
@@ -543,7 +579,6 @@ impl Change {
         let Some(space) = self.space else {
             return Ok(());
         };
-        let _alone = self.alone();
         let mut hole = None;
         let mut advise = |start: usize, end: usize| {
             if start == end {
@@ -688,7 +723,8 @@ impl Part {
         let devices = region.devices(&space.gate().enter()).clone();
         loop {
             for device in devices.iter().flatten() {
-                evict::release_pages(&**device, region, block, pages, scratch, Cause::Explicit)?;
+                let (cause, stale) = (Cause::Explicit, Stale::Kept);
+                evict::release_pages(&**device, region, block, pages, scratch, cause, stale)?;
             }
             let is_home = |state: &BlockState, mask: PageMask| {
                 !(state.away() | state.held_by_devices(None)).intersects(&mask)

@@ -68,7 +68,12 @@ impl<D: Device> MappedRef<D> {
     ///
     /// # Errors
     /// The edge's mapping is gone, a write to an input, or a write while a launch of another device writes.
-    pub fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
+    ///
+    /// # Safety
+    /// Until the guard is ended the region's memory stays what it is, and nobody but launches uses its edges otherwise than the
+    /// mirror's borrow allows: for a write nobody at all, for a read nobody writes them. A view that is kept as long as the guard
+    /// says so.
+    pub unsafe fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
         let region = self.shared_region();
         if access == Access::Write && !region.is_writable() {
             return Err(

@@ -76,10 +76,10 @@ pub(crate) struct Pending {
 }
 
 impl Pending {
-    /// Ends it if nobody is at work any more; says whether it did. `changing`: the door said, after the event was read, that some
-    /// event's caller has not run yet.
-    fn poll(&mut self, space: &AddressSpace, changing: bool) -> bool {
-        if meddled_zap!() {
+    /// Whether nobody is at work any more. `changing`: the door said, after the event was read, that some event's caller has not run
+    /// yet.
+    fn is_over(&mut self, space: &AddressSpace, changing: bool) -> bool {
+        if self.zap && meddled_zap!() {
             return false;
         }
         let region = self.flight.region();
@@ -102,23 +102,42 @@ impl Pending {
             {
                 return false;
             }
-        } else {
-            drop(gate);
         }
-        let _gate = space.gate().enter();
-        region
-            .lock_block(self.block)
-            .set_pending(*self.inv.pages(), false);
-        self.bracket = None;
         true
     }
 
-    fn is_present(&self, space: &AddressSpace, region: &Region) -> bool {
-        self.inv.pages().runs().any(|run| {
-            let len = run.len();
-            space.nr_empty(region.addr_of(self.block, run.start), len) < len
-        })
+    /// Ends it, but for the pages that are pending on account of `others` too.
+    fn end(&mut self, space: &AddressSpace, others: PageMask) {
+        let _gate = space.gate().enter();
+        self.flight
+            .region()
+            .lock_block(self.block)
+            .set_pending(*self.inv.pages() - others, false);
+        self.bracket = None;
     }
+
+    fn is_of_the_block_of(&self, other: &Self) -> bool {
+        self.block == other.block && self.flight.region().id() == other.flight.region().id()
+    }
+
+    fn is_present(&self, space: &AddressSpace, region: &Region) -> bool {
+        self.inv
+            .pages()
+            .runs()
+            .any(|run| is_present(space, region, self.block, run))
+    }
+}
+
+/// Whether any page of `run` is present where the CPU has it; displaced ones may be anywhere.
+fn is_present(space: &AddressSpace, region: &Region, block: usize, run: Range<usize>) -> bool {
+    let (first, last) = (run.start, run.end - 1);
+    let len = run.len();
+    let at = region.host_addr_of(block, first);
+    if region.host_addr_of(block, last) == at + (len - 1) * PAGE_SIZE {
+        return space.nr_empty(at, len) < len;
+    }
+    run.into_iter()
+        .any(|page| space.nr_empty(region.host_addr_of(block, page), 1) == 0)
 }
 
 /// What is pending after the events of one door, in a mapping of its own: it grows without `malloc`, under whose locks the
@@ -127,6 +146,8 @@ pub(crate) struct PendingList {
     /// `slots[..len]` are taken.
     slots: MapArray<Option<Pending>>,
     len: usize,
+    /// Some page may be pending on account of two of them.
+    overlap: bool,
 }
 
 impl PendingList {
@@ -136,6 +157,7 @@ impl PendingList {
         Ok(Self {
             slots: MapArray::from_fn(Self::FIRST_LEN, |_| None)?,
             len: 0,
+            overlap: false,
         })
     }
 
@@ -161,18 +183,30 @@ impl PendingList {
     pub(crate) fn poll(&mut self, space: &AddressSpace, changing: bool) {
         let mut kept = 0;
         for at in 0..self.len {
-            let over = match &mut self.slots[at] {
-                Some(pending) => pending.poll(space, changing),
-                None => true,
+            let Some(mut pending) = self.slots[at].take() else {
+                continue;
             };
-            if over {
-                self.slots[at] = None;
+            if pending.is_over(space, changing) {
+                let others = self.others(&pending);
+                pending.end(space, others);
             } else {
-                self.slots.swap(kept, at);
+                self.slots[kept] = Some(pending);
                 kept += 1;
             }
         }
         self.len = kept;
+        self.overlap &= kept > 0;
+    }
+
+    /// The pages of the block of `pending`, which is not in the list, that are pending on account of those that are.
+    fn others(&self, pending: &Pending) -> PageMask {
+        if !self.overlap {
+            return PageMask::EMPTY;
+        }
+        let others = self.slots[..self.len].iter().flatten();
+        others
+            .filter(|other| other.is_of_the_block_of(pending))
+            .fold(PageMask::EMPTY, |pages, other| pages | *other.inv.pages())
     }
 }
 
@@ -403,9 +437,9 @@ fn give_up(
             let present = concerned - state.away();
             let is_late = meddled_zap!();
             is_late
-                || present.runs().any(|run| {
-                    space.nr_empty(region.addr_of(block, run.start), run.len()) < run.len()
-                })
+                || present
+                    .runs()
+                    .any(|run| is_present(space, region, block, run))
         };
         match what {
             What::Discarded => state.discarded(concerned),
@@ -429,6 +463,7 @@ fn give_up(
         }
         point!(EventTold, part.start());
         if (zap || !over) && !mutated(Mutation::EventOverAtOnce) {
+            pending.overlap |= state.pending().intersects(&concerned);
             state.set_pending(concerned, true);
             pending.push(Pending {
                 flight: Flight::begin(region),

@@ -9,12 +9,12 @@ use crate::attachment::Attached;
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Device, Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fault::Flight;
+use crate::fault::{Flight, wait_until_quiesced};
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::movement::{Mover, Stall};
 use crate::overrun::{self, Shot};
-use crate::region::Region;
+use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::{Cause, count};
@@ -181,17 +181,28 @@ fn give_up(
     mover.clear_junk(device, pages, scratch)
 }
 
-/// Brings home everything `device` holds of `region` and empties its window, waiting for accesses in flight.
+/// What becomes of stale window pages that the kernel will not part with, for somebody has them pinned: contents they are nobody's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stale {
+    /// They stay, and take room, until they can be discarded.
+    Kept,
+    /// The window is about to be unmapped, and they with it.
+    GoWithWindow,
+}
+
+/// Brings home everything `device` holds of `region` and empties its window, waiting for accesses in flight. What cannot come home
+/// keeps nothing else from it.
 pub(crate) fn release_region(
     device: &dyn AnyMapped,
     region: &Region,
     scratch: &mut Scratch,
     cause: Cause,
+    stale: Stale,
 ) -> Result<()> {
-    for block in 0..region.nr_blocks() {
-        release_pages(device, region, block, PageMask::FULL, scratch, cause)?;
-    }
-    Ok(())
+    let all = PageMask::FULL;
+    (0..region.nr_blocks())
+        .map(|block| release_pages(device, region, block, all, scratch, cause, stale))
+        .fold(Ok(()), Result::and)
 }
 
 /// [`release_region`] for some pages of one block.
@@ -202,10 +213,11 @@ pub(crate) fn release_pages(
     pages: PageMask,
     scratch: &mut Scratch,
     cause: Cause,
+    stale: Stale,
 ) -> Result<()> {
     loop {
         scratch.ensure(region.door())?;
-        match release_attempt(device, region, block, pages, scratch, cause) {
+        match release_attempt(device, region, block, pages, scratch, (cause, stale)) {
             Ok(true) => return Ok(()),
             Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
@@ -221,7 +233,7 @@ fn release_attempt(
     block: usize,
     pages: PageMask,
     scratch: &mut Scratch,
-    cause: Cause,
+    how: (Cause, Stale),
 ) -> Result<bool, Stall> {
     point!(ReleaseEntering, region.addr_of(block, 0));
     let space = AddressSpace::global();
@@ -255,10 +267,10 @@ fn release_attempt(
             // Being discarded by a call that has begun since: what came home now would be what is to be gone.
             return Ok(false);
         }
-        return finish_release(device, region, block, &mut state, resident, scratch, cause)
+        return finish_release(device, region, block, &mut state, resident, scratch, how)
             .inspect(|_| drop(bracket));
     }
-    finish_release(device, region, block, &mut state, resident, scratch, cause)
+    finish_release(device, region, block, &mut state, resident, scratch, how)
 }
 
 fn finish_release(
@@ -268,19 +280,69 @@ fn finish_release(
     state: &mut BlockState,
     pages: PageMask,
     scratch: &mut Scratch,
-    cause: Cause,
+    (cause, stale): (Cause, Stale),
 ) -> Result<bool, Stall> {
-    let before = state.resident(device.id()).count();
-    let given_up = give_up(
+    let id = device.id();
+    let before = state.resident(id).count();
+    let mut given_up = give_up(
         &mut Mover::new(region, block, state),
         device,
         pages,
         scratch,
         cause,
     );
+    let pinned = matches!(given_up, Err(Stall::Busy(_)));
+    if pinned && !state.frames(id).intersects(&pages) {
+        if stale == Stale::GoWithWindow {
+            state.emptied(id, pages);
+        }
+        given_up = Ok(());
+    }
     device
         .residency()
-        .release(before - state.resident(device.id()).count());
+        .release(before - state.resident(id).count());
     given_up?;
-    Ok(!state.resident(device.id()).intersects(&pages))
+    Ok(pinned || !state.resident(id).intersects(&pages))
+}
+
+/// Takes the translations in place that `device` may have of `region`, and waits for the accesses through them: for when the mirror
+/// or the device ends, after which nobody would tell it of a change any more.
+///
+/// # Errors
+/// [`ErrorKind::Timeout`] if a span outstays its deadline: there is no taking its memory from it.
+pub(crate) fn withdraw_in_place(device: &dyn AnyMapped, region: &Region) -> Result<()> {
+    (0..region.nr_blocks())
+        .map(|block| withdraw_block(device, region, block))
+        .fold(Ok(()), Result::and)
+}
+
+fn withdraw_block(device: &dyn AnyMapped, region: &Region, block: usize) -> Result<()> {
+    let space = AddressSpace::global();
+    loop {
+        let gate = space.gate().enter();
+        let state = region.lock_block(block);
+        let pages = match region.kind() {
+            RegionKind::InPlace => region.cover_mask(block),
+            RegionKind::Managed | RegionKind::Input => state.in_place(),
+        };
+        let Some(bounds) = pages.bounds() else {
+            return Ok(());
+        };
+        let interval = region.interval(block, bounds.clone());
+        let Ok(_bracket) = region.hub().start(interval, None) else {
+            drop(state);
+            drop(gate);
+            process::sched_yield();
+            continue;
+        };
+        let inv = Invalidation::new(block, pages, Keep::Nothing);
+        let _ = device.invalidate(&inv);
+        drop(state);
+        drop(gate);
+        let holder = DeviceSet::one(device.id());
+        if wait_until_quiesced(space, region, holder, &inv, None) {
+            return Ok(());
+        }
+        return Err(Error::new("close", ErrorKind::Timeout).at(region.addr_of(block, bounds.start)));
+    }
 }

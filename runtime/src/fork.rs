@@ -15,7 +15,7 @@
 use core::sync::atomic::Ordering;
 
 use crate::addr::PageRange;
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::region::Region;
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, PlaceKind};
@@ -54,16 +54,16 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
     }
 }
 
-fn advise_bodies(space: &AddressSpace, advice: Advice) {
+/// Gives the advice for all bodies, but those of the regions `except`, by number.
+fn advise_bodies(space: &AddressSpace, advice: Advice, except: &[u64]) {
     let mut next = 0;
     loop {
         // Inside the gate: who unmaps part of it waits until that is heard of, and does not map there anew what would then be
         // kept from children for ever. One at a time, for `madvise` takes the mmap lock.
         let gate = space.gate().enter();
-        let bodies = space
-            .places(&gate)
-            .iter()
-            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
+        let bodies = space.places(&gate).iter().filter(|p| {
+            !matches!(p.kind, PlaceKind::Window(_)) && !except.contains(&p.region.id())
+        });
         let range = bodies
             .map(|p| p.range)
             .filter(|r| r.start() >= next)
@@ -109,17 +109,28 @@ extern "C" fn prepare() {
     space.forking().fetch_add(1, Ordering::SeqCst);
     space.gate().synchronize();
     point!(ForkClosed, 0);
-    if let Ok(mut scratch) = Scratch::new(space) {
-        for region in regions(space) {
-            let devices = region.devices(&space.gate().enter()).clone();
-            for device in devices.iter().flatten() {
-                // A page that cannot come home stays away; the child faults on it, which is better than a zero.
-                let _ = evict::release_region(&**device, &region, &mut scratch, Cause::Explicit);
-            }
+    // A region of which a page cannot come home is not inherited: the child faults there, which is better than a zero.
+    let mut stuck = Vec::new();
+    let mut scratch = Scratch::default();
+    for region in regions(space) {
+        let devices = region.devices(&space.gate().enter()).clone();
+        let mut is_home = true;
+        for device in devices.iter().flatten() {
+            let released = evict::release_region(
+                &**device,
+                &region,
+                &mut scratch,
+                Cause::Explicit,
+                Stale::Kept,
+            );
+            is_home &= released.is_ok();
+        }
+        if !is_home && region.has_away() {
+            stuck.push(region.id());
         }
     }
     // Not the first alone: what was moved since, ahead of those who went through the bodies before us, is not inherited yet.
-    advise_bodies(space, Advice::DoFork);
+    advise_bodies(space, Advice::DoFork, &stuck);
 }
 
 extern "C" fn parent() {
@@ -130,7 +141,7 @@ extern "C" fn parent() {
     let _bracket = space.fork_bracket();
     // Another thread may be between its prepare and its fork: the last one closes the bracket.
     if space.forking().fetch_sub(1, Ordering::SeqCst) == 1 {
-        advise_bodies(space, Advice::DontFork);
+        advise_bodies(space, Advice::DontFork, &[]);
     }
 }
 
@@ -138,8 +149,13 @@ extern "C" fn parent() {
 pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
     let _bracket = space.fork_bracket();
     if space.forking().load(Ordering::SeqCst) == 0 {
-        // Advice: where it fails a child of a raw clone reads zeros, as it would without us.
+        // Inside the gate, as in `advise_bodies`. Advice: where it fails a child of a raw clone reads zeros, as it would without us.
+        let gate = space.gate().enter();
         let _ = mmap::advise(body, Advice::DontFork);
+        drop(gate);
+        if space.is_changing() {
+            give_back(space, body);
+        }
     }
 }
 

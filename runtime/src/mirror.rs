@@ -40,11 +40,11 @@ use core::ptr::NonNull;
 
 use bytemuck::Pod;
 
-use crate::addr::PageRange;
+use crate::addr::{PAGE_SIZE, PageRange};
 use crate::block::DeviceSet;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::fork;
 use crate::mask::PageMask;
 use crate::options::Options;
@@ -84,6 +84,7 @@ pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
 /// # Errors
 /// As [`mirror`].
 pub fn mirror_with<'a, T: Pod>(slice: &'a mut [T], options: &Options) -> Result<Mirror<'a, T>> {
+    const { assert_alignment::<T>() };
     let ptr = NonNull::from(&mut *slice).cast::<T>();
     let raw = Raw::new(
         "mirror",
@@ -112,9 +113,18 @@ pub fn mirror_ref<T: Pod>(slice: &[T]) -> Result<MirrorRef<'_, T>> {
 /// # Errors
 /// As [`mirror`].
 pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<MirrorRef<'a, T>> {
+    const { assert_alignment::<T>() };
     let addr = slice.as_ptr().expose_provenance();
     let raw = Raw::input(addr, size_of_val(slice), options)?;
     Ok(MirrorRef { raw, slice })
+}
+
+/// Devices keep an element's address modulo a page, and no more.
+const fn assert_alignment<T>() {
+    assert!(
+        align_of::<T>() <= PAGE_SIZE,
+        "mirrored elements are aligned to a page at most"
+    );
 }
 
 /// Mirrors memory that is no slice: of an `mmap`, or of another language.
@@ -125,7 +135,8 @@ pub fn mirror_ref_with<'a, T: Pod>(slice: &'a [T], options: &Options) -> Result<
 /// # Safety
 /// The memory is readable and writable for as long as the mirror lives, unless it is unmapped, moved or protected by system
 /// calls, which devices then observe as faults. Whoever else accesses it while kernels write it does so by atomics, or
-/// synchronises with their launches.
+/// synchronises with their launches. The same holds for the slices that the mirror gives out, and
+/// [`into_inner`](Mirror::into_inner)'s, whose `'static` is then a promise of the caller's.
 pub unsafe fn mirror_raw(
     ptr: *mut u8,
     len_bytes: usize,
@@ -212,6 +223,8 @@ impl Raw {
             Ok(()) if mapped_runs(space, body) != mapped => {
                 door.unregister(body);
                 space.unpublish_region(&region);
+                // An event may have come in between, which still refers to it.
+                region.wait_landed();
                 Self::new(operation, addr, len_bytes, options)
             }
             Ok(()) => {
@@ -220,6 +233,7 @@ impl Raw {
             }
             Err(errno) => {
                 space.unpublish_region(&region);
+                region.wait_landed();
                 match errno {
                     // Another userfaultfd has it, or it is of a kind that cannot be registered: it stays where it is.
                     libc::EBUSY | libc::EINVAL | libc::EPERM => {
@@ -294,12 +308,11 @@ impl Raw {
         };
         let mut result = Ok(());
         for device in devices.iter().flatten() {
-            result = result.and(evict::release_region(
-                &**device,
-                region,
-                &mut scratch,
-                Cause::Drop,
-            ));
+            // All of it, whatever each comes to.
+            let withdrawn = evict::withdraw_in_place(&**device, region);
+            let (cause, stale) = (Cause::Drop, Stale::GoWithWindow);
+            let released = evict::release_region(&**device, region, &mut scratch, cause, stale);
+            result = result.and(withdrawn).and(released);
         }
         if result.is_ok() && region.has_away() {
             // A device that is no longer there still holds pages: never let the kernel show zeros in their place.
@@ -386,7 +399,8 @@ fn restore(region: &Region, pages: PageRange) {
     let _ = mmap::advise(pages, Advice::DoFork);
 }
 
-/// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now.
+/// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now. Inside the gate:
+/// what is unmapped meanwhile stays vacant until that is heard of.
 fn unregister_what_is_left(region: &Region, body: PageRange) {
     let gate = AddressSpace::global().gate().enter();
     for place in AddressSpace::global().places(&gate) {
@@ -396,14 +410,13 @@ fn unregister_what_is_left(region: &Region, body: PageRange) {
     }
     let gone = |block: usize| region.lock_block(block).gone();
     if (0..region.nr_blocks()).all(|block| gone(block).is_empty()) {
-        drop(gate);
         restore(region, body);
         return;
     }
     drop(gate);
     for block in 0..region.nr_blocks() {
+        let _gate = AddressSpace::global().gate().enter();
         let (left, displaced) = {
-            let _gate = AddressSpace::global().gate().enter();
             let state = region.lock_block(block);
             (region.body_mask(block) - state.gone(), state.displaced())
         };

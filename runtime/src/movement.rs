@@ -331,9 +331,10 @@ impl<'a> Mover<'a> {
         access: Access,
         scratch: &mut Scratch,
     ) -> Movement {
+        self.clear_leftovers(device, run.clone(), scratch)?;
         let taken = self.take_to_window(device, run.clone(), access);
         // Also after a stall: what has left the CPU must get to the device.
-        self.hand_over(device, run, scratch)?;
+        self.hand_over(device, run, scratch);
         taken
     }
 
@@ -346,6 +347,7 @@ impl<'a> Mover<'a> {
         run: Range<usize>,
         scratch: &mut Scratch,
     ) -> Movement {
+        self.clear_leftovers(device, run.clone(), scratch)?;
         let copied = self.for_each_extent(run.clone(), |m, part, populated| {
             if populated {
                 count(&m.region.counters().duplicated_pages, part.len() as u64);
@@ -354,24 +356,45 @@ impl<'a> Mover<'a> {
                 m.zero_fill_frames(device, part, Access::Read)
             }
         });
-        self.hand_over(device, run, scratch)?;
+        self.hand_over(device, run, scratch);
         copied
     }
 
-    /// For opaque memory: gives the device those pages of `run` that are in its window, and empties the window.
-    fn hand_over(
+    /// For opaque memory: gives the device those pages of `run` that are in its window, and empties the window. Where that stalls
+    /// the pages are the device's all the same, and what is left is cleared before the window is filled there again.
+    fn hand_over(&mut self, device: &dyn AnyMapped, run: Range<usize>, scratch: &mut Scratch) {
+        if device.bounce().is_none() {
+            return;
+        }
+        let arrived = self.state.frames(device.id()) & PageMask::range(run);
+        for run in arrived.runs() {
+            device.copy_to_device(self.based(&run), self.frame(device, run.start));
+            if self.empty_window(device, run, scratch).is_err() {
+                device.window().set_has_leftovers();
+            }
+        }
+    }
+
+    /// For opaque memory: empties the window at `run`, whose pages are about to come through it. What was left there by a hand-over
+    /// that could not empty it would be taken for them.
+    fn clear_leftovers(
         &mut self,
         device: &dyn AnyMapped,
         run: Range<usize>,
         scratch: &mut Scratch,
     ) -> Movement {
-        if device.bounce().is_none() {
+        if !device.window().has_leftovers() {
             return Ok(());
         }
-        let arrived = self.state.frames(device.id()) & PageMask::range(run);
-        for run in arrived.runs() {
-            device.copy_to_device(self.based(&run), self.frame(device, run.start));
-            self.empty_window(device, run, scratch)?;
+        let mut at = run.start;
+        while at < run.end {
+            count(&self.region.counters().scan_calls, 2);
+            at += AddressSpace::global().nr_empty(self.frame(device, at), run.end - at);
+            let left = AddressSpace::global().nr_populated(self.frame(device, at), run.end - at);
+            if left > 0 {
+                self.empty_window(device, at..at + left, scratch)?;
+            }
+            at += left;
         }
         Ok(())
     }
@@ -691,6 +714,7 @@ impl<'a> Mover<'a> {
         scratch: &mut Scratch,
     ) -> Movement {
         let id = to.id();
+        self.clear_leftovers(to, run.clone(), scratch)?;
         let target = |m: &Self, page: usize| m.frame(to, page);
         let filled = |state: &mut BlockState, pages: PageMask| state.filled(id, pages);
         let copied = if from.bounce().is_some() {
@@ -704,7 +728,7 @@ impl<'a> Mover<'a> {
                 filled,
             )
         };
-        self.hand_over(to, run, scratch)?;
+        self.hand_over(to, run, scratch);
         copied
     }
 
@@ -742,6 +766,7 @@ impl<'a> Mover<'a> {
         scratch: &mut Scratch,
     ) -> Movement {
         let id = device.id();
+        self.clear_leftovers(device, run.clone(), scratch)?;
         let filled = self.copy_run(
             run.clone(),
             |m, page| m.host(page),
@@ -749,7 +774,7 @@ impl<'a> Mover<'a> {
             Protect::No,
             |state, pages| state.filled(id, pages),
         );
-        self.hand_over(device, run, scratch)?;
+        self.hand_over(device, run, scratch);
         filled
     }
 
@@ -793,15 +818,7 @@ impl<'a> Mover<'a> {
     /// Throws the CPU's copy of `run` away; some device holds the pages.
     pub(crate) fn drop_host(&mut self, run: Range<usize>, scratch: &mut Scratch) -> Movement {
         if !self.has_move() {
-            if !self
-                .region
-                .door()
-                .discard(self.host(run.start), run.len() * PAGE_SIZE)
-            {
-                return self.not_all_discarded(run);
-            }
-            self.state.host_dropped(PageMask::range(run));
-            return Ok(());
+            return self.discard_host(run);
         }
         let base = scratch.take(run.len(), self.host(run.start));
         let start = run.start;
@@ -887,11 +904,18 @@ impl<'a> Mover<'a> {
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         self.protect_and_copy(device, run.clone())?;
-        if !self
-            .region
-            .door()
-            .discard(self.host(run.start), run.len() * PAGE_SIZE)
-        {
+        self.discard_host(run)
+    }
+
+    /// Where there is no MOVE: discards the CPU's copy of `run`, which is at its address, unless that is another's by now. The kernel
+    /// has no call that asks and acts at once; so it is asked first, and our own calls exclude rounds (`calls.rs`). What is left is a bare
+    /// `munmap` in this very moment whose address is given to another mapping in it as well.
+    fn discard_host(&mut self, run: Range<usize>) -> Movement {
+        let door = self.region.door();
+        if door.is_changing(AddressSpace::global().zeros()) {
+            return Err(Stall::Changing);
+        }
+        if !door.discard(self.host(run.start), run.len() * PAGE_SIZE) {
             return self.not_all_discarded(run);
         }
         self.state.host_dropped(PageMask::range(run));
@@ -962,7 +986,8 @@ impl Mover<'_> {
         Ok(())
     }
 
-    /// Discards what is stale in `device`'s window at `pages`, so that they can be filled.
+    /// Discards what is stale in `device`'s window at `pages`, so that they can be filled. One that somebody has pinned keeps none of
+    /// the others.
     pub(crate) fn clear_junk(
         &mut self,
         device: &dyn AnyMapped,
@@ -970,10 +995,23 @@ impl Mover<'_> {
         scratch: &mut Scratch,
     ) -> Movement {
         let junk = self.state.junk(device.id()) & pages;
+        let mut cleared = Ok(());
         for run in junk.runs() {
-            self.discard(device, run, scratch)?;
+            let mut at = run.start;
+            while at < run.end {
+                match self.discard(device, at..run.end, scratch) {
+                    Err(Stall::Busy(page)) => {
+                        cleared = Err(Stall::Busy(page));
+                        at = page + 1;
+                    }
+                    other => {
+                        other?;
+                        at = run.end;
+                    }
+                }
+            }
         }
-        Ok(())
+        cleared
     }
 }
 

@@ -108,7 +108,7 @@ impl PageSnapshot {
 /// Looks at the `nr_pages` pages from `addr` on, and faults nothing in.
 ///
 /// # Errors
-/// The range is empty, not aligned to pages, or wraps; or the kernel does not show this process its page tables.
+/// The range is empty, not aligned to pages, or wraps; or the kernel does not show this process its page tables; or there is no memory for so many.
 pub fn snapshot(addr: usize, nr_pages: usize) -> Result<Vec<PageSnapshot>> {
     let range = nr_pages
         .checked_mul(PAGE_SIZE)
@@ -117,7 +117,11 @@ pub fn snapshot(addr: usize, nr_pages: usize) -> Result<Vec<PageSnapshot>> {
     let Some(range) = range else {
         return Err(Error::invalid("snapshot", "the range is empty, unaligned or wraps").at(addr));
     };
-    let mut pages = vec![PageSnapshot::default(); range.nr_pages()];
+    let mut pages = Vec::new();
+    pages
+        .try_reserve_exact(range.nr_pages())
+        .map_err(|_| Error::new("snapshot", ErrorKind::OutOfMemory).at(addr))?;
+    pages.resize(range.nr_pages(), PageSnapshot::default());
     let _signals = AsyncSignalsBlocked::new();
     let space = AddressSpace::get("snapshot")?;
     for part in range.blocks() {

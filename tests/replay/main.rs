@@ -3,6 +3,7 @@
 //!
 //! - `table`: a device fault stopped at each stage, against everything that can happen to its page, with the outcome of each.
 //! - `ladders`: the schedules of the protocol's text, and of the hazards that broke earlier designs.
+//! - `opaque`: a device behind copies, while calls stop half-way.
 //! - `random`: schedules from a seed. `SVM_REPLAY_SEED=N cargo test -p tests --test replay random` runs the one again that failed.
 //!
 //! `svm` here is `svm-points`: the same sources with the points compiled in. The real one stays as it is.
@@ -17,6 +18,7 @@ extern crate svm_points as svm;
 mod broken;
 mod director;
 mod ladders;
+mod opaque;
 mod random;
 mod rig;
 mod table;

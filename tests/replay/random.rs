@@ -201,11 +201,33 @@ pub(crate) fn set_late_zaps(late: bool) {
     LATE_ZAPS.store(late, SeqCst);
 }
 
+/// Of how many calls that move or copy one says "changing"; 0 for none of them.
+static CHANGING: AtomicU64 = AtomicU64::new(0);
+/// Calls so far.
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+/// Has one in `nth` calls that move or copy stop as if a mapping was changing; 0 for none.
+pub(crate) fn set_changing(nth: u64) {
+    svm::point::set_mood(mood);
+    CALLS.store(0, SeqCst);
+    CHANGING.store(nth, SeqCst);
+}
+
 /// The kernel as its documentation allows it to be: changing now and then, half-way or at once, late with its zaps, and with the
 /// stale errors of Linux 6.18.
 fn mood(call: Call) -> Mood {
     if call == Call::Zap && LATE_ZAPS.load(SeqCst) {
         return Mood::Changing;
+    }
+    let nth = CHANGING.load(SeqCst);
+    if nth != 0 && call != Call::Zap {
+        // Not each `nth` itself: what begins anew after as many calls would never come to its end.
+        let draw = Random(CALLS.fetch_add(1, SeqCst) + 1).below(nth as usize);
+        return if draw == 0 {
+            Mood::Changing
+        } else {
+            Mood::Fair
+        };
     }
     let state = MOODS.load(SeqCst);
     if state == 0 {

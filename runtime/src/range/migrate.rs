@@ -4,7 +4,7 @@ use super::{Appetite, Update, round_info};
 use crate::addr::PAGES_PER_BLOCK;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
-use crate::evict;
+use crate::evict::{self, Stale};
 use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
 use crate::region::RegionKind;
@@ -175,6 +175,7 @@ impl<D: Device> Update<'_, D> {
                     pages,
                     &mut self.range.scratch,
                     Cause::Explicit,
+                    Stale::Kept,
                 )?;
             }
         }

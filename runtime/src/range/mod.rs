@@ -95,17 +95,28 @@ impl<D: Device> Range<D> {
         })
     }
 
+    fn check_is_ours(&self, mapped: &MappedRef<D>) {
+        assert!(
+            core::ptr::eq(&raw const *self.attached, &raw const **mapped.attached()),
+            "a range serves the regions that its own attachment has mapped"
+        );
+    }
+
     /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them.
     ///
     /// # Errors
     /// [`DeviceFaultKind::Timeout`] if overlapping invalidations did not end in time; [`DeviceFaultKind::OutOfViews`] if pages lie
     /// outside the region. A *collision* is no error here: it shows in `end_update`.
+    ///
+    /// # Panics
+    /// If `mapped` is of another attachment, under whose lock nothing would be decided.
     pub fn start_update(
         &mut self,
         mapped: &MappedRef<D>,
         pages: Pages<usize>,
         timeout: Duration,
     ) -> Result<Update<'_, D>, DeviceFault> {
+        self.check_is_ours(mapped);
         let deadline = Deadline::after(timeout);
         let region = mapped.shared_region();
         check_pages(region, &pages, Access::Read)?;
@@ -150,7 +161,7 @@ impl<D: Device> Range<D> {
     /// The fault that ends the access.
     ///
     /// # Panics
-    /// If `pages` is empty or spans blocks: a bug of the device.
+    /// If `pages` is empty or spans blocks, or `mapped` is of another attachment: a bug of the device.
     pub fn fault_in(
         &mut self,
         mapped: &MappedRef<D>,
@@ -160,6 +171,7 @@ impl<D: Device> Range<D> {
         timeout: Duration,
         mut install: impl FnMut(&Valid, &DeviceGuard<'_>),
     ) -> Result<(), DeviceFault> {
+        self.check_is_ours(mapped);
         let block = pages.start / PAGES_PER_BLOCK;
         assert!(
             !pages.is_empty() && (pages.end - 1) / PAGES_PER_BLOCK == block,

@@ -15,6 +15,9 @@ use crate::kernels::{self, Ran};
 use crate::oracle::{self, PageRank, Ranking, Walk};
 use crate::report::{Check, Counters, Input, Ranked, Setup, Summary, Time, timed};
 
+/// How far apart two rankings may be at most and still prove each other; the farthest two can be is 2.
+const MOST_SLACK: f64 = 0.1;
+
 /// `run pagerank`.
 pub(crate) fn pagerank(args: &Pagerank) -> anyhow::Result<Summary> {
     let settings = PageRank {
@@ -22,6 +25,15 @@ pub(crate) fn pagerank(args: &Pagerank) -> anyhow::Result<Summary> {
         tolerance: args.tolerance,
         max_iterations: args.iterations,
     };
+    if settings.slack() > MOST_SLACK {
+        let why = format!(
+            "--tolerance {} with --damping {}: ranks that sum to 1 could differ by {:.2} and still be called the same",
+            args.tolerance,
+            args.damping,
+            settings.slack()
+        );
+        return Err(input::Error::Vacuous { why }.into());
+    }
     let mut time = Time::default();
     let (name, edges) = timed(&mut time.parse, || graph(args))?;
     let setup = setup(&args.common);
@@ -178,7 +190,8 @@ fn elements(name: &str, n: u32, of: &'static str) -> Input {
 }
 
 fn setup(common: &Common) -> Setup {
-    let one_per_cpu = || thread::available_parallelism().map_or(1, usize::from);
+    let nr_cpus = thread::available_parallelism().map_or(1, usize::from);
+    let one_per_cpu = || nr_cpus.min(accel_sim::MAX_WORKERS);
     Setup {
         workers: common.workers.unwrap_or_else(one_per_cpu),
         device_memory: common.device_memory.map(|size| size.0),

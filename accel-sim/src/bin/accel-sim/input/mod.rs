@@ -96,6 +96,11 @@ pub(crate) enum Error {
         /// What is wrong there.
         what: String,
     },
+    /// The command line asks for a result that nobody could tell from a wrong one.
+    Vacuous {
+        /// Why.
+        why: String,
+    },
     /// It asks for more than this machine has.
     TooLarge {
         /// What does.
@@ -114,6 +119,7 @@ impl fmt::Display for Error {
                 path.display()
             ),
             Error::Malformed { path, line, what } => write!(f, "{}:{line}: {what}", path.display()),
+            Error::Vacuous { why } => f.write_str(why),
             Error::TooLarge { what } => {
                 write!(f, "{what}: too large for the memory of this machine")
             }
@@ -173,13 +179,27 @@ pub(crate) fn read(path: &Path, format: Option<Format>) -> Result<Edges, Error> 
     };
     match format {
         Format::Lockfile => {
-            let text =
-                io::read_to_string(reader.take(lockfile::LARGEST + 1)).map_err(unreadable)?;
-            lockfile::parse(path, &text)
+            let mut bytes = Vec::new();
+            let mut limited = reader.take(lockfile::LARGEST + 1);
+            limited.read_to_end(&mut bytes).map_err(unreadable)?;
+            lockfile::parse(path, text_of(path, &bytes)?)
         }
         Format::MatrixMarket => matrix_market::parse(Lines::new(path, reader)),
         Format::EdgeList => edge_list::parse(Lines::new(path, reader)),
     }
+}
+
+/// The bytes as text, or the line on which they are none.
+fn text_of<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str, Error> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        let before = &bytes[..error.valid_up_to()];
+        let nr_newlines = before.iter().filter(|&&byte| byte == b'\n').count();
+        Error::Malformed {
+            path: path.to_path_buf(),
+            line: nr_newlines as u64 + 1,
+            what: "not UTF-8".to_owned(),
+        }
+    })
 }
 
 /// Whether the system would grant this much memory at all. It is asked, and the answer given back:
