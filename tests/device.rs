@@ -5,7 +5,7 @@
 
 use std::ops::Range as Pages;
 use std::ptr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use svm::{
@@ -13,7 +13,7 @@ use svm::{
     MapInfo, MappedRef, PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread, WouldBlock,
 };
 
-/// How long an operation may take without progress.
+/// How long an operation may take without progress, unless the test says otherwise.
 const TIMEOUT: Duration = Duration::from_secs(10);
 const PAGE: usize = 4096;
 
@@ -23,6 +23,8 @@ pub struct Dummy {
     lock: DeviceLock,
     /// Invalidations that came, for tests that count them.
     pub invalidations: AtomicU64,
+    /// An access is in flight, as of a kernel in the middle of a span, for as long as a test says so.
+    pub never_quiet: AtomicBool,
 }
 
 /// Translations of one region.
@@ -88,7 +90,7 @@ unsafe impl Device for Dummy {
     }
 
     fn quiesced(&self, _table: &Table, _inv: &Invalidation) -> bool {
-        true
+        !self.never_quiet.load(Ordering::SeqCst)
     }
 }
 
@@ -98,6 +100,7 @@ pub struct TestDevice {
     attachment: Attachment<Dummy>,
     /// Fault rounds so far.
     pub rounds: AtomicU64,
+    timeout_ms: AtomicU64,
 }
 
 impl TestDevice {
@@ -117,7 +120,18 @@ impl TestDevice {
         Ok(Self {
             attachment: svm::attach(Dummy::default(), options)?,
             rounds: AtomicU64::new(0),
+            timeout_ms: AtomicU64::new(TIMEOUT.as_millis() as u64),
         })
+    }
+
+    /// Sets how long an operation may take without progress.
+    pub fn set_timeout(&self, timeout: Duration) {
+        let ms = timeout.as_millis() as u64;
+        self.timeout_ms.store(ms, Ordering::Relaxed);
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_millis(self.timeout_ms.load(Ordering::Relaxed))
     }
 
     /// The attachment.
@@ -243,7 +257,8 @@ impl TestDevice {
         let mut range = self.attachment.range()?;
         let first = (addr - region.base()) / PAGE;
         loop {
-            let mut update = range.start_update(&mapped, first..first + nr_pages, TIMEOUT)?;
+            let mut update =
+                range.start_update(&mapped, first..first + nr_pages, self.timeout())?;
             update.migrate()?;
             let guard = self.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {
@@ -438,7 +453,9 @@ impl Session<'_> {
             .unwrap_or(end);
         let mapped = &self.mapped;
         loop {
-            let mut update = self.range.start_update(mapped, first..end, TIMEOUT)?;
+            let mut update = self
+                .range
+                .start_update(mapped, first..end, self.device.timeout())?;
             update.fault(self.access)?;
             let guard = self.device.attachment.device().lock.lock();
             if let Ok(valid) = update.end_update(&guard) {

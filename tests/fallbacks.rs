@@ -139,7 +139,7 @@ fn a_storm_of_changed_mappings() {
         "move,events,pagemap_scan,procmap_query",
     ] {
         for delivery in ["inline", "thread"] {
-            let args = ["--seconds", "1.5", "--delivery", delivery, "--seed", "5"];
+            let args = ["--seconds", "2", "--delivery", delivery, "--seed", "5"];
             run(env!("CARGO_BIN_EXE_storm"), disabled, &args);
         }
     }

@@ -1,7 +1,9 @@
 //! Each kind of memory: what migrates, and what is served in place. The table in `svm::mirror`'s module is this test in words.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr;
+use std::sync::{Mutex, PoisonError};
 
 use svm::{Delivery, Granule, Mirror, Options};
 use tests::{TestDevice, Watchdog, usable};
@@ -19,6 +21,8 @@ enum Expected {
     Migrates,
     /// The device works at the host's address, and no page moves.
     InPlace,
+    /// The same, but found out at each page, when it is asked for: the mirror itself does not know.
+    InPlaceByPage,
 }
 
 fn map(len: usize, protection: i32, flags: i32, fd: i32) -> Option<usize> {
@@ -27,13 +31,28 @@ fn map(len: usize, protection: i32, flags: i32, fd: i32) -> Option<usize> {
     (at != libc::MAP_FAILED).then(|| at.expose_provenance())
 }
 
+/// Runs a test for both doors and all granules, one test at a time: no more devices at once than there may be, and no mapping of
+/// one test's where another has made a hole.
 fn each(name: &'static str, test: impl Fn(&Options)) {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let _watchdog = Watchdog::new(name);
     if !usable() {
         return;
     }
+    // What decides under a fallback is the kind, not how much of it.
+    let granules: &[Granule] = if std::env::var_os("SVM_DISABLE").is_some() {
+        &[Granule::Big]
+    } else {
+        &[Granule::Page, Granule::Big, Granule::Huge]
+    };
+    let has_inline = svm::Capabilities::probe().has(svm::Capability::Sigbus);
     for delivery in [Delivery::Inline, Delivery::Thread] {
-        for granule in [Granule::Page, Granule::Big, Granule::Huge] {
+        if delivery == Delivery::Inline && !has_inline {
+            println!("SKIPPED: there is no inline door without SIGBUS delivery");
+            continue;
+        }
+        for &granule in granules {
             test(&Options::new().delivery(delivery).granule(granule));
         }
     }
@@ -64,15 +83,16 @@ fn exercise(mirror: &mut Mirror<'_, u8>, expected: Expected) {
             Expected::Migrates => {
                 assert!(stats.to_device_pages() > 0 && device.attachment().resident_bytes() > 0);
             }
-            Expected::InPlace => {
-                assert_eq!(
-                    (
-                        stats.to_device_pages(),
-                        device.attachment().resident_bytes()
-                    ),
-                    (0, 0)
-                );
+            Expected::InPlace | Expected::InPlaceByPage => {
+                assert_eq!(stats.to_device_pages(), 0);
                 assert!(stats.in_place_pages > 0);
+                let addr = mirror.as_slice().as_ptr().addr() & !(PAGE - 1);
+                let pages = svm::snapshot(addr, mirror.len() / PAGE).unwrap();
+                assert!(pages.iter().all(|page| !page.is_on_a_device()));
+                // Where pages are copied for want of MOVE it is found out too late: a copy was made, and is stale.
+                if expected == Expected::InPlace {
+                    assert_eq!(device.attachment().resident_bytes(), 0);
+                }
             }
         }
         for byte in mirror.as_mut_slice().iter_mut().step_by(PAGE) {
@@ -90,6 +110,10 @@ fn check(addr: usize, len: usize, options: &Options, expected: Expected) {
         unsafe { svm::mirror_raw(ptr::with_exposed_provenance_mut(addr), len, options) }.unwrap();
     exercise(&mut mirror, expected);
     mirror.close().unwrap();
+}
+
+fn kind_of(fault: Result<(), svm::Error>) -> svm::DeviceFaultKind {
+    fault.unwrap_err().device_fault().unwrap().kind
 }
 
 fn unmap(addr: usize, len: usize) {
@@ -129,6 +153,46 @@ fn sized(fd: i32) -> OwnedFd {
     fd
 }
 
+/// KiB of transparent huge pages in the mapping that `addr` is in.
+fn huge_kib(addr: usize) -> usize {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let start_and_end = |line: &str| {
+        let (start, end) = line.split(' ').next()?.split_once('-')?;
+        let parse = |number| usize::from_str_radix(number, 16).ok();
+        Some(parse(start)?..parse(end)?)
+    };
+    let mut lines = smaps.lines();
+    lines.find(|line| start_and_end(line).is_some_and(|range| range.contains(&addr)));
+    let huge = lines.find_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib = huge.and_then(|kib| kib.trim().strip_suffix(" kB")?.parse().ok());
+    kib.expect("smaps has the mapping")
+}
+
+/// Whether the kernel's huge page of zeros is mapped at `addr`. Root looks where the frames are, and what they are; others at what the
+/// runtime is told by PAGEMAP_SCAN.
+fn is_huge_zero_page(addr: usize) -> bool {
+    const FRAME: u64 = (1 << 55) - 1;
+    const ZERO_PAGE: u64 = 1 << 24;
+    let word = |file: &str, index: u64| {
+        let mut word = [0; 8];
+        let file = std::fs::File::open(file).ok()?;
+        file.read_exact_at(&mut word, index * 8).ok()?;
+        Some(u64::from_ne_bytes(word))
+    };
+    let frame = |page: usize| {
+        let entry = word("/proc/self/pagemap", (addr / PAGE + page) as u64)?;
+        Some(entry & FRAME).filter(|&frame| frame != 0)
+    };
+    if let (Some(first), Some(last)) = (frame(0), frame(HUGE / PAGE - 1)) {
+        let flags = word("/proc/kpageflags", last).unwrap_or(0);
+        return last == first + (HUGE / PAGE - 1) as u64 && flags & ZERO_PAGE != 0;
+    }
+    let pages = svm::snapshot(addr, HUGE / PAGE).unwrap();
+    pages
+        .iter()
+        .all(|page| page.is_zero_page() && page.is_huge())
+}
+
 #[test]
 fn private_anonymous_memory_migrates() {
     each("anonymous", |options| {
@@ -147,7 +211,11 @@ fn transparent_huge_pages_migrate() {
         ask_for_huge_pages(addr);
         // SAFETY: inside the mapping.
         unsafe { at.write_volatile(0) };
-        check(addr, HUGE, options, Expected::Migrates);
+        if huge_kib(addr) < HUGE / 1024 {
+            println!("SKIPPED: the kernel gave no huge page");
+        } else {
+            check(addr, HUGE, options, Expected::Migrates);
+        }
         unmap(start, 2 * HUGE);
     });
 }
@@ -161,7 +229,11 @@ fn the_huge_zero_page_migrates() {
         ask_for_huge_pages(addr);
         // SAFETY: inside the mapping.
         assert_eq!(unsafe { at.read_volatile() }, 0);
-        check(addr, HUGE, options, Expected::Migrates);
+        if is_huge_zero_page(addr) {
+            check(addr, HUGE, options, Expected::Migrates);
+        } else {
+            println!("SKIPPED: no huge page of zeros, or nobody says so");
+        }
         unmap(start, 2 * HUGE);
     });
 }
@@ -206,17 +278,19 @@ fn read_only_anonymous_memory_is_duplicated() {
 #[test]
 fn reserved_huge_pages_are_served_in_place() {
     each("hugetlb", |options| {
-        let flags = ANONYMOUS | libc::MAP_HUGETLB;
-        let addr = map(HUGE, WRITE, flags, -1).or_else(|| {
-            let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "4");
-            map(HUGE, WRITE, flags, -1)
-        });
-        let Some(addr) = addr else {
-            println!("SKIPPED: no huge pages are reserved, and this process may not reserve them");
-            return;
-        };
-        check(addr, HUGE, options, Expected::InPlace);
-        unmap(addr, HUGE);
+        for sharing in [libc::MAP_PRIVATE, libc::MAP_SHARED] {
+            let flags = sharing | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB;
+            let addr = map(HUGE, WRITE, flags, -1).or_else(|| {
+                let _ = std::fs::write("/proc/sys/vm/nr_hugepages", "4");
+                map(HUGE, WRITE, flags, -1)
+            });
+            let Some(addr) = addr else {
+                println!("SKIPPED: no huge pages are reserved, and none can be reserved here");
+                return;
+            };
+            check(addr, HUGE, options, Expected::InPlace);
+            unmap(addr, HUGE);
+        }
     });
 }
 
@@ -290,17 +364,246 @@ fn a_hole_is_left_out() {
                 .unwrap();
         let device = TestDevice::new().unwrap();
         let view = mirror.view();
-        let fault = device
-            .read(view.region(), addr + 8 * PAGE, &mut [0])
-            .unwrap_err();
-        assert_eq!(
-            fault.device_fault().unwrap().kind,
-            svm::DeviceFaultKind::Unmapped
-        );
+        let hole = || kind_of(device.read(view.region(), addr + 8 * PAGE, &mut [0]));
+        assert_eq!(hole(), svm::DeviceFaultKind::Unmapped);
+        // Unless another test's mapping has come there.
+        let flags = ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let at = ptr::with_exposed_provenance_mut(addr + 8 * PAGE);
+        // SAFETY: a fresh mapping, and nothing is replaced.
+        let late = unsafe { libc::mmap(at, 8 * PAGE, WRITE, flags, -1, 0) };
+        assert_eq!(hole(), svm::DeviceFaultKind::Unmapped, "{late:?}");
         device.write(view.region(), addr, &[1]).unwrap();
         device.write(view.region(), addr + 16 * PAGE, &[2]).unwrap();
         mirror.close().unwrap();
         unmap(addr, 8 * PAGE);
+        if late == at {
+            unmap(addr + 8 * PAGE, 8 * PAGE);
+        }
         unmap(addr + 16 * PAGE, LEN - 16 * PAGE);
     });
+}
+
+/// A userfaultfd of somebody else's, which has registered the range: missing pages of it are his.
+fn others_userfaultfd(addr: usize, len: usize) -> Option<OwnedFd> {
+    const USER_MODE_ONLY: libc::c_int = 1;
+    const API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
+    const REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
+    let flags = libc::O_CLOEXEC | USER_MODE_ONLY;
+    // SAFETY: it takes no pointers.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
+    if fd < 0 {
+        println!("SKIPPED: userfaultfd: {}", std::io::Error::last_os_error());
+        return None;
+    }
+    // SAFETY: just made, and nobody else's.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let mut api = [0xAAu64, 0, 0];
+    // SAFETY: `struct uffdio_api` is three words.
+    assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), API, &raw mut api) }, 0);
+    let mut register = [addr as u64, len as u64, 1, 0];
+    // SAFETY: `struct uffdio_register` is four words: the range, the mode (missing pages), the answer.
+    let outcome = unsafe { libc::ioctl(fd.as_raw_fd(), REGISTER, &raw mut register) };
+    assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+    Some(fd)
+}
+
+#[test]
+fn what_another_userfaultfd_has_is_served_in_place() {
+    each("another's", |options| {
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        let at = ptr::with_exposed_provenance_mut::<u8>(addr);
+        // SAFETY: the test's own mapping. Populated, so that nobody waits for the other's handler.
+        unsafe { at.write_bytes(3, LEN) };
+        let Some(other) = others_userfaultfd(addr, LEN) else {
+            return;
+        };
+        check(addr, LEN, options, Expected::InPlace);
+        // It is his still: a page that he has not filled is waited for, by an access of the kernel in vain.
+        // SAFETY: nobody needs the contents.
+        let discarded = unsafe { libc::madvise(at.cast(), PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(discarded, 0);
+        let file = memfd();
+        // SAFETY: the kernel reads the test's memory, or says that it cannot.
+        let wrote = unsafe { libc::write(file.as_raw_fd(), at.cast(), PAGE) };
+        assert_eq!(wrote, -1, "the mirror took the range from its owner");
+        drop(other);
+        unmap(addr, LEN);
+    });
+}
+
+fn lock(addr: usize, len: usize, flags: libc::c_uint) -> bool {
+    // SAFETY: locks pages of the test's own.
+    if unsafe { libc::mlock2(ptr::with_exposed_provenance(addr), len, flags) } == 0 {
+        return true;
+    }
+    println!("SKIPPED: mlock2: {}", std::io::Error::last_os_error());
+    false
+}
+
+/// The kernel moves no page between a mapping that is locked and one that is not (EINVAL): each page turns out to be unmovable when a
+/// device asks for it, and is accessed in place from then on.
+#[test]
+fn locked_memory_is_served_in_place_page_by_page() {
+    each("locked", |options| {
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        if lock(addr, LEN, 0) {
+            check(addr, LEN, options, Expected::InPlaceByPage);
+        }
+        unmap(addr, LEN);
+        // One half of it: the other moves.
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        if lock(addr + LEN / 2, LEN / 2, 0) {
+            let at = ptr::with_exposed_provenance_mut::<u8>(addr);
+            // SAFETY: the test's own mapping.
+            let mirror = unsafe { svm::mirror_raw(at, LEN, options) }.unwrap();
+            let device = TestDevice::new().unwrap();
+            device
+                .write(mirror.view().region(), addr, &[8; LEN])
+                .unwrap();
+            let pages = svm::snapshot(addr, LEN / PAGE).unwrap();
+            let (free, locked) = pages.split_at(LEN / PAGE / 2);
+            assert!(free.iter().all(|p| p.is_held_by(device.attachment())));
+            assert!(locked.iter().all(|p| p.is_present() && !p.is_on_a_device()));
+            assert!(mirror.as_slice().iter().all(|&byte| byte == 8));
+            mirror.close().unwrap();
+        }
+        unmap(addr, LEN);
+    });
+}
+
+/// Locked while they are away, pages come home by copies, and stay.
+#[test]
+fn pages_locked_while_they_are_away_come_home() {
+    each("locked away", |options| {
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        let at = ptr::with_exposed_provenance_mut::<u8>(addr);
+        // SAFETY: the test's own mapping.
+        let mirror = unsafe { svm::mirror_raw(at, LEN, options) }.unwrap();
+        let device = TestDevice::new().unwrap();
+        let region = mirror.view().region();
+        device.write(region, addr, &[5; LEN]).unwrap();
+        assert_eq!(device.attachment().resident_bytes(), LEN);
+        // As they are touched, so that the kernel populates nothing now.
+        if lock(addr, LEN, libc::MLOCK_ONFAULT) {
+            let before = mirror.stats();
+            assert!(
+                mirror
+                    .as_slice()
+                    .iter()
+                    .step_by(PAGE)
+                    .all(|&byte| byte == 5)
+            );
+            let home = mirror.stats() - before;
+            assert_eq!(home.to_host_pages(), (LEN / PAGE) as u64);
+            assert!(home.copy_calls > 0);
+            let pages = svm::snapshot(addr, LEN / PAGE).unwrap();
+            assert!(pages.iter().all(|page| page.is_present()));
+            device.write(region, addr, &[6; LEN]).unwrap();
+            assert!(
+                mirror
+                    .as_slice()
+                    .iter()
+                    .step_by(PAGE)
+                    .all(|&byte| byte == 6)
+            );
+            let pages = svm::snapshot(addr, LEN / PAGE).unwrap();
+            assert!(pages.iter().all(|page| !page.is_on_a_device()));
+        }
+        assert_eq!(mirror.stats().anomalies, 0);
+        mirror.close().unwrap();
+        unmap(addr, LEN);
+    });
+}
+
+/// What is no memory to mirror, by the error's kind.
+#[test]
+fn refused() {
+    use svm::ErrorKind;
+    each("refused", |options| {
+        let mirror = |addr: usize, len: usize| {
+            // SAFETY: refused, or the test's own memory.
+            unsafe { svm::mirror_raw(ptr::with_exposed_provenance_mut(addr), len, options) }
+        };
+        let kind = |addr: usize, len: usize| mirror(addr, len).unwrap_err().kind().clone();
+        assert!(matches!(kind(0, PAGE), ErrorKind::Invalid(_)), "null");
+        let end = usize::MAX - PAGE + 1;
+        assert!(
+            matches!(kind(end, 2 * PAGE), ErrorKind::Invalid(_)),
+            "wraps"
+        );
+
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        let whole = mirror(addr + 8 * PAGE, LEN - 16 * PAGE).unwrap();
+        for (first, pages) in [(0, 9), (8, 1), (9, 4), (55, 9), (0, 64)] {
+            assert_eq!(
+                kind(addr + first * PAGE, pages * PAGE),
+                ErrorKind::Overlap,
+                "pages {first} and {pages} more"
+            );
+        }
+        whole.close().unwrap();
+        mirror(addr, LEN).unwrap().close().unwrap();
+        unmap(addr, LEN);
+        // Nothing is ever mapped there, nor is that refused: it is a hole.
+        let nothing = mirror(PAGE, PAGE).unwrap();
+        let device = TestDevice::new().unwrap();
+        let fault = device.read(nothing.view().region(), PAGE, &mut [0]);
+        assert_eq!(kind_of(fault), svm::DeviceFaultKind::Unmapped);
+        nothing.close().unwrap();
+    });
+}
+
+#[test]
+fn memory_without_access_faults() {
+    each("no access", |options| {
+        let addr = map(LEN, libc::PROT_NONE, ANONYMOUS, -1).unwrap();
+        let at = ptr::with_exposed_provenance_mut(addr);
+        // SAFETY: the test's own mapping.
+        let mirror = unsafe { svm::mirror_raw(at, LEN, options) }.unwrap();
+        let device = TestDevice::new().unwrap();
+        let region = mirror.view().region();
+        let no_access = svm::DeviceFaultKind::NoAccess;
+        assert_eq!(kind_of(device.read(region, addr, &mut [0])), no_access);
+        assert_eq!(kind_of(device.write(region, addr, &[1])), no_access);
+        protect(addr, WRITE);
+        device.write(region, addr, &[1]).unwrap();
+        assert_eq!(mirror.as_slice()[0], 1);
+        mirror.close().unwrap();
+        unmap(addr, LEN);
+    });
+}
+
+#[test]
+fn several_kinds_in_one_range_are_served_in_place() {
+    each("several kinds", |options| {
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        let last = ptr::with_exposed_provenance_mut(addr + LEN - PAGE);
+        let (flags, memfd) = (libc::MAP_SHARED | libc::MAP_FIXED, memfd());
+        // SAFETY: replaces the last page of the test's own mapping.
+        let at = unsafe { libc::mmap(last, PAGE, WRITE, flags, memfd.as_raw_fd(), 0) };
+        assert_eq!(at, last);
+        check(addr, LEN, options, Expected::InPlace);
+        unmap(addr, LEN);
+    });
+}
+
+/// All of these again, where the kernel lacks something that decides how a page moves or how its kind is found out.
+#[test]
+fn fallbacks() {
+    if std::env::var_os("SVM_DISABLE").is_some() {
+        return;
+    }
+    for words in ["move", "sigbus", "events,pagemap_scan,procmap_query"] {
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command
+            .env("SVM_DISABLE", words)
+            .args(["--skip", "fallbacks"]);
+        let out = command.output().unwrap();
+        assert!(
+            out.status.success(),
+            "SVM_DISABLE={words}:\n{}{}",
+            String::from_utf8_lossy(&out.stdout),
+            String::from_utf8_lossy(&out.stderr)
+        );
+    }
 }

@@ -201,7 +201,7 @@ fn end_of_kind(addr: usize) -> usize {
 /// `lib/test_hmm.c`, on the calling process's memory.
 #[derive(Debug)]
 pub struct Dmirror {
-    device: TestDevice,
+    device: Arc<TestDevice>,
     mm: Arc<Mm>,
 }
 
@@ -212,15 +212,36 @@ impl Dmirror {
     /// As [`svm::attach`].
     pub fn new(mm: &Arc<Mm>) -> Result<Self, Error> {
         Ok(Self {
-            device: TestDevice::with_options(AttachOptions::new())?,
+            device: Arc::new(TestDevice::with_options(AttachOptions::new())?),
             mm: Arc::clone(mm),
         })
+    }
+
+    /// The same device on other mirrors.
+    #[must_use]
+    pub fn on(&self, mm: &Arc<Mm>) -> Self {
+        Self {
+            device: Arc::clone(&self.device),
+            mm: Arc::clone(mm),
+        }
     }
 
     /// The device underneath.
     #[must_use]
     pub fn device(&self) -> &TestDevice {
         &self.device
+    }
+
+    /// The mirror of the pages, for what is done with one: a pin, its counters.
+    ///
+    /// # Errors
+    /// EINVAL for a bad range, or one that no single mirror has.
+    pub fn mirror_of(&self, addr: usize, npages: usize) -> Result<Arc<Mirror<'static, u8>>, Errno> {
+        let mut pieces = self.mm.pieces(Self::range(addr, npages)?)?;
+        match (pieces.pop(), pieces.is_empty()) {
+            (Some((mirror, _)), true) => Ok(mirror),
+            _ => Err(Errno(libc::EINVAL)),
+        }
     }
 
     fn range(addr: usize, npages: usize) -> Result<Range<usize>, Errno> {

@@ -20,6 +20,10 @@
 //!   current at some time between its look at the record before and its look after: no older tag, and no younger one. A fault is
 //!   good if it is of the right kind, and if the record has changed meanwhile, or says that the page has left the mirror.
 //!
+//! Each kind of change is made at least once in a run of [`REASONABLE`] length, before chance decides; what was never tried is a failure.
+//! There is no `MADV_REMOVE` here, which is for shared memory, and that is served in place; the heap is grown and cut by children alone,
+//! for in this process it is malloc's.
+//!
 //! Through the thread door a bare call is followed by a step through the runtime before the pages are given back: there a device
 //! may use a stale translation for a moment.
 
@@ -27,7 +31,7 @@ use std::fmt;
 use std::process::Command;
 use std::ptr;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
@@ -74,7 +78,10 @@ impl Default for Config {
     }
 }
 
-const KINDS: [&str; 26] = [
+/// A run as long as this has tried everything.
+const REASONABLE: Duration = Duration::from_secs(2);
+
+const KINDS: [&str; 28] = [
     "device pages checked and written",
     "device pages watched",
     "typed device faults",
@@ -93,6 +100,8 @@ const KINDS: [&str; 26] = [
     "mremap(DONTUNMAP), wrapper",
     "mremap shrinking, bare",
     "mremap shrinking, wrapper",
+    "mremap away growing and back shrinking, bare",
+    "mremap away growing and back shrinking, wrapper",
     "mprotect(READ), bare",
     "mprotect(READ), wrapper",
     "mprotect(NONE), bare",
@@ -222,6 +231,8 @@ struct Run {
     ops: [AtomicU64; KINDS.len()],
     looks: AtomicU64,
     mirrors: Mutex<svm::Stats>,
+    /// Changes begun, of those that are made before chance decides.
+    first: AtomicUsize,
     /// Whether bare calls of these kinds are heard of.
     hears_removal: bool,
     hears_unmapping: bool,
@@ -239,6 +250,17 @@ impl Run {
     fn count_n(&self, kind: &'static str, n: u64) {
         let at = KINDS.iter().position(|k| *k == kind);
         self.ops[at.expect("a kind of the table")].fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Whether a kind can be tried at all: a bare call that nobody would hear of is not made.
+    fn can_try(&self, kind: &str) -> bool {
+        let of = |calls: &[&str]| calls.iter().any(|call| kind.starts_with(call));
+        let is_heard = if of(&["madvise"]) {
+            self.hears_removal
+        } else {
+            !of(&["munmap", "mmap", "mremap"]) || self.hears_unmapping
+        };
+        is_heard || kind.ends_with("wrapper")
     }
 
     fn check(&self, who: &str, result: Checked) {
@@ -274,6 +296,7 @@ pub fn run(config: &Config) -> Result<Report, String> {
         ops: [const { AtomicU64::new(0) }; KINDS.len()],
         looks: AtomicU64::new(0),
         mirrors: Mutex::new(svm::Stats::default()),
+        first: AtomicUsize::new(0),
         hears_removal: capabilities.has(Capability::Events) && capabilities.has(Capability::Move),
         hears_unmapping: capabilities.has(Capability::Events),
     };
@@ -295,13 +318,20 @@ pub fn run(config: &Config) -> Result<Report, String> {
             .map(|(kind, n)| (*kind, n.load(Ordering::Relaxed)))
             .collect(),
         mirrors: *run.mirrors.lock().expect("no panic while it is held"),
-        looks: run.looks.into_inner(),
+        looks: run.looks.load(Ordering::Relaxed),
     };
     if let Some(failure) = failure {
         return Err(format!("{failure}\n{report:?}"));
     }
     if report.mirrors.anomalies != 0 {
         return Err(format!("the runtime counted anomalies: {report:?}"));
+    }
+    if config.time >= REASONABLE {
+        let never = report.ops.iter().filter(|(_, n)| *n == 0);
+        let never: Vec<_> = never.filter(|(kind, _)| run.can_try(kind)).collect();
+        if !never.is_empty() {
+            return Err(format!("never tried: {never:?}\n{report}"));
+        }
     }
     Ok(report)
 }
@@ -549,6 +579,9 @@ struct Work<'a> {
     options: &'a Options,
 }
 
+/// Kinds of changes, by their weights.
+const CHOICES: usize = 40;
+
 /// How a call is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum By {
@@ -671,20 +704,25 @@ impl Work<'_> {
 
     /// Takes pages and changes their mapping.
     fn change(&self, rng: &mut Rng, room: usize) -> Checked {
-        let by = if rng.below(2) == 0 {
-            By::Bare
-        } else {
-            By::Wrapper
-        };
         let Some(taken) = self.arena.take_some(rng, 60) else {
             return Ok(());
         };
+        // First each of them, by both, then as chance will have it.
+        let first = self.run.first.fetch_add(1, Ordering::Relaxed);
+        let (choice, by_wrapper, rarely) = if first < 2 * CHOICES {
+            (first / 2, first % 2 == 1, true)
+        } else {
+            let odds = rng.below(8);
+            (rng.below(CHOICES), rng.below(2) == 1, odds == 0)
+        };
+        let at_times = rarely || rng.below(2) == 0;
+        let by = if by_wrapper { By::Wrapper } else { By::Bare };
         let heard = |hears: bool| if hears { by } else { By::Wrapper };
         let (removal, unmapping) = (
             heard(self.run.hears_removal),
             heard(self.run.hears_unmapping),
         );
-        match rng.below(40) {
+        match choice {
             0..9 => self.discard(taken, removal, libc::MADV_DONTNEED),
             9..12 => self.discard(taken, removal, libc::MADV_FREE),
             12..15 => self.unmap(taken, unmapping),
@@ -694,10 +732,11 @@ impl Work<'_> {
             20 => self.shrink(taken, unmapping, rng),
             21..25 => self.protect(taken, by, libc::PROT_READ),
             25..29 => self.protect(taken, by, libc::PROT_NONE),
-            29 if rng.below(2) == 0 => self.fork(taken),
-            30 if rng.below(8) == 0 => self.fork_with_a_mirror(taken),
-            31 if rng.below(2) == 0 => self.spawn(taken),
-            34 if rng.below(2) == 0 => {
+            29 if at_times => self.fork(taken),
+            30 if rarely => self.fork_with_a_mirror(taken),
+            31 if at_times => self.spawn(taken),
+            32 => self.grow_and_shrink(taken, unmapping, room, rng),
+            34 if at_times => {
                 self.arena.give_all(taken, |record| record);
                 self.run.count("devices told to release all");
                 let accel = &self.run.accels[rng.below(self.run.accels.len())];
@@ -896,6 +935,39 @@ impl Work<'_> {
             by,
             "mremap away and back, bare",
             "mremap away and back, wrapper",
+        )?;
+        self.write_all(&taken);
+        self.arena
+            .give_all(taken, |record| self.moved(record.next(false)));
+        Ok(())
+    }
+
+    /// Away to where there is more room, and back at the old length: the grown part is zeros, and is cut off by the way back.
+    fn grow_and_shrink(&self, taken: Taken, by: By, room: usize, rng: &mut Rng) -> Checked {
+        const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        let taken = self.of_one_mapping(taken)?;
+        let (addr, len) = (self.arena.addr(taken.first), taken.len() * PAGE);
+        let more = (1 + rng.below(8)) * PAGE;
+        self.mremap(by, addr, len, len + more, MOVE, room)?;
+        self.look_at_all(
+            &taken,
+            room,
+            &format!("where it was moved to and grew, {by:?}"),
+        )?;
+        for at in (room + len..room + len + more).step_by(PAGE) {
+            let grown = self.arena.word(at).load(Ordering::Relaxed);
+            if grown != 0 {
+                return Err(format!("what has grown is {grown:#x}, {by:?}"));
+            }
+            self.arena.word(at).store(7, Ordering::Relaxed);
+        }
+        self.mremap(by, room, len + more, len, MOVE, addr)?;
+        self.look_at_all(&taken, addr, "moved back and cut off")?;
+        self.made(
+            &taken,
+            by,
+            "mremap away growing and back shrinking, bare",
+            "mremap away growing and back shrinking, wrapper",
         )?;
         self.write_all(&taken);
         self.arena

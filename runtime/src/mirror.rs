@@ -18,15 +18,19 @@
 //! | the same, read-only (`mprotect`) | duplicated; the kernel would not move the CPU's page, which stays, write-protected |
 //! | the same, `PROT_NONE` | faults with [`NoAccess`](crate::DeviceFaultKind::NoAccess) |
 //! | holes in a mirrored range | faults with [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something is mapped there later |
-//! | reserved huge pages (hugetlb) | in place |
+//! | the same, locked in memory (`mlock`) | in place page by page: the kernel refuses to move each that a device asks for, which then stays in place for as long as the mirror lives; locked while it is away, it comes home by a copy |
+//! | reserved huge pages (hugetlb), private or shared | in place |
 //! | shared anonymous memory, memfd, shared file mappings | in place |
 //! | private file mappings, initialised statics, a private memfd | in place: userfaultfd cannot register them, or would not move their pages |
 //! | the stack that the calling thread runs on | in place: a thread whose own stack is away may not be able to fault it in |
-//! | what another userfaultfd has registered, mappings locked in memory | in place |
+//! | what another userfaultfd has registered | in place |
+//! | what is mirrored already, in whole or in part; a null pointer, a range that wraps | refused: [`Overlap`](ErrorKind::Overlap), [`Invalid`](ErrorKind::Invalid) |
+//!
+//! Each row has a test in `tests/memory_kinds.rs`.
 //!
 //! *In place* means that devices access it at the host's address: it is one memory, nothing moves and nothing is counted as
-//! device memory. [`Mirror::is_in_place`] tells, and [`snapshot`](crate::snapshot()) tells page by page. A range that holds several
-//! kinds is in place as a whole. Protection is looked up at every device fault; `mprotect` tells nobody, so translations that
+//! device memory. [`Mirror::is_in_place`] tells of ranges that are so as a whole, and [`snapshot`](crate::snapshot()) which pages
+//! devices hold. A range that holds several kinds is in place as a whole, but for locked pages among others. Protection is looked up at every device fault; `mprotect` tells nobody, so translations that
 //! exist last until the next launch begins.
 
 use core::fmt;
