@@ -114,8 +114,11 @@ impl Accelerator {
     ///
     /// # Errors
     ///
-    /// If a page could not be brought home.
+    /// If a page could not be brought home; [`Forked`](Error::Forked).
     pub fn release(&self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::Forked);
+        }
         Ok(self.shared.attachment.release()?)
     }
 
@@ -208,7 +211,8 @@ impl Accelerator {
     ///
     /// # Errors
     ///
-    /// What `f` returned, else the failure of a launch that `f` did not wait for.
+    /// What `f` returned, else the failure of a launch that `f` did not wait for. In a forked child [`Forked`](Error::Forked), in place
+    /// of success.
     pub fn scope<'env, R, F>(&'env self, f: F) -> Result<R, Error>
     where
         F: for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> Result<R, Error>,
@@ -220,17 +224,7 @@ impl Accelerator {
             _env: PhantomData,
         };
         let result = catch_unwind(AssertUnwindSafe(|| f(&scope)));
-        let launches = std::mem::take(
-            &mut *scope
-                .launches
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        // Each is waited for, whatever the others came to.
-        let ended = launches
-            .iter()
-            .map(|launch| launch.wait())
-            .fold(Ok(()), Result::and);
+        let ended = scope.wait();
         match result {
             Ok(result) => result.and_then(|r| ended.map(|()| r)),
             Err(panic) => resume_unwind(panic),
@@ -295,7 +289,7 @@ impl Accelerator {
             _buffers: buffers.clone(),
         };
         // SAFETY: the work borrows nothing: it is 'static, and keeps the buffers alive itself.
-        let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers(), self.process) });
         self.enqueue(&launch);
         Ok(Job { launch, buffers })
     }
@@ -307,7 +301,7 @@ impl Accelerator {
 
     fn run_work<'a>(&self, work: Box<dyn Work + 'a>) -> Result<(), Error> {
         // SAFETY: we wait below, and nothing between here and there unwinds but by a failure to allocate, which aborts.
-        let launch = Arc::new(unsafe { Launch::new(work, self.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(work, self.workers(), self.process) });
         self.enqueue(&launch);
         launch.wait()
     }
@@ -354,13 +348,13 @@ impl fmt::Debug for Accelerator {
 
 impl Drop for Accelerator {
     fn drop(&mut self) {
-        // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
-        self.queue = None;
         if self.is_inherited() {
-            // There is nobody to join.
-            std::mem::forget(self.relief.take());
+            // There is nobody to join, or to hang up on: the queue may be locked by a worker in the parent.
+            std::mem::forget((self.queue.take(), self.relief.take()));
             return;
         }
+        // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
+        self.queue = None;
         self.shared.join();
         if let Some(relief) = self.relief.take() {
             relief.dismiss();
@@ -415,7 +409,8 @@ impl<B> Job<B> {
         self.launch.is_done()
     }
 
-    /// Waits until it is over, and gives the buffers back, with what it came to.
+    /// Waits until it is over, and gives the buffers back, with what it came to. In a forked child nothing is waited for and the result
+    /// is [`Forked`](Error::Forked): the buffers are the child's own, with what they held when it was made.
     pub fn join(self) -> (B, Result<(), Error>) {
         let result = self.launch.wait();
         let buffers = self
@@ -442,6 +437,21 @@ impl fmt::Debug for Scope<'_, '_> {
 }
 
 impl<'scope, 'env> Scope<'scope, 'env> {
+    /// Waits for every launch; gives the first failure.
+    fn wait(&self) -> Result<(), Error> {
+        if self.accel.is_inherited() {
+            // Before the lock, which another thread of the parent may hold.
+            return Err(Error::Forked);
+        }
+        let launches =
+            std::mem::take(&mut *self.launches.lock().unwrap_or_else(PoisonError::into_inner));
+        // Each is waited for, whatever the others came to.
+        launches
+            .iter()
+            .map(|launch| launch.wait())
+            .fold(Ok(()), Result::and)
+    }
+
     /// Launches a kernel over slices, as [`Accelerator::run`] does, and returns at once.
     ///
     /// # Errors
@@ -486,9 +496,10 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     }
 
     fn launch_work(&'scope self, work: Box<dyn Work + 'scope>) -> ScopedLaunch<'scope> {
+        let accel = self.accel;
         // SAFETY: `Accelerator::scope` waits for every launch in the list before it returns or unwinds, and 'scope lasts until then.
         // It is in the list before it is in the queue.
-        let launch = Arc::new(unsafe { Launch::new(work, self.accel.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(work, accel.workers(), accel.process) });
         self.launches
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -513,7 +524,7 @@ impl ScopedLaunch<'_> {
     ///
     /// # Errors
     ///
-    /// As [`Accelerator::run`].
+    /// As [`Accelerator::run`]; [`Forked`](Error::Forked) in a forked child.
     pub fn wait(self) -> Result<(), Error> {
         self.launch.wait()
     }
