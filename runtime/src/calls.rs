@@ -153,7 +153,10 @@ pub unsafe fn mremap(
     let (addr, target) = (ptr.expose_provenance(), new_addr.expose_provenance());
     let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
     // All of the old range: whether it moves nobody knows before the call.
-    let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
+    // What would replace a part of itself the kernel refuses; nothing of it is to be held twice.
+    let is_refused = |to: &PageRange| old.is_some_and(|old| old.overlaps(*to));
+    let replaced =
+        pages(target, new_len_bytes).filter(|to| flags & MREMAP_FIXED != 0 && !is_refused(to));
     let change = Change::begin([old, replaced], Some(Keep::Nothing));
     let _alone = change.alone();
     let home = change.hold_home()?;
