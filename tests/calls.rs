@@ -8,6 +8,7 @@
 #![cfg(target_os = "linux")]
 
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -508,6 +509,78 @@ fn memory_in_place_is_let_go_of() {
     });
 }
 
+/// `MADV_REMOVE` takes the pages out of the file under a shared mapping: no device has a translation when the call has returned, and
+/// everybody finds zeros.
+#[test]
+fn what_is_removed_from_a_file_is_let_go_of() {
+    each("what_is_removed_from_a_file_is_let_go_of", |options| {
+        for in_memfd in [false, true] {
+            let map = if in_memfd {
+                shared_file(PAGES)
+            } else {
+                Map::at_hint(0, PAGES, READ_WRITE, libc::MAP_SHARED)
+            };
+            (0..PAGES).for_each(|page| map.write(page, page as u64 + 1));
+            let mirror = map.mirror(options);
+            assert!(mirror.is_in_place());
+            let view = mirror.view();
+            let device = TestDevice::new().unwrap();
+            for round in 1..3u64 {
+                fault_in(&device, &mirror, 0, PAGES, Access::Write);
+                let before = mirror.stats();
+                madvise(&map, 8, 16, libc::MADV_REMOVE);
+                // Of these it has none, and of the others all.
+                assert_eq!(nr_translated(&device, &mirror, 8, 16), 0, "{options:?}");
+                assert_eq!(nr_translated(&device, &mirror, 0, PAGES), PAGES - 16);
+                assert!((mirror.stats() - before).invalidations > 0);
+                for page in 0..PAGES {
+                    let gone = (8..24).contains(&page);
+                    let wanted = if gone { 0 } else { page as u64 + 1 };
+                    if page % 2 == 0 {
+                        assert_eq!(read(&device, view, page), Ok(wanted), "{page} {options:?}");
+                    }
+                    assert_eq!(map.read(page), wanted, "{page} {options:?}");
+                }
+                // It is memory like any other, for both sides.
+                for page in 8..24 {
+                    write(&device, view, page, round).unwrap();
+                    assert_eq!(map.read(page), round);
+                }
+            }
+            assert_eq!(mirror.stats().anomalies, 0);
+            mirror.close().unwrap();
+            assert_eq!((map.read(7), map.read(8), map.read(24)), (8, 2, 25));
+            map.unmap();
+        }
+    });
+}
+
+/// A shared mapping of a file in memory.
+fn shared_file(pages: usize) -> Map {
+    // SAFETY: a name that lives as long as the call.
+    let fd = unsafe { libc::memfd_create(c"removed from".as_ptr(), libc::MFD_CLOEXEC) };
+    assert_ne!(fd, -1, "{}", io::Error::last_os_error());
+    // SAFETY: the file just made, and a mapping of it wherever there is room.
+    let at = unsafe {
+        assert_eq!(libc::ftruncate(fd, (pages * PAGE) as libc::off_t), 0);
+        libc::mmap(
+            ptr::null_mut(),
+            pages * PAGE,
+            READ_WRITE,
+            libc::MAP_SHARED,
+            fd,
+            0,
+        )
+    };
+    assert_ne!(at, libc::MAP_FAILED);
+    // SAFETY: the mapping keeps the file.
+    unsafe { libc::close(fd) };
+    Map {
+        addr: at.expose_provenance(),
+        pages,
+    }
+}
+
 /// A pinned page is accessed in place. Unmapped all the same, by a bare call, no device may still reach it.
 #[test]
 fn a_pinned_page_that_is_unmapped_is_let_go_of() {
@@ -767,6 +840,227 @@ fn what_is_not_mirrored_or_half_is_called_as_it_is() {
             }
         },
     );
+}
+
+/// One `mremap`: a range in pages from the layout's start, its new length, flags, and where to if they say so.
+#[derive(Clone, Copy, Debug)]
+struct Remap {
+    from: usize,
+    old: usize,
+    new: usize,
+    flags: i32,
+    to: usize,
+}
+
+/// What became of it.
+#[derive(Debug, PartialEq)]
+struct Remapped {
+    errno: i32,
+    /// Where to, from the layout's start; none for a place of the kernel's choice.
+    at: Option<usize>,
+    /// What is there.
+    there: Vec<Option<u64>>,
+    layout: Vec<Option<u64>>,
+}
+
+/// Sixteen pages with a hole of four behind them, and room.
+const LAYOUT: usize = 40;
+
+fn layout() -> Map {
+    let room = Map::at_hint(0, LAYOUT, libc::PROT_NONE, 0);
+    let map = Map::at_hint(room.addr, 16, READ_WRITE, libc::MAP_FIXED);
+    (0..16).for_each(|page| map.write(page, page as u64 + 1));
+    // SAFETY: memory of the test's.
+    let outcome = unsafe { libc::munmap(map.at(16).cast(), 4 * PAGE) };
+    assert_eq!(outcome, 0);
+    map
+}
+
+/// Makes a part of a map for the kernel what a mirror makes of it: a mapping of its own, which is not inherited and a userfaultfd has.
+/// (Of such it moves one at a time.) It is the returned one's, which nobody reads: no page of it is missing.
+fn set_apart(map: &Map, first: usize, pages: usize) -> OwnedFd {
+    const UFFD_USER_MODE_ONLY: i32 = 1;
+    const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
+    const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00;
+    const MISSING: u64 = 1;
+    let flags = libc::O_CLOEXEC | UFFD_USER_MODE_ONLY;
+    let mut api = [0xaa_u64, 0, 0];
+    let start = map.at(first).addr() as u64;
+    let mut register = [start, (pages * PAGE) as u64, MISSING, 0];
+    // SAFETY: the descriptor is new; the structures are as the kernel has them, and outlive the calls; the memory is the test's.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, flags);
+        assert_ne!(fd, -1, "{}", io::Error::last_os_error());
+        let fd = OwnedFd::from_raw_fd(i32::try_from(fd).unwrap());
+        assert_eq!(libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api), 0);
+        let registered = libc::ioctl(fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register);
+        assert_eq!(registered, 0, "{}", io::Error::last_os_error());
+        let part = map.at(first).cast();
+        assert_eq!(libc::madvise(part, pages * PAGE, libc::MADV_DONTFORK), 0);
+        fd
+    }
+}
+
+impl Remap {
+    /// What has come of it: `outcome` gives the new address, or the error number.
+    fn seen(self, map: &Map, outcome: Result<usize, i32>) -> Remapped {
+        let in_layout = |at: usize| {
+            at.checked_sub(map.addr)
+                .filter(|&offset| offset < LAYOUT * PAGE)
+        };
+        Remapped {
+            errno: outcome.err().unwrap_or(0),
+            at: outcome.ok().and_then(in_layout),
+            there: outcome.map_or(Vec::new(), |at| contents(at, self.new)),
+            layout: contents(map.addr, LAYOUT),
+        }
+    }
+
+    fn bare(self, map: &Map) -> Result<usize, i32> {
+        // SAFETY: memory of the test's.
+        let at = unsafe {
+            libc::syscall(
+                libc::SYS_mremap,
+                map.addr + self.from * PAGE,
+                self.old * PAGE,
+                self.new * PAGE,
+                self.flags,
+                map.addr + self.to * PAGE,
+            )
+        };
+        match bare(at) {
+            0 => Ok(usize::try_from(at).unwrap()),
+            errno => Err(errno),
+        }
+    }
+
+    fn wrapped(self, map: &Map) -> Result<usize, i32> {
+        let (old, new) = (self.old * PAGE, self.new * PAGE);
+        // SAFETY: memory of the test's.
+        unsafe { svm::mremap(map.at(self.from), old, new, self.flags, map.at(self.to)) }
+            .map(<*mut u8>::expose_provenance)
+            .map_err(|error| error.os_error().unwrap())
+    }
+}
+
+/// As the other calls: on what is not mirrored, and on what is in part, `mremap` does as the system call does.
+#[test]
+fn mremap_of_what_is_not_mirrored_or_half_is_called_as_it_is() {
+    use libc::{MREMAP_DONTUNMAP, MREMAP_FIXED, MREMAP_MAYMOVE};
+    let fixed = MREMAP_MAYMOVE | MREMAP_FIXED;
+    let kept = MREMAP_MAYMOVE | MREMAP_DONTUNMAP;
+    let remap = |from, old, new, flags, to| Remap {
+        from,
+        old,
+        new,
+        flags,
+        to,
+    };
+    // Pages 4 to 10 are the mirrored ones.
+    let calls = [
+        // Cut off: across the mirror, in it, behind it.
+        remap(0, 16, 8, 0, 0),
+        remap(4, 6, 3, 0, 0),
+        remap(4, 6, 3, MREMAP_MAYMOVE, 0),
+        remap(10, 6, 1, 0, 0),
+        // Grown: where there is room, where there is none, and away from there.
+        remap(10, 6, 8, 0, 0),
+        remap(10, 6, 12, 0, 0),
+        remap(4, 6, 8, 0, 0),
+        remap(4, 6, 8, MREMAP_MAYMOVE, 0),
+        remap(10, 6, 12, MREMAP_MAYMOVE, 0),
+        // Moved: the mirror, a part of it, what is beside it, what it is only a part of, and over it.
+        remap(4, 6, 6, fixed, 24),
+        remap(6, 2, 4, fixed, 24),
+        remap(4, 6, 2, fixed, 24),
+        remap(0, 4, 4, fixed, 24),
+        remap(2, 4, 4, fixed, 24),
+        remap(0, 16, 16, fixed, 24),
+        remap(0, 4, 4, fixed, 5),
+        remap(12, 4, 2, fixed, 3),
+        // Moved, and left mapped.
+        remap(4, 6, 6, kept, 0),
+        remap(5, 2, 2, kept | MREMAP_FIXED, 24),
+        remap(11, 2, 2, kept | MREMAP_FIXED, 24),
+        remap(4, 6, 4, kept, 0),
+        // Refused: flags, lengths, overlaps, holes, and what wraps.
+        remap(4, 6, 6, MREMAP_FIXED, 24),
+        remap(4, 6, 0, 0, 0),
+        remap(4, 6, 6, 64, 0),
+        remap(4, 6, 6, fixed, 6),
+        remap(17, 1, 2, MREMAP_MAYMOVE, 0),
+        remap(12, 6, 6, fixed, 24),
+        remap(4, usize::MAX / PAGE, 6, 0, 0),
+    ];
+    each(
+        "mremap_of_what_is_not_mirrored_or_half_is_called_as_it_is",
+        |options| {
+            for call in calls {
+                let plain = layout();
+                let wanted = call.seen(&plain, call.bare(&plain));
+                let other = layout();
+                let found = call.seen(&other, call.wrapped(&other));
+                assert_eq!(found, wanted, "not mirrored: {call:?}");
+
+                let apart = layout();
+                let uffd = set_apart(&apart, 4, 6);
+                let outcome = call.bare(&apart);
+                // What it has left empty is zeros from here on.
+                drop(uffd);
+                let wanted = call.seen(&apart, outcome);
+                let half = layout();
+                // SAFETY: memory of the test's.
+                let mirror = unsafe { svm::mirror_raw(half.at(4), 6 * PAGE, options) }.unwrap();
+                let device = TestDevice::new().unwrap();
+                fault_in(&device, &mirror, 0, 6, Access::Write);
+                assert_eq!(half.read(5), 6);
+                let outcome = call.wrapped(&half);
+                assert_eq!(mirror.stats().anomalies, 0, "{call:?}");
+                mirror.close().unwrap();
+                let found = call.seen(&half, outcome);
+                assert_eq!(found, wanted, "half mirrored: {call:?} {options:?}");
+                for map in [plain, other, apart, half] {
+                    Map {
+                        pages: LAYOUT,
+                        ..map
+                    }
+                    .unmap();
+                }
+            }
+        },
+    );
+}
+
+#[test]
+fn memory_that_is_nowhere_is_no_mirror() {
+    each("memory_that_is_nowhere_is_no_mirror", |options| {
+        let at = ptr::with_exposed_provenance_mut::<u8>;
+        let map = Map::new(PAGES);
+        let wrapping = [
+            (0, PAGE),
+            (0, 0),
+            (usize::MAX, 1),
+            (usize::MAX - 5, PAGE),
+            (!(PAGE - 1), PAGE),
+            (map.addr, usize::MAX),
+            (map.addr, usize::MAX - map.addr + 1),
+        ];
+        for (addr, len) in wrapping {
+            // SAFETY: nothing comes of it.
+            let error = unsafe { svm::mirror_raw(at(addr), len, options) }.unwrap_err();
+            assert!(
+                matches!(error.kind(), ErrorKind::Invalid(_)),
+                "{addr:#x} and {len:#x}: {error}"
+            );
+            assert_eq!((error.operation(), error.os_error()), ("mirror", None));
+        }
+        // Nothing has come of it: this is memory, and can be mirrored.
+        let mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        assert_eq!(read(&device, mirror.view(), 3), Ok(4));
+        mirror.close().unwrap();
+        map.unmap();
+    });
 }
 
 #[test]

@@ -345,6 +345,30 @@ impl TestDevice {
             .count())
     }
 
+    /// What the device could do now, without faulting, with the pages of each block that `pages` touch: which it could write, and which
+    /// it would access where the CPU has them.
+    ///
+    /// # Errors
+    /// As [`Attachment::map`], or an overlapping invalidation that does not end.
+    pub fn snapshot(
+        &self,
+        region: RegionRef<'_>,
+        pages: Pages<usize>,
+    ) -> Result<Vec<(PageMask, PageMask)>, Error> {
+        let _worker = svm::worker_thread();
+        let mapped = self.attachment.map(region)?;
+        let mut range = self.attachment.range()?;
+        loop {
+            let mut update = range.start_update(&mapped, pages.clone(), self.timeout())?;
+            update.snapshot();
+            let guard = self.attachment.device().lock.lock();
+            if let Ok(valid) = update.end_update(&guard) {
+                let masks = valid.iter().map(|v| (*v.writable(), *v.in_place()));
+                return Ok(masks.collect());
+            }
+        }
+    }
+
     /// Brings everything home.
     ///
     /// # Errors

@@ -2,8 +2,8 @@
 
 use std::ptr;
 
-use svm::{Access, Delivery, Granule, Mirror, Options};
-use tests::{TestDevice, Watchdog, usable};
+use svm::{Access, Capabilities, Capability, Delivery, DeviceFaultKind, Granule, Mirror, Options};
+use tests::{TestDevice, Watchdog, in_own_process, usable};
 
 const PAGE: usize = 4096;
 
@@ -78,6 +78,33 @@ fn device_read(
     Ok(u64::from_ne_bytes(out))
 }
 
+/// What a device finds at a page, or the kind of its fault.
+fn found(
+    device: &TestDevice,
+    mirror: &Mirror<'static, u8>,
+    page: usize,
+) -> Result<u64, DeviceFaultKind> {
+    device_read(device, mirror, page).map_err(|e| e.device_fault().unwrap().kind)
+}
+
+/// How many of the pages the device has translations to.
+fn nr_translated(
+    device: &TestDevice,
+    mirror: &Mirror<'static, u8>,
+    first: usize,
+    pages: usize,
+) -> usize {
+    let view = mirror.view();
+    device
+        .nr_translated(
+            view.region(),
+            view.addr() + first * PAGE,
+            pages,
+            Access::Read,
+        )
+        .unwrap()
+}
+
 fn take_all(device: &TestDevice, mirror: &Mirror<'static, u8>) {
     let view = mirror.view();
     device
@@ -145,7 +172,7 @@ fn an_unmapped_part_is_a_typed_fault_and_the_rest_lives() {
                     .unwrap_err()
                     .device_fault()
                     .unwrap();
-                assert_eq!(fault.kind, svm::DeviceFaultKind::Unmapped);
+                assert_eq!(fault.kind, DeviceFaultKind::Unmapped);
             }
             for page in (0..64).filter(|p| !(first..first + pages).contains(p)) {
                 assert_eq!(map.read(page), page as u64 + 1);
@@ -313,5 +340,199 @@ fn no_kernel_sees_discarded_contents_after_the_call_returned() {
             seen.load(Ordering::Relaxed) > 0,
             "the kernel never saw a value: the test tested nothing"
         );
+    });
+}
+
+/// What is left of a mirror of `pages` pages, all of them a device's, when the kernel has cut it to `kept`.
+fn assert_cut(
+    device: &TestDevice,
+    mirror: Mirror<'static, u8>,
+    before: svm::Stats,
+    map: &Map,
+    kept: usize,
+    options: &Options,
+) {
+    // Through the gate, which is closed until the event is applied: from then on nothing leads there.
+    let cut = map.pages - kept;
+    assert_eq!(nr_translated(device, &mirror, kept, cut), 0, "{options:?}");
+    assert_eq!(nr_translated(device, &mirror, 0, kept), kept);
+    let did = mirror.stats() - before;
+    // Taken from the device once, and what went did not come home for that.
+    assert!(did.invalidations > 0, "{did:?} {options:?}");
+    assert_eq!((did.to_host_pages(), did.anomalies), (0, 0), "{did:?}");
+    for page in kept..map.pages {
+        assert_eq!(
+            found(device, &mirror, page),
+            Err(DeviceFaultKind::Unmapped),
+            "page {page} {options:?}"
+        );
+    }
+    for page in 0..kept {
+        assert_eq!(found(device, &mirror, page), Ok(page as u64 + 1));
+        assert_eq!(map.read(page), page as u64 + 1);
+    }
+    // What is mapped there now is nobody's mirror.
+    let there = map.at(kept).cast::<libc::c_void>();
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: where nothing is mapped.
+    let anew = unsafe { libc::mmap(there, cut * PAGE, 3, flags, -1, 0) };
+    assert_eq!(anew, there, "{}", std::io::Error::last_os_error());
+    assert_eq!(map.read(kept), 0);
+    map.write(kept, 9);
+    assert_eq!(found(device, &mirror, kept), Err(DeviceFaultKind::Unmapped));
+    // SAFETY: anonymous read-write memory of the test's.
+    let again = unsafe { svm::mirror_raw(anew.cast(), cut * PAGE, options) }.unwrap();
+    assert_eq!(found(device, &again, 0), Ok(9));
+    assert_eq!(mirror.stats().anomalies + again.stats().anomalies, 0);
+    mirror.close().unwrap();
+    again.close().unwrap();
+    assert_eq!(map.read(kept), 9);
+    (0..kept).for_each(|page| assert_eq!(map.read(page), page as u64 + 1));
+    // The device holds nothing for anybody any more.
+    assert_eq!(device.attachment().resident_bytes(), 0, "{options:?}");
+    map.unmap(kept, cut);
+}
+
+#[test]
+fn a_mapping_that_shrinks_is_cut_off() {
+    each("shrink", |options| {
+        let map = Map::new(64);
+        let device = TestDevice::new().unwrap();
+        let mirror = map.mirror(options);
+        take_all(&device, &mirror);
+        let before = mirror.stats();
+        // SAFETY: the test's own mapping.
+        let same = unsafe { libc::mremap(map.at(0).cast(), 64 * PAGE, 40 * PAGE, 0) };
+        assert_eq!(same, map.at(0).cast());
+        assert_cut(&device, mirror, before, &map, 40, options);
+        map.unmap(0, 40);
+    });
+}
+
+#[test]
+fn all_of_a_live_mirror_is_unmapped() {
+    each("whole munmap", |options| {
+        let map = Map::new(64);
+        let device = TestDevice::new().unwrap();
+        let mirror = map.mirror(options);
+        take_all(&device, &mirror);
+        let before = mirror.stats();
+        map.unmap(0, 64);
+        assert_cut(&device, mirror, before, &map, 0, options);
+    });
+}
+
+/// The end of the heap, and where it is to be.
+fn brk(change: usize, up: bool) -> usize {
+    let by = libc::intptr_t::try_from(change).unwrap();
+    // SAFETY: what is added is the caller's, and so is what goes.
+    let before = unsafe { libc::sbrk(if up { by } else { -by }) };
+    assert_ne!(
+        before.addr(),
+        usize::MAX,
+        "{}",
+        std::io::Error::last_os_error()
+    );
+    before.expose_provenance()
+}
+
+/// In a process of its own, on a thread that `malloc` gives no memory of this heap: its end is where the test has put it.
+#[test]
+fn a_heap_that_shrinks_is_cut_off() {
+    let name = "a_heap_that_shrinks_is_cut_off";
+    if !usable() {
+        return;
+    }
+    if !Capabilities::probe().has(Capability::Events) {
+        return println!("SKIPPED: of a brk that nobody tells there is nothing to see");
+    }
+    in_own_process(name, &[""], || {
+        let body = || {
+            each(name, |options| {
+                const PAGES: usize = 64;
+                let old = brk(0, true);
+                let pad = old.next_multiple_of(PAGE) - old;
+                assert_eq!(brk(pad + PAGES * PAGE, true), old);
+                let map = Map {
+                    addr: old + pad,
+                    pages: PAGES,
+                };
+                (0..PAGES).for_each(|page| map.write(page, page as u64 + 1));
+                let device = TestDevice::new().unwrap();
+                let mirror = map.mirror(options);
+                assert!(!mirror.is_in_place());
+                take_all(&device, &mirror);
+                let before = mirror.stats();
+                assert_eq!(brk(24 * PAGE, false), map.addr + PAGES * PAGE);
+                assert_cut(&device, mirror, before, &map, 40, options);
+                assert_eq!(brk(40 * PAGE + pad, false), map.addr + 40 * PAGE);
+            });
+        };
+        std::thread::spawn(body).join().unwrap();
+    });
+}
+
+/// Of a bare `mprotect` nobody tells: the next launch looks.
+#[test]
+fn a_launch_after_a_bare_mprotect_may_not_write() {
+    each("mprotect", |options| {
+        let workers = accel_sim::Options::new().workers(2);
+        let accel = accel_sim::Accelerator::with_options(workers).unwrap();
+        let map = Map::new(64);
+        let mut mirror = map.mirror(options);
+        let protect = |prot: i32| {
+            // SAFETY: the test's own mapping, which it touches as it may.
+            let outcome = unsafe { libc::mprotect(map.at(20).cast(), 2 * PAGE, prot) };
+            assert_eq!(outcome, 0);
+        };
+        let fill = |mirror: &mut Mirror<'static, u8>, byte: u8| {
+            accel.run(mirror.view_mut(), move |bytes| bytes.fill(byte))
+        };
+        // The workers have translations that permit everything.
+        fill(&mut mirror, 1).unwrap();
+        protect(libc::PROT_READ);
+        let at = mirror.view().addr();
+        let fault = fill(&mut mirror, 2).unwrap_err().device_fault();
+        let fault = fault.expect("a typed fault");
+        assert_eq!(
+            (fault.kind, fault.access),
+            (DeviceFaultKind::Protection, Access::Write),
+            "{fault} {options:?}"
+        );
+        // Of an element beside the protected pages, at most: a chunk is faulted in as a whole.
+        assert!(fault.addr < at + 22 * PAGE, "{fault}");
+        let protected = at + 20 * PAGE..at + 22 * PAGE;
+        let by_items = accel.run_items(64, mirror.view_mut(), |_, i, bytes| {
+            bytes.store(i * PAGE, 3)
+        });
+        let fault = by_items.unwrap_err().device_fault().unwrap();
+        assert_eq!(fault.kind, DeviceFaultKind::Protection);
+        assert!(protected.contains(&fault.addr), "{fault} {options:?}");
+        // It is what it was there, for kernels that read as for the CPU.
+        let ones = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 1);
+        let pages = 20 * PAGE..22 * PAGE;
+        assert!(ones(&mirror.as_slice()[pages.clone()]));
+        accel
+            .run_items(2 * PAGE, mirror.view(), |_, i, bytes| {
+                assert_eq!(bytes.load(20 * PAGE + i)?, 1);
+                Ok(())
+            })
+            .unwrap();
+        // No access at all, then all of them.
+        protect(libc::PROT_NONE);
+        let fault = accel
+            .run_items(1, mirror.view(), |_, _, bytes| {
+                bytes.load(20 * PAGE).map(drop)
+            })
+            .unwrap_err()
+            .device_fault()
+            .unwrap();
+        assert_eq!(fault.kind, DeviceFaultKind::NoAccess, "{options:?}");
+        protect(libc::PROT_READ | libc::PROT_WRITE);
+        assert!(ones(&mirror.as_slice()[pages]));
+        fill(&mut mirror, 4).unwrap();
+        assert!(mirror.as_slice().iter().all(|&byte| byte == 4));
+        assert_eq!(mirror.stats().anomalies, 0);
+        mirror.close().unwrap();
     });
 }

@@ -478,30 +478,74 @@ fn a_mirror_is_closed_under_a_span() {
     });
 }
 
-/// Discarded and unmapped under the span: nobody sees what was there, the late access is told.
+/// Discarded, and unmapped, under the span: nobody sees what was there, the late access is told.
 #[test]
 fn the_memory_goes_under_a_span() {
     both_doors("events", |options| {
-        if !sees_discards() {
-            return println!("SKIPPED: a discard is no event here");
-        }
         let accel = accel();
-        let mut buffer = buffer(options);
-        overrun(&accel, &mut buffer, |start| {
-            let page = ptr::with_exposed_provenance_mut(start);
-            // SAFETY: a page of the buffer's, which is for this.
-            let result = unsafe { libc::madvise(page, PAGE, libc::MADV_DONTNEED) };
-            assert_eq!(result, 0);
-            // Pending until the span had its time.
-            assert_eq!(peek(start), 0);
-            poke(start, 3);
-        });
-        assert_eq!(buffer.as_slice()[0], 3);
-        assert_eq!(buffer.as_slice()[1..WORDS], [0; WORDS - 1]);
-        assert!(buffer.as_slice()[WORDS..].iter().all(|&x| x == 7));
-        assert_as_ever(&accel, &mut buffer);
-        assert_counts(&buffer, 1);
+        if sees_discards() {
+            discarded_under_a_span(&accel, &mut buffer(options));
+        } else {
+            println!("SKIPPED: a discard is no event here");
+        }
+        if Capabilities::probe().has(Capability::Events) {
+            unmapped_under_a_span(&accel, &mut buffer(options));
+        } else {
+            println!("SKIPPED: an unmapping is no event here");
+        }
     });
+}
+
+fn discarded_under_a_span(accel: &Accelerator, buffer: &mut Buffer<u64>) {
+    overrun(accel, buffer, |start| {
+        let page = ptr::with_exposed_provenance_mut(start);
+        // SAFETY: a page of the buffer's, which is for this.
+        let result = unsafe { libc::madvise(page, PAGE, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
+        // Pending until the span had its time.
+        assert_eq!(peek(start), 0);
+        poke(start, 3);
+    });
+    assert_eq!(buffer.as_slice()[0], 3);
+    assert_eq!(buffer.as_slice()[1..WORDS], [0; WORDS - 1]);
+    assert!(buffer.as_slice()[WORDS..].iter().all(|&x| x == 7));
+    assert_as_ever(accel, buffer);
+    assert_counts(buffer, 1);
+}
+
+fn unmapped_under_a_span(accel: &Accelerator, buffer: &mut Buffer<u64>) {
+    overrun(accel, buffer, |start| {
+        let page = ptr::with_exposed_provenance_mut(start);
+        // SAFETY: a page of the buffer's, which is for this.
+        let result = unsafe { libc::munmap(page, PAGE) };
+        assert_eq!(result, 0);
+        // What is mapped there now is no part of the buffer, and the kernel has no way to it.
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: where nothing is mapped.
+        let anew =
+            unsafe { libc::mmap(page, PAGE, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        assert_eq!(anew, page);
+        assert_eq!(peek(start), 0);
+        poke(start, 3);
+        // A page beside it, which the span has as well, comes home when the span had its time.
+        assert_eq!(peek(start + PAGE), 7);
+    });
+    assert_eq!(buffer.as_slice()[..6], [3, 0, 0, 0, 0, 0]);
+    assert!(buffer.as_slice()[WORDS..].iter().all(|&x| x == 7));
+    // No device gets there any more, and all of them to the rest.
+    let touch = |view: svm::ViewMut<'_, u64>, from: usize| {
+        accel.run_items(LEN - from, view, |_, i, words| words.store(from + i, 9))
+    };
+    let fault = touch(buffer.view_mut(), 0).unwrap_err().device_fault();
+    assert_eq!(
+        fault.map(|f| f.kind),
+        Some(DeviceFaultKind::Unmapped),
+        "{fault:?}"
+    );
+    touch(buffer.view_mut(), WORDS).unwrap();
+    assert_eq!(buffer.as_slice()[..2], [3, 0]);
+    assert!(buffer.as_slice()[WORDS..].iter().all(|&x| x == 9));
+    assert_counts(buffer, 1);
 }
 
 #[test]

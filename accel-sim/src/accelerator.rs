@@ -114,8 +114,12 @@ impl Accelerator {
     ///
     /// # Errors
     ///
-    /// If a page could not be brought home; [`Nested`](Error::Nested) in a kernel of its own, which would wait for itself.
+    /// If a page could not be brought home; [`Nested`](Error::Nested) in a kernel of its own, which would wait for itself;
+    /// [`Forked`](Error::Forked).
     pub fn release(&self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::Forked);
+        }
         if self.shared.is_current() {
             return Err(Error::Nested);
         }
@@ -211,7 +215,8 @@ impl Accelerator {
     ///
     /// # Errors
     ///
-    /// What `f` returned, else the failure of a launch that `f` did not wait for.
+    /// What `f` returned, else the failure of a launch that `f` did not wait for. In a forked child [`Forked`](Error::Forked), in place
+    /// of success.
     pub fn scope<'env, R, F>(&'env self, f: F) -> Result<R, Error>
     where
         F: for<'scope> FnOnce(&'scope Scope<'scope, 'env>) -> Result<R, Error>,
@@ -285,7 +290,7 @@ impl Accelerator {
         let work = Owning::new(work, buffers);
         let buffers = work.owned.clone();
         // SAFETY: the work borrows nothing: it is 'static, and keeps the buffers alive itself.
-        let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(Box::new(work), self.workers(), self.process) });
         self.enqueue(&launch);
         Ok(Job { launch, buffers })
     }
@@ -297,7 +302,7 @@ impl Accelerator {
 
     fn run_work<'a>(&self, work: Box<dyn Work + 'a>) -> Result<(), Error> {
         // SAFETY: we wait below, and nothing between here and there unwinds but by a failure to allocate, which aborts.
-        let launch = Arc::new(unsafe { Launch::new(work, self.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(work, self.workers(), self.process) });
         self.enqueue(&launch);
         launch.wait()
     }
@@ -344,13 +349,13 @@ impl fmt::Debug for Accelerator {
 
 impl Drop for Accelerator {
     fn drop(&mut self) {
-        // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
-        self.queue = None;
         if self.is_inherited() {
-            // There is nobody to join.
-            std::mem::forget(self.relief.take());
+            // There is nobody to join, or to hang up on: the queue may be locked by a worker in the parent.
+            std::mem::forget((self.queue.take(), self.relief.take()));
             return;
         }
+        // Hanging up lets each worker end once the queue is empty; detached launches are therefore completed.
+        self.queue = None;
         let Some(relief) = self.relief.take() else {
             // It was never complete.
             self.shared.join();
@@ -421,7 +426,8 @@ impl<B> Job<B> {
         self.launch.is_done()
     }
 
-    /// Waits until it is over, and gives the buffers back, with what it came to.
+    /// Waits until it is over, and gives the buffers back, with what it came to. In a forked child nothing is waited for and the result
+    /// is [`Forked`](Error::Forked): the buffers are the child's own, with what they held when it was made.
     pub fn join(self) -> (B, Result<(), Error>) {
         let result = self.launch.wait();
         let buffers = self
@@ -451,6 +457,10 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     /// Waits for each launch, whatever the others came to. A kernel, or a thread that it has started, may launch more meanwhile: into
     /// the list, before the launch that it is part of is over.
     fn wait_for_all(&self) -> Result<(), Error> {
+        if self.accel.is_inherited() {
+            // Before the lock, which another thread of the parent may hold.
+            return Err(Error::Forked);
+        }
         let mut ended = Ok(());
         loop {
             let launches = std::mem::take(&mut *self.list());
@@ -511,9 +521,10 @@ impl<'scope, 'env> Scope<'scope, 'env> {
     }
 
     fn launch_work(&'scope self, work: Box<dyn Work + 'scope>) -> ScopedLaunch<'scope> {
+        let accel = self.accel;
         // SAFETY: `Accelerator::scope` waits for every launch in the list before it returns or unwinds, and 'scope lasts until then.
         // It is in the list before it is in the queue.
-        let launch = Arc::new(unsafe { Launch::new(work, self.accel.workers()) });
+        let launch = Arc::new(unsafe { Launch::new(work, accel.workers(), accel.process) });
         self.list().push(launch.clone());
         self.accel.enqueue(&launch);
         ScopedLaunch {
@@ -535,7 +546,7 @@ impl ScopedLaunch<'_> {
     ///
     /// # Errors
     ///
-    /// As [`Accelerator::run`].
+    /// As [`Accelerator::run`]; [`Forked`](Error::Forked) in a forked child.
     pub fn wait(self) -> Result<(), Error> {
         self.launch.wait()
     }

@@ -15,7 +15,8 @@
 //!
 //! The work of a launch borrows the caller's data and is kept in the queue as if it were `'static`. Nobody touches it after
 //! step 4, and each way to launch waits for that before its borrows end, also when unwinding: `run` before it
-//! returns, a scope before it returns. A detached launch borrows nothing. On a parked thread's stack references to it live on,
+//! returns, a scope before it returns. A detached launch borrows nothing. (In a forked child nobody waits: no worker is there, and
+//! a launch that was not over at the fork never touches or drops its work.) On a parked thread's stack references to it live on,
 //! to the work, to what it has borrowed and to spans; but that thread never executes another instruction of it. (What threads of the
 //! kernel's own may do with them is in the contract of [`Options::span_deadline`](crate::Options::span_deadline).)
 
@@ -103,6 +104,8 @@ pub(crate) struct Launch {
     stopping: AtomicBool,
     state: Mutex<State>,
     done: Condvar,
+    /// The process whose workers work on it.
+    process: u32,
 }
 
 #[derive(Debug)]
@@ -127,12 +130,16 @@ impl fmt::Debug for Launch {
 }
 
 impl Launch {
-    /// A launch with as many tickets as workers can be of use.
+    /// A launch with as many tickets as workers of `process`, this one, can be of use.
     ///
     /// # Safety
     ///
     /// What `work` borrows outlives the launch: the caller [waits](Launch::wait) before `'a` ends, on every path.
-    pub(crate) unsafe fn new<'a>(work: Box<dyn Work + 'a>, nr_workers: usize) -> Launch {
+    pub(crate) unsafe fn new<'a>(
+        work: Box<dyn Work + 'a>,
+        nr_workers: usize,
+        process: u32,
+    ) -> Launch {
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         let nr_items = work.nr_items();
         let tickets = nr_items.min(nr_workers);
@@ -151,6 +158,7 @@ impl Launch {
                 failure: None,
             }),
             done: Condvar::new(),
+            process,
         }
     }
 
@@ -235,13 +243,22 @@ impl Launch {
         self.done.notify_all();
     }
 
-    /// Whether the work is over and dropped.
+    /// Whether this is a forked child: nobody here works on it or ever will, and the state may be locked by a worker in the parent.
+    /// What it borrows is therefore free; the work itself is never dropped here.
+    fn is_inherited(&self) -> bool {
+        self.process != std::process::id()
+    }
+
+    /// Whether the work is over and dropped, or not of this process: there is nothing to wait for.
     pub(crate) fn is_done(&self) -> bool {
-        self.state().tickets == 0
+        self.is_inherited() || self.state().tickets == 0
     }
 
     /// Waits until the work is over and dropped. The first call after that gets the failure, if there was one.
     pub(crate) fn wait(&self) -> Result<(), Error> {
+        if self.is_inherited() {
+            return Err(Error::Forked);
+        }
         let mut state = self.state();
         while state.tickets > 0 {
             state = self

@@ -287,10 +287,8 @@ static PREVIOUS: AtomicPtr<AddressSpace> = AtomicPtr::new(std::ptr::null_mut());
 impl World {
     /// Boots a machine, mirrors a range, attaches devices and maps the range.
     pub(crate) fn new(setup: Setup) -> Arc<Self> {
-        if let Some(space) = AddressSpace::existing() {
-            // The next first use makes a new one, as in a forked child.
-            space.abandon_in_child();
-        }
+        // The next first use makes a new one, as in a forked child.
+        AddressSpace::abandon_in_child();
         kernel::boot(setup.quirks);
         *held(&ORACLE) = Oracle {
             pages: vec![History::default(); setup.nr_pages],

@@ -184,7 +184,7 @@ impl<D: Device> Attachment<D> {
     /// Whether this is a forked child and the device was attached in the parent: its threads, if it had any, are not here.
     #[must_use]
     pub fn is_forked(&self) -> bool {
-        !self.attached.space.is_usable()
+        self.attached.is_forked()
     }
 
     /// Bytes of device memory, `None` for no limit.
@@ -208,16 +208,17 @@ impl<D: Device> Attachment<D> {
     /// # Errors
     /// No address space, descriptors or memory for the window, or what [`Device::map`] says.
     pub fn map(&self, region: RegionRef<'_>) -> Result<MappedRef<D>> {
-        let _signals = AsyncSignalsBlocked::new();
         let attached = &self.attached;
+        // Before any lock: its holder may have stayed in the parent.
+        if self.is_forked() || region.region.door().is_disowned() {
+            return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
+        }
+        let space = attached.space;
+        let _signals = AsyncSignalsBlocked::new();
         let _control = attached
             .control
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let space = AddressSpace::get("map")?;
-        if !core::ptr::eq(space, attached.space) || region.region.door().is_disowned() {
-            return Err(Error::new("map", ErrorKind::Forked).at(region.addr()));
-        }
         if attached.is_detached() {
             return Err(
                 DeviceFault::new(region.addr(), Access::Read, DeviceFaultKind::Closed).into(),
@@ -273,8 +274,11 @@ impl<D: Device> Attachment<D> {
     /// A range for one worker thread, preallocated: faulting with it allocates nothing.
     ///
     /// # Errors
-    /// No address space for its scratch area.
+    /// No address space for its scratch area, or a forked child.
     pub fn range(&self) -> Result<crate::Range<D>> {
+        if self.is_forked() {
+            return Err(Error::new("range", ErrorKind::Forked));
+        }
         crate::Range::new(self.attached.clone())
     }
 
@@ -343,7 +347,7 @@ impl<D: Device> Attachment<D> {
         self.attached.id
     }
 
-    /// Totals of what this device did, over all its regions, those that are gone included.
+    /// Totals of what this device did, over all its regions, those that are gone included. In a forked child: before the fork.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let _signals = AsyncSignalsBlocked::new();
@@ -373,8 +377,16 @@ impl<D: Device> Attached<D> {
     }
 
     fn with_mapped<R>(&self, f: impl FnOnce(&MapSlice<MapArc<Mapped<D>>>) -> R) -> R {
+        if let Some(orphaned) = self.space.orphaned() {
+            return f(self.mapped.load(&orphaned));
+        }
         let gate = self.space.gate().enter();
         f(self.mapped.load(&gate))
+    }
+
+    /// Whether this is a forked child, and the device was attached in the parent.
+    pub(crate) fn is_forked(&self) -> bool {
+        !self.space.is_usable()
     }
 
     /// The mapped regions now; for control paths, since it allocates.
@@ -412,7 +424,7 @@ impl<D: Device> Drop for Attachment<D> {
     fn drop(&mut self) {
         let _signals = AsyncSignalsBlocked::new();
         let space = self.attached.space;
-        if !space.is_usable() {
+        if self.is_forked() {
             return;
         }
         // SeqCst, and the grace period: rounds that have not seen it are over, and what they moved is released next.

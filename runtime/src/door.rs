@@ -4,8 +4,7 @@
 //! every waiter to read zeros (design rule 2). Each has its own regions, windows and scratch areas, for a page can only be
 //! moved safely within one userfaultfd (hazards M1).
 
-use core::sync::atomic::{AtomicBool, Ordering};
-use std::sync::OnceLock;
+use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::{Error, ErrorKind, Result};
@@ -40,11 +39,23 @@ pub(crate) enum Role {
 impl Door {
     /// Inline, unless the kernel does not deliver faults that way.
     pub(crate) fn usual_delivery() -> Delivery {
-        static USUAL: OnceLock<Delivery> = OnceLock::new();
-        *USUAL.get_or_init(|| match Uffd::probe(FaultScope::UserMode) {
-            Ok(has) if !has.contains(Features::SIGBUS) => Delivery::Thread,
-            _ => Delivery::Inline,
-        })
+        const UNKNOWN: u8 = 0;
+        const INLINE: u8 = 1;
+        const THREAD: u8 = 2;
+        // Threads that ask first at once find the same. Not a lock: in a child forked meanwhile nobody would ever give it back.
+        static USUAL: AtomicU8 = AtomicU8::new(UNKNOWN);
+        if USUAL.load(Ordering::Relaxed) == UNKNOWN {
+            let usual = match Uffd::probe(FaultScope::UserMode) {
+                Ok(has) if !has.contains(Features::SIGBUS) => THREAD,
+                _ => INLINE,
+            };
+            USUAL.store(usual, Ordering::Relaxed);
+        }
+        if USUAL.load(Ordering::Relaxed) == THREAD {
+            Delivery::Thread
+        } else {
+            Delivery::Inline
+        }
     }
 
     /// Opens a userfaultfd for `delivery`, with faults of the kernel where this process may have them.

@@ -67,7 +67,7 @@ impl<D: Device> MappedRef<D> {
     /// the copies it made.
     ///
     /// # Errors
-    /// The edge's mapping is gone, a write to an input, or a write while a launch of another device writes.
+    /// The edge's mapping is gone, a write to an input, a write while a launch of another device writes, or a forked child.
     ///
     /// # Safety
     /// Until the guard is ended the region's memory stays what it is, and nobody but launches uses its edges otherwise than the
@@ -75,6 +75,10 @@ impl<D: Device> MappedRef<D> {
     /// says so.
     pub unsafe fn begin_use(&self, access: Access) -> Result<UseGuard<D>> {
         let region = self.shared_region();
+        // Before any lock: its holder may have stayed in the parent.
+        if region.door().is_disowned() {
+            return Err(Error::new("begin use", ErrorKind::Forked).at(region.addr()));
+        }
         if access == Access::Write && !region.is_writable() {
             return Err(
                 DeviceFault::new(region.addr(), access, DeviceFaultKind::Protection).into(),
@@ -176,7 +180,7 @@ impl<D: Device> UseGuard<D> {
     /// Ends the use, copying back what may have been written.
     ///
     /// # Errors
-    /// The edge's mapping is gone or read-only; what was written to the edge is lost then.
+    /// The edge's mapping is gone or read-only; what was written to the edge is lost then. A forked child, in which the use is not.
     pub fn finish(mut self) -> Result<()> {
         self.end()
     }
@@ -185,8 +189,13 @@ impl<D: Device> UseGuard<D> {
         if !core::mem::replace(&mut self.open, false) {
             return Ok(());
         }
+        let region = self.mapped.shared_region();
+        if region.door().is_disowned() {
+            // The copies are the parent's, and the locks may be held there.
+            return Err(Error::new("end use", ErrorKind::Forked).at(region.addr()));
+        }
         let _signals = AsyncSignalsBlocked::new();
-        self.mapped.shared_region().end_use();
+        region.end_use();
         let mut result = Ok(());
         // Copied back before anybody who comes next can find no user and copy in.
         let mut users = self.mapped.edges().users.lock();
@@ -194,7 +203,7 @@ impl<D: Device> UseGuard<D> {
             for edge in edges(&self.mapped).into_iter().flatten() {
                 result = result.and(self.mapped.copy_back(&edge));
             }
-            self.mapped.shared_region().edge_writers().1 -= 1;
+            region.edge_writers().1 -= 1;
         }
         *users -= 1;
         result

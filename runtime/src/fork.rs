@@ -12,7 +12,7 @@
 //! 4. *child*: the parent's descriptors are disowned, handles of the parent answer [`Forked`](crate::ErrorKind::Forked), and
 //!    the next mirror starts an address space of the child's own.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crate::addr::PageRange;
 use crate::evict::{self, Stale};
@@ -25,15 +25,13 @@ use crate::sys::mmap::{self, Advice};
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
 
-/// Has libc call the three handlers around every fork of this process, once.
+/// Has libc call the three handlers around every fork of this process, once. One caller at a time. (In the child of a fork that came
+/// in between they may be called twice, which is once too often and does no harm.)
 pub(crate) fn install() -> std::io::Result<()> {
-    static ONCE: std::sync::Mutex<bool> = std::sync::Mutex::new(false);
-    let mut installed = ONCE
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if !*installed {
+    static INSTALLED: AtomicBool = AtomicBool::new(false);
+    if !INSTALLED.load(Ordering::Relaxed) {
         process::at_fork(prepare, parent, child)?;
-        *installed = true;
+        INSTALLED.store(true, Ordering::Relaxed);
     }
     Ok(())
 }
@@ -100,13 +98,15 @@ fn give_back(space: &AddressSpace, range: PageRange) {
 }
 
 extern "C" fn prepare() {
+    // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period. Before the look for a space, for
+    // another thread may be at its first use: either it is seen here, or its mirrors see that there is a fork.
+    AddressSpace::forking().fetch_add(1, Ordering::SeqCst);
+    fence(Ordering::SeqCst);
     let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else {
         return;
     };
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
-    // SeqCst: see `crate::range`. Rounds that have not seen it are over after the grace period.
-    space.forking().fetch_add(1, Ordering::SeqCst);
     space.gate().synchronize();
     point!(ForkClosed, 0);
     // A region of which a page cannot come home is not inherited: the child faults there, which is better than a zero.
@@ -134,13 +134,16 @@ extern "C" fn prepare() {
 }
 
 extern "C" fn parent() {
+    // Before the look for a space, as in `prepare`: there may be one now that was not there then.
+    let was_last = AddressSpace::forking().fetch_sub(1, Ordering::SeqCst) == 1;
+    fence(Ordering::SeqCst);
     let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else {
         return;
     };
     let _signals = AsyncSignalsBlocked::new();
     let _bracket = space.fork_bracket();
     // Another thread may be between its prepare and its fork: the last one closes the bracket.
-    if space.forking().fetch_sub(1, Ordering::SeqCst) == 1 {
+    if was_last && AddressSpace::forking().load(Ordering::SeqCst) == 0 {
         advise_bodies(space, Advice::DontFork, &[]);
     }
 }
@@ -148,7 +151,7 @@ extern "C" fn parent() {
 /// A new body: not for children that nobody has prepared, unless a fork is being prepared at this moment.
 pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
     let _bracket = space.fork_bracket();
-    if space.forking().load(Ordering::SeqCst) == 0 {
+    if AddressSpace::forking().load(Ordering::SeqCst) == 0 {
         // Inside the gate, as in `advise_bodies`. Advice: where it fails a child of a raw clone reads zeros, as it would without us.
         let gate = space.gate().enter();
         let _ = mmap::advise(body, Advice::DontFork);
@@ -160,7 +163,5 @@ pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
 }
 
 extern "C" fn child() {
-    if let Some(space) = AddressSpace::existing() {
-        space.abandon_in_child();
-    }
+    AddressSpace::abandon_in_child();
 }

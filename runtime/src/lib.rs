@@ -83,7 +83,8 @@
 //! - A system call on a page that a device holds fails with `EFAULT` unless the page is pinned, or the process may handle faults of
 //!   the kernel and asked for it ([`Options::transparent_syscalls`]).
 //! - Without `UFFDIO_MOVE` (Linux < 6.8) a bare `madvise` that discards mirrored memory is not seen; [`madvise`] is. See [`Capabilities`].
-//! - A raw `mprotect` is seen when the next fault is served, not before; [`mprotect`] when it returns.
+//! - A raw `mprotect` is seen when the next fault is served and when the next launch begins
+//!   ([`revalidate_protections`](MappedRef::revalidate_protections)), not before; [`mprotect`] when it returns.
 //! - Bare changes of memory that devices access in place (pinned, shared, of files) are not seen, or not in time: a device's access may
 //!   then end as the CPU's would, in a signal. [`munmap`], [`mremap`] and [`mprotect`] take the translations first.
 

@@ -267,13 +267,14 @@ impl RegionRef<'_> {
     }
 
     /// Whether the page of `addr` can move: it lies wholly in the range, and was not unmapped or moved elsewhere since. What was
-    /// unmapped before the call is seen.
+    /// unmapped before the call is seen. In a forked child no page of a region of the parent's can.
     #[must_use]
     pub fn is_movable(&self, addr: usize) -> bool {
         let region = self.region;
+        let may_move = region.kind() == RegionKind::Managed && !region.door().is_disowned();
         let body = region
             .body()
-            .filter(|body| region.kind() == RegionKind::Managed && body.contains_addr(addr));
+            .filter(|body| may_move && body.contains_addr(addr));
         body.is_some() && {
             let _signals = AsyncSignalsBlocked::new();
             let _gate = AddressSpace::global().gate().enter();

@@ -53,7 +53,7 @@ use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::share::Shared;
-use crate::space::{AddressSpace, PlaceKind};
+use crate::space::{AddressSpace, Orphaned, PlaceKind};
 use crate::stats::{Cause, Stats};
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
@@ -288,6 +288,9 @@ impl Raw {
 
     fn stats(&self) -> Stats {
         let _signals = AsyncSignalsBlocked::new();
+        if let Some(orphaned) = Orphaned::behind(self.region.door()) {
+            return self.region.stats(&orphaned);
+        }
         self.region.stats(&AddressSpace::global().gate().enter())
     }
 

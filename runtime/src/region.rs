@@ -406,8 +406,9 @@ impl Region {
             crate::sys::signal::async_signals_blocked(),
             "block locks are taken with signals masked (hazards S1)"
         );
-        for block in self.blocks.iter() {
-            drop(block.lock());
+        // In a forked child there are none, and who had a block locked is not there.
+        if !self.door.is_disowned() {
+            self.blocks.iter().for_each(|block| drop(block.lock()));
         }
         let mut stats = self.counters.snapshot();
         for mapped in self.devices(gate).iter().flatten() {

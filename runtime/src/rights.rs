@@ -110,7 +110,7 @@ impl<D: Device> MappedRef<D> {
         let region = self.shared_region();
         let Some(body) = region
             .body()
-            .filter(|_| region.kind() == RegionKind::Managed)
+            .filter(|_| region.kind() == RegionKind::Managed && !region.door().is_disowned())
         else {
             return;
         };

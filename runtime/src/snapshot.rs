@@ -95,7 +95,8 @@ impl PageSnapshot {
     /// Whether `device` holds current contents of the page.
     #[must_use]
     pub fn is_held_by<D: Device>(&self, device: &Attachment<D>) -> bool {
-        self.holders >> device.id().index() & 1 == 1
+        // In a forked child the slot is another's.
+        !device.is_forked() && self.holders >> device.id().index() & 1 == 1
     }
 
     /// Whether any device holds current contents of the page.

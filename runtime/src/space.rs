@@ -29,6 +29,7 @@ pub(crate) use crate::sys::gated::{Gated, Inside};
 use crate::sys::maps::{Maps, Vma};
 use crate::sys::mmap::{MapArray, MapBox};
 use crate::sys::pagemap::{PageState, Pagemap};
+use crate::sys::process;
 use crate::window::Window;
 use crate::{inline, monitor};
 
@@ -111,7 +112,6 @@ pub(crate) struct AddressSpace {
     nr_changes: AtomicU64,
     /// The last fault that found no place, of the threads that hash to each slot: see [`Self::has_missed_before`].
     misses: [AtomicU64; MISS_SLOTS],
-    forking: AtomicU32,
     fork_bracket: StdMutex<()>,
     /// Held across a call of [`crate::calls`] that vacates addresses, until it is applied.
     vacating: StdMutex<()>,
@@ -125,6 +125,50 @@ pub(crate) struct AddressSpace {
 
 /// The current address space; null before the first, never changed but by a forked child's first use.
 static SPACE: AtomicPtr<AddressSpace> = AtomicPtr::new(core::ptr::null_mut());
+
+/// How many forks this process has under way. Not of a space: the first may be made while somebody forks.
+static FORKING: AtomicU32 = AtomicU32::new(0);
+
+/// The lock of whoever makes an address space: the process that holds it, or 0.
+static MAKING: AtomicU32 = AtomicU32::new(0);
+
+/// Holds [`MAKING`].
+struct Making;
+
+impl Making {
+    /// Waits for the lock. In a forked child it is free: whoever held it is in the parent, and no handler of ours may have run.
+    fn lock() -> Self {
+        let me = std::process::id();
+        loop {
+            let holder = MAKING.load(Ordering::Relaxed);
+            let taken =
+                || MAKING.compare_exchange(holder, me, Ordering::Acquire, Ordering::Relaxed);
+            if holder != me && taken().is_ok() {
+                return Self;
+            }
+            process::sched_yield();
+        }
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        MAKING.store(0, Ordering::Release);
+    }
+}
+
+/// Proof of being in a forked child, about what was the parent's: nobody replaces any of it any more, and nobody can be waited for,
+/// for the threads that were at it are not here.
+pub(crate) struct Orphaned(());
+
+impl Inside for Orphaned {}
+
+impl Orphaned {
+    /// Whether what is behind this door was left behind by a fork.
+    pub(crate) fn behind(door: &Door) -> Option<Self> {
+        door.is_disowned().then_some(Self(()))
+    }
+}
 
 impl AddressSpace {
     fn new() -> std::io::Result<Self> {
@@ -143,7 +187,6 @@ impl AddressSpace {
             forked: AtomicBool::new(false),
             nr_changes: AtomicU64::new(0),
             misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
-            forking: AtomicU32::new(0),
             fork_bracket: StdMutex::new(()),
             vacating: StdMutex::new(()),
             claims: StdMutex::new(Vec::new()),
@@ -230,8 +273,7 @@ impl AddressSpace {
         if let Some(space) = Self::existing().filter(|s| s.is_usable()) {
             return Ok(space);
         }
-        static MAKING: StdMutex<()> = StdMutex::new(());
-        let _making = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+        let _making = Making::lock();
         if let Some(space) = Self::existing().filter(|s| s.is_usable()) {
             return Ok(space);
         }
@@ -241,8 +283,8 @@ impl AddressSpace {
         };
         let space = MapBox::leak(MapBox::new(Self::new().map_err(failed)?).map_err(failed)?);
         crate::fork::install().map_err(failed)?;
-        // Release pairs with the Acquire of `existing`.
-        SPACE.store(core::ptr::from_mut(space), Ordering::Release);
+        // Release pairs with the Acquire of `existing`; SeqCst: see `fork::prepare`.
+        SPACE.store(core::ptr::from_mut(space), Ordering::SeqCst);
         Ok(space)
     }
 
@@ -255,8 +297,8 @@ impl AddressSpace {
     }
 
     /// How many forks are under way: while there are, no page goes to a device.
-    pub(crate) fn forking(&self) -> &AtomicU32 {
-        &self.forking
+    pub(crate) fn forking() -> &'static AtomicU32 {
+        &FORKING
     }
 
     /// Serialises the changes of who is inherited by children; never held across a fork, never taken on the fault path.
@@ -272,10 +314,14 @@ impl AddressSpace {
         self.vacating.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// In the child of a fork: this space was the parent's. Async-signal-safe.
-    pub(crate) fn abandon_in_child(&self) {
-        self.forked.store(true, Ordering::Relaxed);
-        for door in self.doors.iter().filter_map(OnceLock::get) {
+    /// In the child of a fork: the space there is was the parent's. Async-signal-safe.
+    pub(crate) fn abandon_in_child() {
+        FORKING.store(0, Ordering::Relaxed);
+        let Some(space) = Self::existing() else {
+            return;
+        };
+        space.forked.store(true, Ordering::Relaxed);
+        for door in space.doors.iter().filter_map(OnceLock::get) {
             door.disown_in_child();
         }
     }
@@ -288,6 +334,11 @@ impl AddressSpace {
     /// Whether this process may still use it: not a forked child.
     pub(crate) fn is_usable(&self) -> bool {
         !self.forked.load(Ordering::Relaxed)
+    }
+
+    /// The opposite, as a proof.
+    pub(crate) fn orphaned(&self) -> Option<Orphaned> {
+        (!self.is_usable()).then_some(Orphaned(()))
     }
 
     pub(crate) fn gate(&self) -> &Gate {

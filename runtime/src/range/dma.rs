@@ -99,6 +99,10 @@ impl<D: Device> Update<'_, D> {
             }
         }
         let attached = self.mapped.attached().clone();
+        if self.is_forked() {
+            // Who has the device locked may have stayed in the parent.
+            return Err(NotMapped::Interrupted);
+        }
         // Declared after `made`, so that nothing is undone with the lock held.
         let guard = attached.device.lock().lock();
         self.end_update(&guard)?;

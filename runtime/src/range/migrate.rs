@@ -98,6 +98,9 @@ impl<D: Device> Update<'_, D> {
                 kind,
             )
         };
+        if self.is_forked() {
+            return Err(fault(self.pages.start, DeviceFaultKind::Forked));
+        }
         if self.pages.len() > mapped.residency().capacity() && region.kind() != RegionKind::InPlace
         {
             return Err(fault(self.pages.start, DeviceFaultKind::OutOfMemory));

@@ -154,12 +154,9 @@ impl<D: Device> Range<D> {
         check_pages(region, &pages, Access::Read)?;
         let pages = pages.start..pages.end.max(pages.start);
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
-        if region.door().is_disowned() {
-            return Err(DeviceFault::new(
-                addr,
-                Access::Read,
-                DeviceFaultKind::Forked,
-            ));
+        if self.attached.is_forked() || region.door().is_disowned() {
+            let kind = DeviceFaultKind::Forked;
+            return Err(DeviceFault::new(addr, Access::Read, kind));
         }
         let covered = covered_by_granules(region, &pages);
         let at = self
@@ -230,7 +227,7 @@ impl<D: Device> Range<D> {
         let region = mapped.shared_region();
         let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
-        if region.door().is_disowned() {
+        if self.attached.is_forked() || region.door().is_disowned() {
             return Err(fault(DeviceFaultKind::Forked));
         }
         if access == Access::Write && !region.is_writable() {
@@ -348,6 +345,10 @@ impl<D: Device> Range<D> {
 
     /// Lets go of what this range keeps of regions, so that they can be freed. For when a launch has ended.
     pub fn park(&mut self) {
+        if self.attached.is_forked() {
+            // The hubs are the parent's, and somebody there may hold their locks.
+            self.subscriptions.drain(..).for_each(core::mem::forget);
+        }
         self.subscriptions.clear();
     }
 
@@ -565,6 +566,9 @@ impl<D: Device> Update<'_, D> {
         let fault = |page: usize, kind| {
             DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind)
         };
+        if self.is_forked() {
+            return Err(fault(self.pages.start, DeviceFaultKind::Forked));
+        }
         if access == Access::Write && !region.is_writable() {
             return Err(fault(self.pages.start, DeviceFaultKind::Protection));
         }
@@ -632,6 +636,9 @@ impl<D: Device> Update<'_, D> {
         let mapped = self.mapped.clone();
         let region = mapped.shared_region();
         self.range.valid.clear();
+        if self.is_forked() {
+            return;
+        }
         let mut at = self.pages.start;
         while at < self.pages.end {
             let block = at / PAGES_PER_BLOCK;
@@ -663,9 +670,13 @@ impl<D: Device> Update<'_, D> {
     /// Whether the update has been interrupted already. True is reliable; false is not, outside the device lock.
     #[must_use]
     pub fn needs_retry(&self) -> bool {
-        self.range.subscriptions[self.subscription]
-            .1
-            .interrupted(self.token)
+        let (_, subscription) = &self.range.subscriptions[self.subscription];
+        self.is_forked() || subscription.interrupted(self.token)
+    }
+
+    /// Whether a fork came between: the update was begun in the parent.
+    fn is_forked(&self) -> bool {
+        self.range.attached.is_forked()
     }
 
     /// Ends the update: what `fault` or `snapshot` found is still true, and may be installed while `guard` lives.
@@ -707,6 +718,12 @@ impl Deref for Committed<'_> {
     type Target = [Valid];
     fn deref(&self) -> &[Valid] {
         self.valid
+    }
+}
+
+impl<D: Device> Drop for Range<D> {
+    fn drop(&mut self) {
+        self.park();
     }
 }
 

@@ -135,7 +135,7 @@ impl<D: Device> Round<'_, D> {
         point!(RoundEntering, self.region.addr_of(self.block, 0));
         let gate = space.gate().enter();
         // SeqCst, with the grace period of `fork::prepare`: either this sees the flag, or prepare waits for this section.
-        if space.forking().load(Ordering::SeqCst) != 0 && !mutated(Mutation::ForkNotSeen) {
+        if AddressSpace::forking().load(Ordering::SeqCst) != 0 && !mutated(Mutation::ForkNotSeen) {
             return Outcome::Again;
         }
         // Likewise, against the teardown of the mirror or of the device.
@@ -259,7 +259,7 @@ impl<D: Device> Round<'_, D> {
             // taken with contents that are to be gone when the kernel's caller returns.
             let busy = state.pending() | state.pins_in_progress() | state.gone();
             let stop = self.is_over()
-                || space.forking().load(Ordering::SeqCst) != 0
+                || AddressSpace::forking().load(Ordering::SeqCst) != 0
                 || (busy.intersects(&self.want) && !mutated(Mutation::WaitedWithoutLook));
             let same = self.rights(space) == rights && self.plan(&state, &rights) == (want, plan);
             if stop || !same || (fill - state.resident(self.id())).count() != needed {

@@ -331,7 +331,7 @@ impl<D: Device> Round<'_, D> {
             return 0;
         }
         let _gate = space.gate().enter();
-        if space.forking().load(Ordering::SeqCst) != 0 || self.is_over() {
+        if AddressSpace::forking().load(Ordering::SeqCst) != 0 || self.is_over() {
             return 0;
         }
         let mut states = [const { None }; MAX_BLOCKS_AT_ONCE];

@@ -3,7 +3,7 @@
 //! A comma-separated list of the words below forces the fallback for each, so that every fallback can
 //! be tested on a kernel that has everything. Read once, on the control path.
 
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::uffd::Features;
 
@@ -52,10 +52,17 @@ pub(crate) const VARIABLE: &str = "SVM_DISABLE";
 impl Disabled {
     /// What this process's environment disables. Control path: the first call reads the environment.
     pub(crate) fn current() -> Self {
-        static CURRENT: OnceLock<Disabled> = OnceLock::new();
-        *CURRENT.get_or_init(|| {
-            std::env::var(VARIABLE).map_or(Self::empty(), |list| Self::parse(&list, |_| {}))
-        })
+        // Threads that ask first at once find the same. Not a lock: in a child forked meanwhile nobody would ever give it back.
+        const KNOWN: u32 = 1 << 31;
+        static CURRENT: AtomicU32 = AtomicU32::new(0);
+        let current = CURRENT.load(Relaxed);
+        if current & KNOWN != 0 {
+            return Self::from_bits_truncate(current);
+        }
+        let current =
+            std::env::var(VARIABLE).map_or(Self::empty(), |list| Self::parse(&list, |_| {}));
+        CURRENT.store(current.bits() | KNOWN, Relaxed);
+        current
     }
 
     /// Parses a list, and hands every unknown word to `unknown`.

@@ -39,10 +39,9 @@
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-use std::sync::OnceLock;
 use std::sync::atomic::{
-    AtomicBool, AtomicUsize,
-    Ordering::{Acquire, Relaxed, Release},
+    AtomicBool, AtomicPtr, AtomicUsize,
+    Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
 use bytemuck::Zeroable;
@@ -104,7 +103,15 @@ struct Installed {
     stacks: Stacks,
 }
 
-static INSTALLED: OnceLock<Installed> = OnceLock::new();
+/// Null at first. Not a `OnceLock`: in a child forked while it is written nobody would ever finish that.
+static INSTALLED: AtomicPtr<Installed> = AtomicPtr::new(std::ptr::null_mut());
+
+fn installed() -> Option<&'static Installed> {
+    // Acquire pairs with the Release in `install`.
+    let installed = INSTALLED.load(Acquire);
+    // SAFETY: null, or a leaked box that is never freed.
+    unsafe { installed.cast_const().as_ref() }
+}
 
 /// Whether the kernel calls the handler: a fork may come between that and [`INSTALLED`], and its child has to go on from there.
 static ARMED: AtomicBool = AtomicBool::new(false);
@@ -115,7 +122,7 @@ static ARMED: AtomicBool = AtomicBool::new(false);
 ///
 /// `ENOMEM`; `AlreadyExists` if another resolver is installed.
 pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
-    if let Some(installed) = INSTALLED.get() {
+    if let Some(installed) = installed() {
         return if std::ptr::fn_addr_eq(installed.resolver, resolver) {
             arm()
         } else {
@@ -128,21 +135,21 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     }
     let resolving = MapBox::leak(table);
     let stacks = Stacks::new()?;
-    let mut first = false;
     // The previous action is read before ours is installed, so that a SIGBUS in the first instant
     // finds it. (Another library that installs its own between the two steps is lost; sigaction(2) has
     // no compare-and-swap.)
-    INSTALLED.get_or_init(|| {
-        first = true;
-        Installed {
-            resolver,
-            previous: current_action(),
-            previous_spent: AtomicBool::new(false),
-            resolving,
-            stacks,
-        }
-    });
-    if first { arm() } else { install(resolver) }
+    let new = MapBox::leak(MapBox::new(Installed {
+        resolver,
+        previous: current_action(),
+        previous_spent: AtomicBool::new(false),
+        resolving,
+        stacks,
+    })?);
+    match INSTALLED.compare_exchange(std::ptr::null_mut(), new, AcqRel, Acquire) {
+        Ok(_) => arm(),
+        // Another thread was first, before it had the kernel call the handler.
+        Err(_) => install(resolver),
+    }
 }
 
 /// Has the kernel call the handler, once.
@@ -191,7 +198,7 @@ extern "C" fn on_sigbus(
 ) {
     let saved_errno = errno();
     // `install` wrote it before the handler could run.
-    let Some(installed) = INSTALLED.get() else {
+    let Some(installed) = installed() else {
         abort_with_message(format_args!("SIGBUS before its handler was installed"));
     };
     // SAFETY: with SA_SIGINFO the kernel passes a siginfo_t that lives as long as this frame, and that

@@ -1,5 +1,6 @@
 //! The handler, in processes of its own: there is one per process.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering::SeqCst};
 
 use super::super::mmap::Reservation;
@@ -464,7 +465,7 @@ fn a_forked_child_finds_the_table_empty() {
         // The child is this thread, with this thread pointer, and is not in any resolver.
         // SAFETY: the child calls only what is async-signal-safe.
         if unsafe { libc::fork() } == 0 {
-            let installed = INSTALLED.get().expect("installed");
+            let installed = super::installed().expect("installed");
             let status = match installed.resolving.enter(thread_pointer()) {
                 Entered::As(_) => 42,
                 Entered::Nested | Entered::Unguarded => 1,
