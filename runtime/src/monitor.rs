@@ -193,7 +193,8 @@ impl Reader {
         let door = self.door;
         let page = page_floor(fault.addr);
         match attempt {
-            // Most resolutions have woken the thread already; the one that found nothing to do has not.
+            Attempt::Done(Verdict::Woken) => {}
+            // What found nothing to do has woken nobody.
             Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
             // Nobody can serve it: an access to it must fail loudly rather than wait for ever.
             Attempt::Done(verdict @ (Verdict::NotOurs | Verdict::Window)) => {

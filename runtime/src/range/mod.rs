@@ -551,6 +551,7 @@ impl<D: Device> Update<'_, D> {
                     self.range.valid.push(valid);
                     at += want.count();
                     stuck = None;
+                    continue;
                 }
                 Outcome::NoFrames => appetite.refused(&round),
                 other => {
