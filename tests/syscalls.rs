@@ -188,9 +188,10 @@ fn through_the_thread_door_the_monitor_makes_the_calls() {
                 .delivery(Delivery::Thread)
                 .granule(Granule::Page);
             let mut moved = Rig::new(1 << 20, &options);
-            (0..2).for_each(|n| moved.fault(n * PAGE, Access::Write));
-            moved.write(0);
-            step(|| moved.write(PAGE));
+            (0..3).for_each(|n| moved.fault(n * PAGE, Access::Write));
+            // At the second fault of a thread, and once in so many, the monitor asks what time it is, to see how quickly they come.
+            (0..2).for_each(|n| moved.write(n * PAGE));
+            step(|| moved.write(2 * PAGE));
             let mut shared = Rig::new(1 << 20, &options.clone().read_mostly(true));
             (0..2).for_each(|n| shared.fault(n * PAGE, Access::Read));
             shared.write(0);
