@@ -11,7 +11,6 @@ use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu};
 use benches::report::{Note, Results, Target, publish};
-use clap::Parser;
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::notifier::{Hub, Interval};
 use svm::sync::{Deadline, Gate, Mutex};
@@ -571,7 +570,7 @@ fn counts(rounds: usize) -> Result<Vec<Note>> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args = Args::of_command_line();
     let machine = Machine::here();
     // Before anything is pinned: the runtime's threads start with their maker's CPUs.
     for delivery in [Delivery::Inline, Delivery::Thread] {

@@ -6,7 +6,8 @@
 //! keeps the ratio of the two medians; the case's ratio is the median of those, and their quartiles are its spread.
 //! The first rounds are thrown away.
 
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use clap::Parser;
@@ -19,12 +20,12 @@ use crate::report::{Figure, Outcome, Target};
 /// What every bench takes on its command line.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
-    /// Write the results to this file.
+    /// Write the results to this file. (A relative path is taken from where the command was typed.)
     #[arg(long, value_name = "FILE")]
-    pub json: Option<std::path::PathBuf>,
-    /// Write plots to this directory.
+    pub json: Option<PathBuf>,
+    /// Write plots to this directory. (As for --json.)
     #[arg(long, value_name = "DIR")]
-    pub plot: Option<std::path::PathBuf>,
+    pub plot: Option<PathBuf>,
     /// Few rounds: to see that it works, not how fast.
     #[arg(long)]
     pub quick: bool,
@@ -40,6 +41,16 @@ pub struct Args {
 }
 
 impl Args {
+    /// The command line, its paths as they were meant.
+    #[must_use]
+    pub fn of_command_line() -> Self {
+        let mut args = Self::parse();
+        for path in [&mut args.json, &mut args.plot].into_iter().flatten() {
+            *path = as_typed(path);
+        }
+        args
+    }
+
     /// Rounds for each case.
     #[must_use]
     pub fn rounds(&self, usual: usize) -> usize {
@@ -53,6 +64,19 @@ impl Args {
             .as_ref()
             .is_none_or(|filter| name.contains(filter.as_str()))
     }
+}
+
+/// A path as it was meant where the command was typed: cargo runs a bench in its package's directory, and leaves the shell's in `PWD`.
+/// Where there is no shell, it is taken from the workspace's root.
+fn as_typed(path: &Path) -> PathBuf {
+    let Some(package) = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from) else {
+        return path.to_owned();
+    };
+    let typed_at = std::env::var_os("PWD").map(PathBuf::from);
+    let typed_at = typed_at.filter(|dir| dir.is_absolute() && dir.is_dir());
+    typed_at
+        .or_else(|| package.parent().map(Path::to_owned))
+        .map_or_else(|| path.to_owned(), |dir| dir.join(path))
 }
 
 /// Durations in nanoseconds.
@@ -194,7 +218,8 @@ pub fn compare(
     ))
 }
 
-/// Runs `job` for each of `parts` on a thread of its own, together, and gathers what they measured.
+/// Runs `job` for each of `parts` on a thread of its own, together, and gathers what they measured. Says how long it took from when
+/// the first began until the last was done.
 ///
 /// # Errors
 /// What one of them ended with.
@@ -202,18 +227,19 @@ pub fn side_by_side<P: Send>(
     parts: impl IntoIterator<Item = P>,
     samples: &mut Samples,
     job: impl Fn(P, &mut Samples) -> Result<()> + Sync,
-) -> Result<()> {
+) -> Result<Duration> {
     let parts: Vec<_> = parts.into_iter().collect();
     let start = &std::sync::Barrier::new(parts.len());
     let job = &job;
-    let all: Vec<Result<Samples>> = std::thread::scope(|scope| {
+    let all: Vec<Result<(Samples, Instant, Instant)>> = std::thread::scope(|scope| {
         let threads: Vec<_> = parts
             .into_iter()
             .map(|part| {
                 scope.spawn(move || {
                     let mut samples = Samples::new();
                     start.wait();
-                    job(part, &mut samples).map(|()| samples)
+                    let begun = Instant::now();
+                    job(part, &mut samples).map(|()| (samples, begun, Instant::now()))
                 })
             })
             .collect();
@@ -222,10 +248,15 @@ pub fn side_by_side<P: Send>(
             .map(|thread| thread.join().expect("no panic"))
             .collect()
     });
+    let mut whole: Option<(Instant, Instant)> = None;
     for of_one in all {
-        samples.absorb(&of_one?);
+        let (of_one, begun, done) = of_one?;
+        samples.absorb(&of_one);
+        whole = Some(whole.map_or((begun, done), |(first, last)| {
+            (first.min(begun), last.max(done))
+        }));
     }
-    Ok(())
+    Ok(whole.map_or(Duration::ZERO, |(first, last)| last - first))
 }
 
 /// The progress of a whole bench.

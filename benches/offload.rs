@@ -18,7 +18,6 @@ use benches::floors::raw::{Area, Faults};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting};
 use benches::report::{Note, Results, Target, publish};
-use clap::Parser;
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
 
@@ -328,7 +327,7 @@ fn faults_per_granule() -> Result<Note> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args = Args::of_command_line();
     let machine = Machine::here();
     let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
     let mut cases: Vec<(String, usize, What, Granule, bool, f64)> = Vec::new();

@@ -18,7 +18,6 @@ use anyhow::{Context, Result};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Outcome, Results, Target, publish};
-use clap::Parser;
 use criterion::Criterion;
 use svm::notifier::{Hub, Interval, Subscription};
 use svm::sync::Deadline;
@@ -613,7 +612,7 @@ impl Subject for Barrier<'_> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args = Args::of_command_line();
     let machine = Machine::here();
     let rounds = args.rounds(21);
     let mut cases = Vec::new();

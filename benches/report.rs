@@ -64,7 +64,7 @@ impl Target {
         }
     }
 
-    /// A target for the median alone.
+    /// A target for the median alone: of what is a rate, and has no tail.
     #[must_use]
     pub const fn p50_alone(ratio: f64) -> Self {
         Self {
@@ -145,8 +145,12 @@ pub struct Note {
     pub value: f64,
     /// Its unit.
     pub unit: &'static str,
-    /// What it was to be at most.
+    /// What it was to be at most, or at least.
     pub target: Option<f64>,
+    /// Whether the target is the least.
+    pub at_least: bool,
+    /// Whether it is met.
+    pub met: Option<bool>,
 }
 
 impl Note {
@@ -163,13 +167,19 @@ impl Note {
             value,
             unit,
             target,
+            at_least: false,
+            met: target.map(|target| value <= target),
         }
     }
 
-    /// Whether it is.
+    /// A figure, and what it was to be at least.
     #[must_use]
-    pub fn is_met(&self) -> Option<bool> {
-        self.target.map(|target| self.value <= target)
+    pub fn at_least(name: impl Into<String>, value: f64, unit: &'static str, target: f64) -> Self {
+        Self {
+            at_least: true,
+            met: Some(value >= target),
+            ..Self::new(name, value, unit, Some(target))
+        }
     }
 }
 
@@ -269,8 +279,9 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
     for note in notes {
         let verdict = note.target.map_or_else(String::new, |t| {
             format!(
-                "  (target {t:.2}, {})",
-                if note.is_met() == Some(true) {
+                "  (at {} {t:.2}, {})",
+                if note.at_least { "least" } else { "most" },
+                if note.met == Some(true) {
                     "met"
                 } else {
                     "MISSED"

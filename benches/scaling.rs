@@ -13,7 +13,6 @@ use benches::floors::raw::{Area, Faults, Uffd};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare, side_by_side};
 use benches::machine::{Machine, Setting};
 use benches::report::{Note, Results, Series, Target, publish};
-use clap::Parser;
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
 
@@ -431,7 +430,7 @@ fn rows(quick: bool) -> Vec<Row> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let args = Args::of_command_line();
     let machine = Machine::here();
     let fixed = first_mirror()?;
     let _signals = svm::worker_thread();

@@ -240,6 +240,8 @@ impl Launch {
             state.failure.get_or_insert(failure);
         }
         state.tickets = 0;
+        // Unlocked first: who is woken wants the lock.
+        drop(state);
         self.done.notify_all();
     }
 

@@ -72,6 +72,7 @@ runtime! {
     mirror "../src/mirror.rs"
     monitor "../src/monitor.rs"
     movement "../src/movement.rs"
+    near "../src/near.rs"
     notifier "../src/notifier/mod.rs"
     options "../src/options.rs"
     overrun "../src/overrun.rs"

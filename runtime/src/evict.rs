@@ -101,9 +101,9 @@ fn evict_block(
     };
     let resident = state.resident(device.id());
     let before = resident.count();
-    if before == 0
-        || (leased == Leased::Spare && state.lease().device_until_ns > clock::monotonic_ns())
-    {
+    let until = state.lease().device_until_ns;
+    let is_leased = || until != 0 && until > clock::monotonic_ns();
+    if before == 0 || (leased == Leased::Spare && is_leased()) {
         return Ok(0);
     }
     let victims = choose(&state, device, max);

@@ -52,6 +52,8 @@ pub(crate) struct CpuFault {
 pub(crate) enum Verdict {
     /// Try the access again.
     Resolved,
+    /// Try the access again; the call that resolved it has woken who sleeps in it.
+    Woken,
     /// The address is none of ours, or the page cannot be served: it goes to whoever handled such faults before us.
     NotOurs,
     /// An empty page of a device's window was touched.
@@ -474,12 +476,15 @@ fn act(
     let access = fault.access.unwrap_or(Access::Write);
     point!(FaultExcluding, fault.addr);
     let mut mover = Mover::new(region, block, state);
+    // The fault may be older than the copy: another thread's fault on the page, or beside it, brought that meanwhile.
+    if *class == Class::Restore && mover.is_with_host(page) {
+        point!(FaultMoved, fault.addr);
+        return Attempt::Done(Verdict::Resolved);
+    }
     let moved = match class {
         Class::Gone | Class::Pending => return Attempt::Again,
         Class::MoveHome(run) => move_home(&mut mover, region, gate, page, run, Cause::Demand),
         Class::ShareHome(run) => share_home(&mut mover, region, gate, page, run),
-        // The fault may be older than the copy: another thread's fault on the page, or beside it, brought that meanwhile.
-        Class::Restore if mover.is_with_host(page) => Ok(()),
         Class::Restore => share_home(&mut mover, region, gate, page, &(page..page + 1)),
         Class::Collapse(run) => mover.unprotect(run.clone()),
         Class::ZeroFill => mover.zero_fill_host(page, access),
@@ -487,9 +492,14 @@ fn act(
     };
     match moved {
         Ok(()) => {
+            let verdict = if mover.has_woken() {
+                Verdict::Woken
+            } else {
+                Verdict::Resolved
+            };
             note_fetch(state, class, page, fault);
             point!(FaultMoved, fault.addr);
-            Attempt::Done(Verdict::Resolved)
+            Attempt::Done(verdict)
         }
         Err(Stall::Changing | Stall::NoMemory) => {
             count(&region.counters().waits, 1);

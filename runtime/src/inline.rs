@@ -40,7 +40,7 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         fault::resolve(space, &fault)
     };
     match resolved {
-        fault::Verdict::Resolved => signal::Verdict::Resolved,
+        fault::Verdict::Resolved | fault::Verdict::Woken => signal::Verdict::Resolved,
         fault::Verdict::NotOurs => signal::Verdict::NotOurs,
         fault::Verdict::Window => {
             match overrun::touched(space, bus.addr, access, signal::thread_pointer()) {

@@ -117,6 +117,7 @@ mod mask;
 mod mirror;
 mod monitor;
 mod movement;
+mod near;
 pub mod notifier;
 mod options;
 mod overrun;

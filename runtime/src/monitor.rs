@@ -7,6 +7,8 @@
 //! It never waits for one fault: what has to wait, for an access in flight, a lease or a passing `EAGAIN`, is put aside and
 //! looked at again, so that a worker whose own read fault would let it finish is not stuck behind a write fault that waits
 //! for that worker (hazards W1).
+//!
+//! Where it runs matters more than what it does: see [`crate::near`].
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,6 +18,7 @@ use crate::addr::page_floor;
 use crate::error::{Access, Error, ErrorKind, Result};
 use crate::events::{self, PendingList};
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
+use crate::near::{self, Near};
 use crate::options::Delivery;
 use crate::space::{AddressSpace, Door};
 use crate::sync::mutation::{Mutation, mutated};
@@ -67,6 +70,7 @@ pub(crate) fn spawn(
                 door,
                 aside,
                 pending,
+                near: Near::default(),
             }
             .run();
         })
@@ -91,6 +95,7 @@ struct Reader {
     /// In the order in which they are looked at again: every one of them, in each round.
     aside: VecDeque<Aside>,
     pending: PendingList,
+    near: Near,
 }
 
 impl Reader {
@@ -98,9 +103,12 @@ impl Reader {
         let mut message = EventBuffer::<1>::new();
         let doorbell = self.door.doorbell();
         loop {
-            let ready = self.door.uffd().poll(doorbell, self.timeout());
+            let timeout = self.timeout();
+            let ready = self.door.uffd().poll(doorbell, timeout);
             if ready.doorbell {
                 doorbell.silence();
+            } else if !ready.message && timeout == Some(near::IDLE) {
+                self.near.idle();
             }
             if ready.broken {
                 return;
@@ -115,12 +123,15 @@ impl Reader {
         }
     }
 
-    /// How long to wait for a message: not at all while faults are aside, a moment while ranges are pending.
+    /// How long to wait for a message: not at all while faults are aside, a moment while ranges are pending, and no longer than it
+    /// makes sense to stay beside a thread.
     fn timeout(&self) -> Option<Duration> {
         if !self.aside.is_empty() {
             Some(Duration::ZERO)
         } else if !self.pending.is_empty() {
             Some(Duration::from_millis(1))
+        } else if self.near.is_near() {
+            Some(near::IDLE)
         } else {
             None
         }
@@ -154,6 +165,7 @@ impl Reader {
             };
             let attempt = fault::begin(self.space, &fault, First::Yes);
             self.settle(fault, attempt);
+            self.near.note(fault.thread);
         }
     }
 
@@ -192,7 +204,8 @@ impl Reader {
         let door = self.door;
         let page = page_floor(fault.addr);
         match attempt {
-            // Most resolutions have woken the thread already; the one that found nothing to do has not.
+            Attempt::Done(Verdict::Woken) => {}
+            // What found nothing to do has woken nobody.
             Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
             Attempt::Done(verdict @ (Verdict::NotOurs | Verdict::Window)) => {
                 let write = fault.access == Some(Access::Write);

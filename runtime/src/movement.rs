@@ -70,6 +70,9 @@ pub(crate) struct Mover<'a> {
     region: &'a Region,
     block: usize,
     pub(crate) state: &'a mut BlockState,
+    /// Whether somebody may sleep at a page that is served now: every call wakes who waits for what it did, but a page that is there
+    /// without a call, or for all that the call said, has woken nobody.
+    asleep: bool,
 }
 
 /// What both ends of a movement hold at one page.
@@ -100,7 +103,13 @@ impl<'a> Mover<'a> {
             region,
             block,
             state,
+            asleep: false,
         }
+    }
+
+    /// Whether everybody who waited for a page that is served has been woken.
+    pub(crate) fn has_woken(&self) -> bool {
+        !self.asleep
     }
 
     fn host(&self, page: usize) -> usize {
@@ -152,6 +161,7 @@ impl<'a> Mover<'a> {
                 Stop::Exists | Stop::NotPresent => {
                     match self.settle(stop, source(self, at), destination(self, at)) {
                         Settled::Moved => {
+                            self.asleep = true;
                             moved(self.state, PageMask::page(at));
                             at += 1;
                         }
@@ -570,7 +580,10 @@ impl<'a> Mover<'a> {
         match progress.stop {
             Stop::Complete => Ok(()),
             // No longer registered: the mirror was closed meanwhile, and the page is the kernel's affair.
-            Stop::NotPresent => Ok(()),
+            Stop::NotPresent => {
+                self.asleep = true;
+                Ok(())
+            }
             Stop::Exists if self.is_present(at) => {
                 // Somebody populated it between the fault and here; waiters of the other door want a wake-up.
                 door.wake(at, PAGE_SIZE);
@@ -578,6 +591,7 @@ impl<'a> Mover<'a> {
             }
             // A marker is in the way: clear it, and let the access fault again.
             Stop::Exists => {
+                self.asleep = true;
                 count(&self.region.counters().write_protect_calls, 1);
                 let _ = door.unprotect(at, PAGE_SIZE);
                 Ok(())

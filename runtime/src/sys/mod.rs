@@ -8,6 +8,7 @@
 //! | [`maps`] | which mapping covers an address (PROCMAP_QUERY) |
 //! | [`calls`] | munmap, mremap, madvise, mprotect for an application |
 //! | [`mmap`] | address-space reservations; memory of our own that malloc never sees |
+//! | [`sched`] | which CPUs a thread may run on, and which it ran on |
 //! | [`futex`], [`membarrier`], [`clock`], [`process`] | waiting, fences, time, and the rest |
 //!
 //! # The fault-path law
@@ -40,6 +41,7 @@ pub(crate) mod membarrier;
 pub(crate) mod mmap;
 pub(crate) mod pagemap;
 pub(crate) mod process;
+pub(crate) mod sched;
 pub(crate) mod signal;
 mod stack;
 #[cfg(test)]

@@ -93,6 +93,38 @@ pub(crate) mod membarrier {
     }
 }
 
+pub(crate) mod sched {
+    /// A set of CPUs.
+    #[derive(Clone, Copy, Debug)]
+    pub(crate) struct Cpus;
+
+    impl Cpus {
+        pub(crate) fn all() -> Self {
+            Self
+        }
+
+        pub(crate) fn one(_: usize) -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn of_this_thread() -> Option<Self> {
+            None
+        }
+
+        pub(crate) fn has_several(&self) -> bool {
+            false
+        }
+
+        pub(crate) fn confine_this_thread(&self) -> bool {
+            false
+        }
+    }
+
+    pub(crate) fn cpu_of_thread(_: usize) -> Option<usize> {
+        None
+    }
+}
+
 pub(crate) mod process {
     use std::{fmt, io};
 
