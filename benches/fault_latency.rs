@@ -9,7 +9,7 @@ use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
-use benches::machine::{Company, Machine, Setting, pin_to_cpu};
+use benches::machine::{Company, Counters, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Results, Target, publish};
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::notifier::{Hub, Interval};
@@ -129,6 +129,26 @@ impl Subject for Ours {
     }
 }
 
+/// A subject, and where the thread that measures runs meanwhile.
+struct At {
+    cpu: Option<usize>,
+    subject: Box<dyn Subject>,
+}
+
+impl Subject for At {
+    fn arm(&mut self) -> Result<()> {
+        match self.cpu {
+            Some(cpu) => pin_to_cpu(cpu),
+            None => unpin(),
+        }
+        self.subject.arm()
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        self.subject.pass(samples)
+    }
+}
+
 /// A row of the table, before the settings.
 struct Row {
     name: &'static str,
@@ -158,6 +178,15 @@ impl Floor {
             Self::Thread(_, Place::Pinned(_)) => "F3 pinned",
             Self::ProtectAndCopy => "F4",
             Self::Move(_) => "F5",
+        }
+    }
+
+    /// Where ours runs while it is measured against this: where the floor does, unless its reader is pinned to the faulter's CPU. That
+    /// takes an application that pins itself, which ours is not to need.
+    fn cpu_of_ours(self) -> Option<usize> {
+        match self {
+            Self::Thread(_, Place::Pinned(_)) => None,
+            _ => Some(HERE),
         }
     }
 
@@ -330,6 +359,26 @@ fn rows() -> Vec<Row> {
             1.25,
         ),
         row(
+            "cpu write, shared page, 64 KiB",
+            CpuWriteShared,
+            thread,
+            4 * MIB,
+            big,
+            false,
+            Floor::Thread(unprotect, free),
+            1.25,
+        ),
+        row(
+            "cpu touch, device page, 64 KiB",
+            CpuTouchAway,
+            thread,
+            4 * MIB,
+            big,
+            false,
+            Floor::Thread(home, free),
+            1.25,
+        ),
+        row(
             "cpu write, shared page, 4 KiB",
             CpuWriteShared,
             thread,
@@ -494,36 +543,13 @@ fn breakdown(rounds: usize) -> Result<Vec<Note>> {
         .collect())
 }
 
-/// What the kernel has counted: interrupts from one CPU to another, and context switches of this process.
-fn kernel_counts() -> (u64, u64) {
-    let table = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
-    let interrupts = table
-        .lines()
-        .filter_map(|line| {
-            line.trim_start()
-                .strip_prefix("TLB:")
-                .or_else(|| line.trim_start().strip_prefix("CAL:"))
-        })
-        .flat_map(str::split_whitespace)
-        .map_while(|word| word.parse::<u64>().ok())
-        .sum();
-    // SAFETY: an rusage is integers: zero is a value.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: `usage` is valid for the call.
-    unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
-    (
-        interrupts,
-        (usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs(),
-    )
-}
-
-/// What a fault takes of the kernel, counted: system calls that move, interrupts of the other CPU, context switches.
+/// What a fault takes of the kernel, counted.
 fn counts(rounds: usize) -> Result<Vec<Note>> {
     let kinds = [
-        ("cpu write", Kind::CpuWriteShared),
-        ("cpu touch", Kind::CpuTouchAway),
-        ("duplication", Kind::DeviceDuplicates),
-        ("migration", Kind::DeviceMigrates),
+        ("cpu write, shared page", Kind::CpuWriteShared),
+        ("cpu touch, device page", Kind::CpuTouchAway),
+        ("device duplicates", Kind::DeviceDuplicates),
+        ("device migrates", Kind::DeviceMigrates),
     ];
     let mut notes = Vec::new();
     for (name, kind) in kinds {
@@ -535,27 +561,32 @@ fn counts(rounds: usize) -> Result<Vec<Note>> {
             for setting in [Setting::Quiet, Setting::Busy] {
                 let _company = Company::for_setting(setting, THERE);
                 let mut ours = Ours::new(kind, delivery, MIB, Granule::Page, false)?;
-                let (mut calls, mut interrupts, mut switches) = (0, 0, 0);
+                // All threads are there, so that each can be counted.
+                ours.arm()?;
+                ours.pass(&mut Samples::new())?;
+                let counters = Counters::of_this_process();
+                // What looking takes itself.
+                let (first, second) = (counters.read(), counters.read());
+                let (mut moving, mut nr) = (0, [0; Counters::NR]);
                 let mut samples = Samples::new();
                 for _ in 0..rounds {
                     ours.arm()?;
-                    let before = (ours.rig.stats(), kernel_counts());
+                    let before = (ours.rig.stats(), counters.read());
                     ours.pass(&mut samples)?;
-                    let after = (ours.rig.stats(), kernel_counts());
-                    calls += (after.0 - before.0).movement_calls();
-                    interrupts += after.1.0 - before.1.0;
-                    switches += after.1.1 - before.1.1;
+                    let after = (ours.rig.stats(), counters.read());
+                    moving += (after.0 - before.0).movement_calls();
+                    for (i, sum) in nr.iter_mut().enumerate() {
+                        let looking = second[i] - first[i];
+                        *sum += (after.1[i] - before.1[i]).saturating_sub(looking);
+                    }
                 }
-                let door = if delivery == Delivery::Inline {
-                    "inline"
-                } else {
-                    "thread"
+                let door = match delivery {
+                    Delivery::Inline => "inline",
+                    Delivery::Thread => "thread",
                 };
-                for (what, n) in [
-                    ("moving system calls", calls),
-                    ("interrupts between CPUs (of the whole machine)", interrupts),
-                    ("context switches", switches),
-                ] {
+                let what = counters.names().into_iter().zip(nr);
+                let what = what.filter_map(|(name, n)| Some((name?, n)));
+                for (what, n) in std::iter::once(("system calls that move", moving)).chain(what) {
                     notes.push(Note::new(
                         format!("count: {name}, {door}, {}: {what}", setting.name()),
                         n as f64 / samples.len() as f64,
@@ -591,8 +622,15 @@ fn main() -> Result<()> {
     for row in &rows {
         for setting in [Setting::Quiet, Setting::Busy] {
             let _company = Company::for_setting(setting, THERE);
-            let mut floor = row.floor.subject(row);
-            let mut ours = Ours::new(row.kind, row.delivery, row.len, row.granule, row.huge)?;
+            let (kind, delivery) = (row.kind, row.delivery);
+            let mut floor = At {
+                cpu: Some(HERE),
+                subject: row.floor.subject(row),
+            };
+            let mut ours = At {
+                cpu: row.floor.cpu_of_ours(),
+                subject: Box::new(Ours::new(kind, delivery, row.len, row.granule, row.huge)?),
+            };
             let case = Case {
                 name: row.name.to_owned(),
                 delivery: if row.delivery == Delivery::Inline {
@@ -604,7 +642,8 @@ fn main() -> Result<()> {
                 floor: row.floor.name(),
                 target: Some(Target::p50(row.target)),
             };
-            outcomes.push(compare(case, rounds, &mut *floor, &mut ours, &progress)?);
+            outcomes.push(compare(case, rounds, &mut floor, &mut ours, &progress)?);
+            pin_to_cpu(HERE);
         }
     }
     progress.finish();

@@ -1,6 +1,10 @@
 //! The machine: what a result has to name to mean anything, and what a bench does to be undisturbed on it.
 
+use std::ffi::CStr;
+use std::fs::File;
 use std::hint::black_box;
+use std::io::Read as _;
+use std::os::fd::FromRawFd as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -101,6 +105,135 @@ fn set_affinity(fill: impl FnOnce(&mut libc::cpu_set_t)) {
     fill(&mut set);
     // SAFETY: `set` is initialised, and as large as the call is told.
     unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
+}
+
+/// What the kernel counts of this process. Where it offers no such count, a machine-wide one stands in, and its name says so.
+#[derive(Debug)]
+pub struct Counters {
+    system_calls: Option<Tracepoint>,
+    flushes: Option<Tracepoint>,
+}
+
+impl Counters {
+    /// How many figures there are.
+    pub const NR: usize = 4;
+
+    /// From here on, of all threads that there are now.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        // `enum tlb_flush_reason`: the interrupt that has others flush, counted where it is sent.
+        const REMOTE_SEND_IPI: &CStr = c"reason==4";
+        Self {
+            system_calls: Tracepoint::open("raw_syscalls/sys_enter", None),
+            flushes: Tracepoint::open("tlb/tlb_flush", Some(REMOTE_SEND_IPI)),
+        }
+    }
+
+    /// What they are; `None` for what cannot be had here.
+    #[must_use]
+    pub fn names(&self) -> [Option<&'static str>; Self::NR] {
+        [
+            self.system_calls.is_some().then_some("system calls"),
+            Some("context switches"),
+            Some(match self.flushes {
+                Some(_) => "TLB flushes of other CPUs",
+                None => "TLB flushes of other CPUs (of the whole machine)",
+            }),
+            Some("interrupts that wake a CPU (of the whole machine)"),
+        ]
+    }
+
+    /// The figures now.
+    #[must_use]
+    pub fn read(&self) -> [u64; Self::NR] {
+        // SAFETY: an rusage is integers: zero is a value.
+        let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+        // SAFETY: `usage` is valid for the call.
+        unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
+        let count = |tracepoint: &Option<Tracepoint>| tracepoint.as_ref().map(Tracepoint::read);
+        [
+            count(&self.system_calls).unwrap_or(0),
+            (usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs(),
+            // Flushes come as either, by kernel and processor.
+            count(&self.flushes).unwrap_or_else(|| interrupts(&["TLB:", "CAL:"])),
+            interrupts(&["RES:"]),
+        ]
+    }
+}
+
+/// Interrupts from one CPU to another, of these lines of /proc/interrupts.
+fn interrupts(of: &[&str]) -> u64 {
+    let table = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
+    table
+        .lines()
+        .filter_map(|line| {
+            of.iter()
+                .find_map(|name| line.trim_start().strip_prefix(name))
+        })
+        .flat_map(|line| {
+            line.split_whitespace()
+                .map_while(|word| word.parse::<u64>().ok())
+        })
+        .sum()
+}
+
+/// How often a place in the kernel was passed by threads of this process: where tracefs is mounted, and perf events are permitted.
+#[derive(Debug)]
+struct Tracepoint(Vec<File>);
+
+impl Tracepoint {
+    fn open(name: &str, filter: Option<&CStr>) -> Option<Self> {
+        let dirs = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+        let id = |dir| std::fs::read_to_string(format!("{dir}/events/{name}/id")).ok();
+        let id: u64 = dirs.into_iter().find_map(id)?.trim().parse().ok()?;
+        let tasks = std::fs::read_dir("/proc/self/task").ok()?;
+        let tids = tasks
+            .flatten()
+            .filter_map(|task| task.file_name().to_str()?.parse().ok());
+        let files = tids.map(|tid| Self::of_thread(id, tid, filter));
+        files.collect::<Option<_>>().map(Self)
+    }
+
+    fn of_thread(id: u64, tid: libc::pid_t, filter: Option<&CStr>) -> Option<File> {
+        const TRACEPOINT: u64 = 2;
+        const CLOEXEC: libc::c_ulong = 8;
+        const SET_FILTER: u64 = 0x4008_2406;
+        // The oldest `struct perf_event_attr`: its type and size, and what of that type.
+        let mut attr = [0_u64; 8];
+        attr[0] = TRACEPOINT | (size_of_val(&attr) as u64) << 32;
+        attr[1] = id;
+        // SAFETY: reads the structure, whose size it says.
+        let fd = unsafe {
+            libc::syscall(
+                libc::SYS_perf_event_open,
+                attr.as_ptr(),
+                tid,
+                -1,
+                -1,
+                CLOEXEC,
+            )
+        };
+        let fd = i32::try_from(fd).ok().filter(|&fd| fd >= 0)?;
+        // SAFETY: a descriptor just made, which nobody else knows.
+        let file = unsafe { File::from_raw_fd(fd) };
+        if let Some(filter) = filter {
+            // SAFETY: reads a string.
+            let set = unsafe { libc::ioctl(fd, SET_FILTER as libc::Ioctl, filter.as_ptr()) };
+            if set != 0 {
+                return None;
+            }
+        }
+        Some(file)
+    }
+
+    fn read(&self) -> u64 {
+        let count = |mut file: &File| {
+            let mut bytes = [0; 8];
+            file.read_exact(&mut bytes)
+                .map_or(0, |()| u64::from_ne_bytes(bytes))
+        };
+        self.0.iter().map(count).sum()
+    }
 }
 
 /// What else runs while a case is measured.

@@ -1,28 +1,31 @@
 //! Work that changes sides: data just written by the CPU, a triad on the accelerator, the result read by the CPU.
 //!
 //! Ours is the *overhead*: the time of all that, less the time of the same kernel on data that is in place and of the same
-//! reading of data that is home. Its floor is what a program without shared memory pays around the same workers: two arrays
-//! copied in, one copied out.
+//! reading of data that is home. Its floor is what a program without shared memory pays around as many of the same workers: two arrays
+//! copied in, one copied out, by the caller.
 //!
 //! `cargo bench -p benches --bench offload -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
 use std::hint::black_box;
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use benches::device::Rig;
 use benches::floors::Pair;
 use benches::floors::raw::{Area, Faults};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
-use benches::machine::{Machine, Setting};
+use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Results, Target, publish};
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
 
 const MIB: usize = 1 << 20;
 const SCALE: f64 = 3.0;
+/// The measuring thread's CPU, and the one of its company.
+const HERE: usize = 0;
+const THERE: usize = 1;
 
 fn triad(a: &mut [f64], b: &[f64], c: &[f64]) {
     for ((a, b), c) in a.iter_mut().zip(b).zip(c) {
@@ -34,6 +37,13 @@ fn timed(f: impl FnOnce() -> Result<()>) -> Result<Duration> {
     let start = Instant::now();
     f()?;
     Ok(start.elapsed())
+}
+
+/// The median of three.
+fn usually(mut f: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut took = [timed(&mut f)?, timed(&mut f)?, timed(&mut f)?];
+    took.sort_unstable();
+    Ok(took[1])
 }
 
 fn sum(data: &[f64]) {
@@ -95,13 +105,13 @@ impl Subject for Offload {
             self.a.as_slice().iter().all(|&x| x == self.round + SCALE),
             "the accelerator computed something else"
         );
-        let read = timed(|| {
+        let read = usually(|| {
             sum(self.a.as_slice());
             Ok(())
         })?;
         // Brings the result back to the device; then everything is in place.
         self.run()?;
-        let kernel = timed(|| self.run())?;
+        let kernel = usually(|| self.run())?;
         samples.record(u64::try_from(
             whole.saturating_sub(read + kernel).as_nanos(),
         )?);
@@ -109,44 +119,92 @@ impl Subject for Offload {
     }
 }
 
-/// What explicit copies cost around the same workers.
+/// What explicit copies cost around the same workers: the device's arrays are memory of its own, which nobody mirrors.
 struct Copies {
-    host: [Vec<f64>; 3],
-    device: [Vec<f64>; 3],
+    accel: Accelerator,
+    view: Buffer<u8>,
+    host: [Area; 3],
+    device: [Area; 3],
 }
 
 impl Copies {
-    fn new(len: usize) -> Self {
-        let arrays = || std::array::from_fn(|_| vec![1.0; len]);
-        Self {
+    fn new(len: usize, workers: usize, huge: bool) -> Result<Self> {
+        let arrays = || {
+            [(); 3].map(|()| {
+                let area = Area::new(len * size_of::<f64>(), huge);
+                area.populate();
+                area
+            })
+        };
+        Ok(Self {
+            accel: Accelerator::with_options(accel_sim::Options::new().workers(workers))?,
+            view: Buffer::zeroed(1)?,
             host: arrays(),
             device: arrays(),
+        })
+    }
+
+    /// The triad by the workers, one part each.
+    fn run(&mut self) -> Result<()> {
+        let [a, b, c] = self.device.each_mut().map(floats);
+        let part = a.len().div_ceil(self.accel.workers());
+        let arrays = a.chunks_mut(part).zip(b.chunks(part)).zip(c.chunks(part));
+        let parts: Vec<_> = arrays.map(|part| Mutex::new(Some(part))).collect();
+        // A launch has views; this one's kernel does not look at it.
+        self.accel
+            .run_items(parts.len(), self.view.view(), |_lane, i, _| {
+                let part = parts[i].lock().expect("nobody panics").take();
+                if let Some(((a, b), c)) = part {
+                    triad(a, b, c);
+                }
+                Ok(())
+            })?;
+        Ok(())
+    }
+
+    fn copy_in(&mut self) {
+        for (device, host) in self.device[1..].iter_mut().zip(&mut self.host[1..]) {
+            floats(device).copy_from_slice(floats(host));
         }
     }
 }
 
 impl Subject for Copies {
     fn arm(&mut self) -> Result<()> {
-        self.host.iter_mut().for_each(|array| array.fill(2.0));
+        let [a, b, c] = self.host.each_mut().map(floats);
+        a.fill(0.0);
+        b.fill(2.0);
+        c.fill(1.0);
         Ok(())
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         let copy = timed(|| {
-            self.device[1].copy_from_slice(&self.host[1]);
-            self.device[2].copy_from_slice(&self.host[2]);
+            self.copy_in();
             Ok(())
         })?;
-        // The kernel, between: so that the caches are as after it.
-        let [a, b, c] = &mut self.device;
-        triad(a, b, c);
+        // The kernel, between, and the reading, after: so that the caches are as they are then.
+        self.run()?;
         let back = timed(|| {
-            self.host[0].copy_from_slice(&self.device[0]);
+            floats(&mut self.host[0]).copy_from_slice(floats(&mut self.device[0]));
             Ok(())
         })?;
-        sum(&self.host[0]);
+        let result = floats(&mut self.host[0]);
+        sum(result);
+        assert!(result.iter().all(|&x| x == 2.0 + SCALE), "copied wrongly");
         samples.record(u64::try_from((copy + back).as_nanos())?);
         Ok(())
+    }
+}
+
+/// The floats of an area.
+fn floats(area: &mut Area) -> &mut [f64] {
+    // SAFETY: the area is populated, aligned, of as many bytes, and borrowed exclusively; any bits are a float.
+    unsafe {
+        std::slice::from_raw_parts_mut(
+            std::ptr::with_exposed_provenance_mut(area.addr()),
+            area.len() / size_of::<f64>(),
+        )
     }
 }
 
@@ -253,17 +311,6 @@ impl Plain {
             threads,
         }
     }
-
-    /// The floats of an array.
-    fn floats(area: &mut Area) -> &mut [f64] {
-        // SAFETY: the area is populated, aligned, of as many bytes, and borrowed exclusively; any bits are a float.
-        unsafe {
-            std::slice::from_raw_parts_mut(
-                std::ptr::with_exposed_provenance_mut(area.addr()),
-                area.len() / size_of::<f64>(),
-            )
-        }
-    }
 }
 
 const PASSES: usize = 4;
@@ -274,7 +321,7 @@ impl Subject for Plain {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let [a, b, c] = self.arrays.each_mut().map(Self::floats);
+        let [a, b, c] = self.arrays.each_mut().map(floats);
         let part = a.len().div_ceil(self.threads);
         let barrier = &Barrier::new(self.threads + 1);
         std::thread::scope(|scope| {
@@ -307,23 +354,57 @@ enum What {
     InPlace(usize),
 }
 
-/// Faults per granule of a scan by one worker: one, and none twice.
-fn faults_per_granule() -> Result<Note> {
+/// A scan of an array by one worker: device faults for each of its granules, and movements of each of its pages. One, and none twice.
+fn scan(
+    name: &str,
+    run: impl FnOnce(&Accelerator, &mut Buffer<u8>) -> Result<()>,
+) -> Result<[Note; 2]> {
     const LEN: usize = 16 * MIB;
+    const GRANULES: usize = LEN / Granule::Big.bytes();
     let options = Options::new().granule(Granule::Big);
     let accel = Accelerator::with_options(accel_sim::Options::new().workers(1))?;
     let mut data = Buffer::<u8>::with_options(LEN, &options)?;
     data.as_mut_slice().fill(1);
-    accel.run(data.view_mut(), |data: &mut [u8]| data.fill(2))?;
-    let stats = data.stats();
-    let pages = (stats.to_device_pages() as usize).max(LEN / PAGE_SIZE);
-    let granules = pages / Granule::Big.pages();
-    Ok(Note::new(
-        "linear scan on demand, movements of a granule",
-        stats.to_device_runs as f64 / granules as f64,
-        "per granule",
-        Some(1.0),
-    ))
+    let before = data.stats();
+    run(&accel, &mut data)?;
+    let stats = data.stats() - before;
+    let every_page = |data: &Buffer<u8>| data.as_slice().iter().step_by(PAGE_SIZE).all(|&x| x == 2);
+    ensure!(every_page(&data), "the scan has left something out");
+    let faults = stats.device_read_faults + stats.device_write_faults;
+    let note = |what, value, unit| {
+        Note::new(
+            format!("linear scan {name}, {what}"),
+            value,
+            unit,
+            Some(1.0),
+        )
+    };
+    Ok([
+        note(
+            "device faults",
+            faults as f64 / GRANULES as f64,
+            "per granule",
+        ),
+        note(
+            "pages moved to the device",
+            stats.to_device_pages() as f64 / (LEN / PAGE_SIZE) as f64,
+            "per page",
+        ),
+    ])
+}
+
+/// By slices, which ask for whole blocks, and by single elements, which ask for what they touch.
+fn scans() -> Result<Vec<Note>> {
+    let slices = scan("by slices", |accel, data| {
+        Ok(accel.run(data.view_mut(), |data: &mut [u8]| data.fill(2))?)
+    })?;
+    let elements = scan("by elements", |accel, data| {
+        let len = data.len();
+        Ok(accel.run_items(1, data.view_mut(), |_lane, _, data| {
+            (0..len).step_by(64).try_for_each(|i| data.store(i, 2))
+        })?)
+    })?;
+    Ok([slices, elements].concat())
 }
 
 fn main() -> Result<()> {
@@ -388,16 +469,34 @@ fn main() -> Result<()> {
             15
         })
     };
+    // Where all CPUs are workers', they are each other's company; and a loop over what is in place asks nothing of the kernel.
+    let settings = |what: What| -> &[Setting] {
+        match what {
+            What::Demand(1) | What::Explicit | What::ExplicitOverF5 => {
+                &[Setting::Quiet, Setting::Busy]
+            }
+            What::Demand(_) | What::InPlace(_) => &[Setting::Quiet],
+        }
+    };
+    let cases: Vec<_> = cases
+        .iter()
+        .flat_map(|case| settings(case.2).iter().map(move |&setting| (case, setting)))
+        .collect();
     let progress = Progress::new(cases.len(), rounds(0));
     let mut outcomes = Vec::new();
-    for (name, len, what, granule, huge, target) in cases {
+    for (&(ref name, len, what, granule, huge, target), setting) in cases {
+        // Beside company the rest, the workers made here among it, has a CPU of its own.
+        if setting == Setting::Busy {
+            pin_to_cpu(HERE);
+        }
+        let _company = Company::for_setting(setting, THERE);
         let (mut floor, mut ours): (Box<dyn Subject>, Box<dyn Subject>) = match what {
             What::Demand(workers) => (
-                Box::new(Copies::new(len)),
+                Box::new(Copies::new(len, workers, huge)?),
                 Box::new(Offload::new(len, workers, granule, huge)?),
             ),
             What::Explicit => (
-                Box::new(Copies::new(len)),
+                Box::new(Copies::new(len, 1, huge)?),
                 Box::new(Explicit::new(len, huge)?),
             ),
             What::ExplicitOverF5 => (
@@ -410,15 +509,15 @@ fn main() -> Result<()> {
             ),
         };
         let case = Case {
-            name,
+            name: name.clone(),
             delivery: "inline",
-            setting: Setting::Quiet,
+            setting,
             floor: match what {
                 What::InPlace(_) => "F7",
                 What::ExplicitOverF5 => "F5",
                 What::Demand(_) | What::Explicit => "copies",
             },
-            target: Some(Target::p50_alone(target)),
+            target: Some(Target::p50(target)),
         };
         outcomes.push(compare(
             case,
@@ -427,10 +526,11 @@ fn main() -> Result<()> {
             &mut *ours,
             &progress,
         )?);
+        unpin();
     }
     progress.finish();
     let notes = if args.wants("scan") {
-        vec![faults_per_granule()?]
+        scans()?
     } else {
         Vec::new()
     };

@@ -7,25 +7,26 @@
 //!
 //! `cargo bench -p benches --bench protocol -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
+use std::cell::RefCell;
 use std::hint::black_box;
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
 use anyhow::{Context, Result};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
-use benches::machine::{Machine, Setting, pin_to_cpu, unpin};
-use benches::report::{Note, Outcome, Results, Target, publish};
+use benches::machine::{Machine, Setting};
+use benches::report::{Note, Outcome, Results, Target as Goal, publish};
 use criterion::Criterion;
 use svm::notifier::{Hub, Interval, Subscription};
 use svm::sync::Deadline;
-use svm::{Access, Buffer};
+use svm::{Access, Buffer, Delivery};
 
 use block::{BlockState, DeviceId, OnRead};
 use mask::PageMask;
-use shootdown::{Generation, Rights, Slot, Users, quiesced};
+use watched::{Shootdown, Target, Use};
 
 #[allow(
     dead_code,
@@ -36,6 +37,9 @@ use shootdown::{Generation, Rights, Slot, Users, quiesced};
 #[path = "../runtime/src/block.rs"]
 mod block;
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
+#[path = "../accel-sim/src/device.rs"]
+mod device;
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
 #[path = "../accel-sim/src/sync.rs"]
 mod fences;
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
@@ -44,6 +48,12 @@ mod mask;
 #[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
 #[path = "../accel-sim/src/shootdown.rs"]
 mod shootdown;
+#[allow(dead_code, unreachable_pub, unused_imports, reason = "as above")]
+#[path = "../accel-sim/src/table.rs"]
+mod table;
+
+#[path = "watched.rs"]
+mod watched;
 
 // What the included files name of their crates.
 mod addr {
@@ -51,6 +61,9 @@ mod addr {
 }
 mod error {
     pub(crate) use svm::Access;
+}
+mod options {
+    pub(crate) use accel_sim::MAX_WORKERS;
 }
 mod shim {
     pub(crate) use core::sync::atomic;
@@ -216,12 +229,7 @@ fn wait_until(mut holds: impl FnMut() -> bool) {
 fn retries(n: u64, quick: bool) -> Vec<Note> {
     let n = if quick { n / 10 } else { n };
     let stop = AtomicBool::new(false);
-    let note = |name: &str, value: f64, target| Note {
-        name: name.into(),
-        value,
-        unit: "of 1000 updates",
-        target,
-    };
+    let note = |name: &str, value: f64, target| Note::new(name, value, "of 1000 updates", target);
     let per_mille = |hits: u64| hits as f64 * 1000.0 / n as f64;
     let hub = Hub::new();
     let (mine, _other) = (hub.insert(nth(0)), hub.insert(nth(1)));
@@ -473,15 +481,20 @@ fn found(dir: &Path) -> Result<Vec<Note>> {
     Ok(notes)
 }
 
-/// From the call that takes translations away until the last worker is done with them: the handshake of the accelerator, on a
-/// worker that uses the page over and over, and on one that does nothing. Beside it a bare membarrier, which is one interrupt of
-/// each CPU that runs the process.
+/// From the call that takes translations away until the last worker is done with them: of the accelerator's device, by a CPU fault on
+/// a page that a worker uses over and over, in spans or by elements, and of one whose workers rest. Beside it a bare membarrier, which is
+/// one interrupt of each CPU that runs the process.
 fn shootdowns(rounds: usize, progress: &Progress) -> Result<(Vec<Outcome>, Vec<Note>)> {
     let (mut outcomes, mut notes) = (Vec::new(), Vec::new());
-    for setting in [Setting::Quiet, Setting::Busy] {
-        let target = Shot::new(setting == Setting::Busy);
+    for (how, what, setting) in [
+        (Use::Rests, "workers at rest", Setting::Quiet),
+        (Use::Spans, "a worker in spans", Setting::Busy),
+        (Use::Elements, "a worker by elements", Setting::Busy),
+    ] {
+        // As many pages as there are shots: nobody fetches the same one again and again, and is lent it for that.
+        let target = RefCell::new(Target::new(watched::SHOTS, Delivery::Inline, how)?);
         let case = Case {
-            name: "shootdown".into(),
+            name: format!("shootdown, {what}"),
             delivery: "-",
             setting,
             floor: "membarrier",
@@ -494,15 +507,15 @@ fn shootdowns(rounds: usize, progress: &Progress) -> Result<(Vec<Outcome>, Vec<N
             &mut Shootdown(&target),
             progress,
         )?;
-        let beyond = match setting {
-            Setting::Quiet => outcome.ours.p50,
-            Setting::Busy => outcome.ours.p50.saturating_sub(outcome.floor.p50),
+        let (beyond, words) = match setting {
+            Setting::Quiet => (outcome.ours.p50, ""),
+            Setting::Busy => (
+                outcome.ours.p50.saturating_sub(outcome.floor.p50),
+                " beyond one interrupt",
+            ),
         };
         notes.push(Note::new(
-            match setting {
-                Setting::Quiet => "shootdown, quiet, p50",
-                Setting::Busy => "shootdown, busy, p50 beyond one interrupt",
-            },
+            format!("shootdown, {what}, p50{words}"),
             beyond as f64,
             "ns",
             Some(2_000.0),
@@ -512,91 +525,7 @@ fn shootdowns(rounds: usize, progress: &Progress) -> Result<(Vec<Outcome>, Vec<N
     Ok((outcomes, notes))
 }
 
-/// A worker's slot and the generation, and a thread that makes accesses under them if it is to.
-struct Shot {
-    shared: Arc<(Generation, [Slot; 1])>,
-    stop: Arc<AtomicBool>,
-    worker: Option<std::thread::JoinHandle<u64>>,
-}
-
-/// The page that is shot at.
-const PAGE: u64 = 0x1234;
-
-impl Shot {
-    fn new(busy: bool) -> Self {
-        let shared = Arc::new((Generation::new(), [Slot::new()]));
-        let stop = Arc::new(AtomicBool::new(false));
-        let runs = Arc::new(AtomicBool::new(false));
-        let worker = busy.then(|| {
-            let (shared, stop, runs) = (shared.clone(), stop.clone(), runs.clone());
-            std::thread::spawn(move || {
-                pin_to_cpu(1);
-                let (generation, [slot]) = &*shared;
-                slot.enter_element_mode();
-                runs.store(true, Ordering::Relaxed);
-                let (mut n, word) = (0, AtomicU64::new(0));
-                while !stop.load(Ordering::Relaxed) {
-                    n += slot
-                        .access(
-                            fences::light_fence,
-                            generation.word(),
-                            PAGE,
-                            Rights::Write,
-                            Some,
-                            |_| word.fetch_add(1, Ordering::Relaxed) & 1,
-                        )
-                        .unwrap_or(0);
-                }
-                slot.leave_element_mode();
-                n
-            })
-        });
-        wait_until(|| !busy || runs.load(Ordering::Relaxed));
-        pin_to_cpu(0);
-        Self {
-            shared,
-            stop,
-            worker,
-        }
-    }
-}
-
-impl Drop for Shot {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
-        }
-        unpin();
-    }
-}
-
-/// Shootdowns in a sample pass.
-const SHOTS: usize = 200;
-
-struct Shootdown<'a>(&'a Shot);
-
-impl Subject for Shootdown<'_> {
-    fn arm(&mut self) -> Result<()> {
-        Ok(())
-    }
-
-    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let (generation, slots) = &*self.0.shared;
-        for _ in 0..SHOTS {
-            samples.time(|| {
-                generation.take_away(|| ());
-                generation.announce(slots);
-                while !quiesced(slots, Users::All, |pages| pages.contains(&PAGE)) {
-                    std::hint::spin_loop();
-                }
-            });
-        }
-        Ok(())
-    }
-}
-
-struct Barrier<'a>(#[allow(dead_code, reason = "keeps the worker there")] &'a Shot);
+struct Barrier<'a>(#[allow(dead_code, reason = "keeps the worker there")] &'a RefCell<Target>);
 
 impl Subject for Barrier<'_> {
     fn arm(&mut self) -> Result<()> {
@@ -604,7 +533,7 @@ impl Subject for Barrier<'_> {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        for _ in 0..SHOTS {
+        for _ in 0..watched::SHOTS {
             samples.time(svm::heavy_barrier);
         }
         Ok(())
@@ -614,6 +543,13 @@ impl Subject for Barrier<'_> {
 fn main() -> Result<()> {
     let args = Args::of_command_line();
     let machine = Machine::here();
+    // Before anything is pinned: the runtime's threads start with their maker's CPUs.
+    for delivery in [Delivery::Inline, Delivery::Thread] {
+        drop(Buffer::<u8>::with_options(
+            1,
+            &svm::Options::new().delivery(delivery),
+        )?);
+    }
     let rounds = args.rounds(21);
     let mut cases = Vec::new();
     for n in [1, 16, 256, 4096] {
@@ -625,7 +561,7 @@ fn main() -> Result<()> {
         }
     }
     cases.retain(|case| args.wants(&case.0));
-    let progress = Progress::new(cases.len() + 2, rounds);
+    let progress = Progress::new(cases.len() + 3, rounds);
     let mut outcomes = Vec::new();
     for (name, n, step) in cases {
         let hub = Hub::new();
@@ -641,7 +577,7 @@ fn main() -> Result<()> {
             step,
         };
         // Of few ranges a list is as good as anything, and the RFC's begin is one load; the tree has to win where there are many.
-        let target = (matches!(step, Step::Bracket) && n >= 256).then_some(Target::p50_alone(1.0));
+        let target = (matches!(step, Step::Bracket) && n >= 256).then_some(Goal::p50(1.0));
         let case = Case {
             name,
             delivery: "-",
@@ -658,6 +594,9 @@ fn main() -> Result<()> {
         notes.extend(beyond);
     }
     progress.finish();
+    if args.wants("window") {
+        notes.extend(watched::windows(args.quick)?);
+    }
     if args.wants("retries") {
         notes.extend(retries(20_000, args.quick));
     }

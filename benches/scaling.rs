@@ -5,18 +5,23 @@
 //!
 //! `cargo bench -p benches --bench scaling -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
+use std::time::Duration;
+
 use accel_sim::Accelerator;
 use anyhow::{Result, ensure};
 use benches::device::Rig;
 use benches::floors::inline::{self, LAPS};
 use benches::floors::raw::{Area, Faults, Uffd};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare, side_by_side};
-use benches::machine::{Machine, Setting};
-use benches::report::{Note, Results, Series, Target, publish};
+use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
+use benches::report::{Note, Outcome, Results, Series, Target, publish};
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Granule, Options};
 
 const MIB: usize = 1 << 20;
+/// The measuring thread's CPU, and the one of its company.
+const HERE: usize = 0;
+const THERE: usize = 1;
 /// What is faulted on, of a region of any size.
 const PART: usize = 4 * MIB;
 /// What one fault moves.
@@ -221,10 +226,32 @@ impl Subject for Threads {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        self.run(samples).map(drop)
+    }
+}
+
+impl Threads {
+    fn run(&mut self, samples: &mut Samples) -> Result<Duration> {
         side_by_side(&mut self.0, samples, |subject, samples| {
             let _signals = svm::worker_thread();
             (0..LAPS).try_for_each(|_| subject.pass(samples))
         })
+    }
+}
+
+/// The same, where a sample is the time of a pass over the number of its turns: the inverse of the rate of all together.
+struct Rate(Threads);
+
+impl Subject for Rate {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let mut each = Samples::new();
+        let took = self.0.run(&mut each)?;
+        samples.record(u64::try_from(took.as_nanos())? / each.len());
+        Ok(())
     }
 }
 
@@ -296,10 +323,20 @@ struct Row {
     floor: &'static str,
     make_floor: Make,
     make_ours: Make,
-    target: Option<f64>,
+    target: Option<Target>,
+    /// Whether it is measured beside a busy CPU too: what one thread's fault costs.
+    busy: bool,
     /// Which curve it is a point of: its name, what grows, the smallest size and this one.
-    curve: Option<(&'static str, &'static str, f64, f64)>,
+    curve: Option<Curve>,
 }
+
+/// A curve's name, what grows, the smallest size, and the one of the row.
+type Curve = (&'static str, &'static str, f64, f64);
+
+/// The row that is a rate.
+const RATE: &str = "there and back, 64 KiB, 2 threads, time of a turn of either";
+/// Of the floor's rate.
+const LEAST_RATE: f64 = 0.8;
 
 fn boxed<S: Subject + 'static>(make: impl Fn() -> Result<S> + 'static) -> Make {
     Box::new(move || Ok(Box::new(make()?)))
@@ -314,14 +351,16 @@ fn rows(quick: bool) -> Vec<Row> {
                      make_floor: fn() -> Make,
                      sizes: &[usize],
                      make_ours: fn(usize) -> Make,
-                     target: Option<f64>| {
+                     target: Option<f64>,
+                     busy: bool| {
         for &size in sizes {
             rows.push(Row {
                 name: format!("{name} {size} {x}"),
                 floor,
                 make_floor: make_floor(),
                 make_ours: make_ours(size),
-                target,
+                target: target.map(Target::p50),
+                busy,
                 curve: Some((name, x, smallest, size as f64)),
             });
         }
@@ -336,6 +375,7 @@ fn rows(quick: bool) -> Vec<Row> {
         if quick { &[4096] } else { &[64, 1024, 4096] },
         |mib| boxed(move || ThereAndBack::new(mib * MIB, 0)),
         Some(1.1),
+        true,
     );
     curve(
         "there and back, 64 KiB, where there are",
@@ -346,6 +386,7 @@ fn rows(quick: bool) -> Vec<Row> {
         if quick { &[100] } else { &[10, 100, 1000] },
         |regions| boxed(move || ThereAndBack::new(PART, regions - 1)),
         Some(1.2),
+        true,
     );
     curve(
         "there and back, 64 KiB, in a region with",
@@ -360,6 +401,7 @@ fn rows(quick: bool) -> Vec<Row> {
         },
         |pages| boxed(move || ThereAndBack::populated(pages)),
         Some(1.1),
+        true,
     );
     curve(
         "there and back, 4 KiB, 64 places in a region of",
@@ -374,6 +416,7 @@ fn rows(quick: bool) -> Vec<Row> {
         },
         |pages| boxed(move || ThereAndBack::sparse(pages)),
         Some(1.1),
+        true,
     );
     curve(
         "cpu write, 64 KiB that are shared by",
@@ -384,6 +427,7 @@ fn rows(quick: bool) -> Vec<Row> {
         if quick { &[2] } else { &[2, 4, 7] },
         |devices| boxed(move || Collapse::new(devices - 1)),
         None,
+        true,
     );
     curve(
         "there and back, 64 KiB, at once by",
@@ -394,6 +438,7 @@ fn rows(quick: bool) -> Vec<Row> {
         if quick { &[2] } else { &[2, 4] },
         |threads| boxed(move || Threads::new(threads)),
         None,
+        false,
     );
     curve(
         "launch over 16 MiB by",
@@ -404,14 +449,16 @@ fn rows(quick: bool) -> Vec<Row> {
         if quick { &[64] } else { &[2, 8, 64] },
         |workers| boxed(move || Launch::new(workers)),
         Some(2.0),
+        false,
     );
     rows.push(Row {
-        name: "there and back, 64 KiB, 2 threads".into(),
+        name: RATE.into(),
         floor: "F5 + F2, 2 threads",
         make_floor: boxed(|| Ok(inline::ThereAndBack::new(2, PART, GRANULE))),
-        make_ours: boxed(|| Threads::new(2)),
+        make_ours: boxed(|| Ok(Rate(Threads::new(2)?))),
         // 0.8 of the floor's rate.
-        target: Some(1.25),
+        target: Some(Target::p50_alone(1.0 / LEAST_RATE)),
+        busy: false,
         curve: None,
     });
     rows.push(Row {
@@ -423,10 +470,54 @@ fn rows(quick: bool) -> Vec<Row> {
             Ok(Register(Uffd::open(Faults::Signal), area))
         }),
         make_ours: boxed(|| Ok(Mirror(vec![1; 64 * MIB]))),
-        target: Some(1.5),
+        target: Some(Target::p50(1.5)),
+        busy: false,
         curve: None,
     });
     rows
+}
+
+/// A point of the curve that the row belongs to.
+fn add_to_curve(
+    series: &mut Vec<Series>,
+    (name, x, smallest, size): Curve,
+    target: Option<Target>,
+    outcome: &Outcome,
+) {
+    if series
+        .last()
+        .is_none_or(|s| (s.name.as_str(), s.x) != (name, x))
+    {
+        series.push(Series::new(name, x, target.map(|target| target.p50)));
+    }
+    if let Some(series) = series.last_mut() {
+        series.push(smallest, size, outcome);
+    }
+}
+
+/// Two threads' rate, as such.
+fn rate(outcome: &Outcome) -> [Note; 3] {
+    let a_second = |ns: u64| 1e9 / ns as f64;
+    [
+        Note::at_least(
+            "concurrency, the rate of 2 faulting threads over the floor's",
+            1.0 / outcome.ratio,
+            "x",
+            LEAST_RATE,
+        ),
+        Note::new(
+            "concurrency, 2 faulting threads",
+            a_second(outcome.ours.p50),
+            "turns a second (there and back, 64 KiB)",
+            None,
+        ),
+        Note::new(
+            "concurrency, the floor with 2",
+            a_second(outcome.floor.p50),
+            "turns a second",
+            None,
+        ),
+    ]
 }
 
 fn main() -> Result<()> {
@@ -439,35 +530,46 @@ fn main() -> Result<()> {
         .into_iter()
         .filter(|row| args.wants(&row.name))
         .collect();
-    let progress = Progress::new(rows.len(), rounds);
-    let mut results = Results::default();
-    for row in rows {
-        let case = Case {
-            name: row.name,
-            delivery: "inline",
-            setting: Setting::Quiet,
-            floor: row.floor,
-            target: row.target.map(Target::p50_alone),
-        };
-        let (mut floor, mut ours) = ((row.make_floor)()?, (row.make_ours)()?);
-        let outcome = compare(case, rounds, &mut *floor, &mut *ours, &progress)?;
-        if let Some((name, x, smallest, size)) = row.curve {
-            if results
-                .series
-                .last()
-                .is_none_or(|s| (s.name.as_str(), s.x) != (name, x))
-            {
-                results.series.push(Series::new(name, x, row.target));
-            }
-            if let Some(series) = results.series.last_mut() {
-                series.push(smallest, size, &outcome);
-            }
+    let settings = |row: &Row| -> &[Setting] {
+        if row.busy {
+            &[Setting::Quiet, Setting::Busy]
+        } else {
+            &[Setting::Quiet]
         }
-        results.cases.push(outcome);
+    };
+    let progress = Progress::new(rows.iter().map(|row| settings(row).len()).sum(), rounds);
+    let mut results = Results::default();
+    for row in &rows {
+        for &setting in settings(row) {
+            // What one thread does is done on a CPU of its own; several go where they like.
+            if row.busy {
+                pin_to_cpu(HERE);
+            } else {
+                unpin();
+            }
+            let _company = Company::for_setting(setting, THERE);
+            let case = Case {
+                name: row.name.clone(),
+                delivery: "inline",
+                setting,
+                floor: row.floor,
+                target: row.target,
+            };
+            let (mut floor, mut ours) = ((row.make_floor)()?, (row.make_ours)()?);
+            let outcome = compare(case, rounds, &mut *floor, &mut *ours, &progress)?;
+            if let Some(curve) = row.curve.filter(|_| setting == Setting::Quiet) {
+                add_to_curve(&mut results.series, curve, row.target, &outcome);
+            }
+            if row.name == RATE {
+                results.notes.extend(rate(&outcome));
+            }
+            results.cases.push(outcome);
+        }
     }
+    unpin();
     progress.finish();
     if args.wants("bookkeeping") {
-        results.notes = bookkeeping(fixed)?;
+        results.notes.extend(bookkeeping(fixed)?);
     }
     publish("scaling", &args, &machine, &results)
 }

@@ -1,0 +1,428 @@
+//! A part of the bench `protocol`: the accelerator's own device, watched. When its translations are taken away, when its last worker
+//! was done with them, and when a worker last used one.
+//!
+//! The workers are the bench's, so that they do nothing else than use one page over and over: they go by the accelerator's handshake
+//! (its files are included as they are), in spans as slice kernels do or by single elements.
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use benches::harness::{Samples, Subject};
+use benches::machine::{pin_to_cpu, unpin};
+use benches::report::Note;
+use svm::addr::PAGE_SIZE;
+use svm::{
+    Access, AttachOptions, Attachment, Delivery, Device, DeviceLock, Granule, Invalidation,
+    LateAccess, MapInfo, MappedRef, Mirror, Options, Overrun, Range, WouldBlock,
+};
+
+use crate::device::{RegionTable, Sim};
+use crate::fences;
+use crate::shootdown::{Generation, Rights};
+use crate::wait_until;
+
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// As of an accelerator.
+const SPAN_DEADLINE: Duration = Duration::from_secs(2);
+/// The thread that takes pages away, and the worker.
+const HERE: usize = 0;
+const THERE: usize = 1;
+
+/// Nanoseconds of the monotonic clock.
+fn now() -> u64 {
+    // SAFETY: a timespec is integers: zero is a value.
+    let mut time: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: writes the time.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut time) };
+    time.tv_sec.unsigned_abs() * 1_000_000_000 + time.tv_nsec.unsigned_abs()
+}
+
+/// The device and what is noted about it.
+struct Shared {
+    sim: Sim,
+    /// When the first invalidation since the page was given began, and when its last worker was clean; 0 until then.
+    begun: AtomicU64,
+    clean: AtomicU64,
+    /// The page that the worker uses, counted from the region's base.
+    page: AtomicUsize,
+    /// How often it did, when it did last, and how often it had no translation.
+    uses: AtomicU64,
+    used: AtomicU64,
+    misses: AtomicU64,
+    stop: AtomicBool,
+}
+
+#[derive(Clone)]
+struct Watched(Arc<Shared>);
+
+// SAFETY: the accelerator's device does it all; what is added stores two words. (They are in memory that nobody mirrors.)
+unsafe impl Device for Watched {
+    type Table = RegionTable;
+
+    fn map(&self, map: &MapInfo) -> Result<RegionTable, svm::Error> {
+        self.0.sim.map(map)
+    }
+
+    fn lock(&self) -> &DeviceLock {
+        self.0.sim.lock()
+    }
+
+    fn invalidate(&self, table: &RegionTable, inv: &Invalidation) -> Result<(), WouldBlock> {
+        // Relaxed: the thread that reads it is the one that faults, or waits until a worker has missed.
+        if self.0.begun.load(Ordering::Relaxed) == 0 {
+            self.0.begun.store(now(), Ordering::Relaxed);
+        }
+        self.0.sim.invalidate(table, inv)
+    }
+
+    fn quiesced(&self, table: &RegionTable, inv: &Invalidation) -> bool {
+        let is_clean = self.0.sim.quiesced(table, inv);
+        if is_clean && self.0.clean.load(Ordering::Relaxed) == 0 {
+            self.0.clean.store(now(), Ordering::Relaxed);
+        }
+        is_clean
+    }
+
+    fn overrun(&self, table: &RegionTable, late: &LateAccess) -> Overrun {
+        self.0.sim.overrun(table, late)
+    }
+
+    fn pause(&self) {
+        self.0.sim.pause();
+    }
+
+    fn is_paused(&self) -> bool {
+        self.0.sim.is_paused()
+    }
+
+    fn resume(&self) {
+        self.0.sim.resume();
+    }
+}
+
+/// How a worker uses its page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// There are workers, and they have nothing to do.
+    Rests,
+    /// A span of the page after the other: all of its words.
+    Spans,
+    /// One word after the other.
+    Elements,
+}
+
+/// Memory that a worker uses, page by page.
+pub(crate) struct Target {
+    // In the order in which they go.
+    range: Range<Watched>,
+    mapped: MappedRef<Watched>,
+    _attachment: Attachment<Watched>,
+    shared: Arc<Shared>,
+    worker: Option<JoinHandle<()>>,
+    _mirror: Mirror<'static, u8>,
+    map: Map,
+    page: usize,
+}
+
+/// An anonymous mapping. It stays: where a page of it was unmapped, somebody else's may be.
+struct Map {
+    addr: usize,
+    nr_pages: usize,
+}
+
+impl Map {
+    fn new(nr_pages: usize) -> Result<Self> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let at = unsafe { libc::mmap(ptr::null_mut(), nr_pages * PAGE_SIZE, prot, flags, -1, 0) };
+        ensure!(at != libc::MAP_FAILED, "no memory");
+        Ok(Self {
+            addr: at.expose_provenance(),
+            nr_pages,
+        })
+    }
+
+    fn at(&self, page: usize) -> *mut u8 {
+        ptr::with_exposed_provenance_mut(self.addr + page * PAGE_SIZE)
+    }
+}
+
+impl Target {
+    pub(crate) fn new(nr_pages: usize, delivery: Delivery, how: Use) -> Result<Self> {
+        let map = Map::new(nr_pages)?;
+        for page in 0..nr_pages {
+            // SAFETY: in the mapping.
+            unsafe { map.at(page).write_volatile(1) };
+        }
+        let options = Options::new().delivery(delivery).granule(Granule::Page);
+        // SAFETY: the mapping is the bench's own, of which no reference exists; it is changed as the bench says.
+        let mirror = unsafe { svm::mirror_raw(map.at(0), nr_pages * PAGE_SIZE, &options) }?;
+        let shared = Arc::new(Shared {
+            sim: Sim::new(2),
+            begun: AtomicU64::new(0),
+            clean: AtomicU64::new(0),
+            page: AtomicUsize::new(0),
+            uses: AtomicU64::new(0),
+            used: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let attach = AttachOptions::new().span_deadline(SPAN_DEADLINE);
+        let attachment = svm::attach(Watched(shared.clone()), attach)?;
+        let mapped = attachment.map(mirror.view().region())?;
+        let worker = (how != Use::Rests).then(|| {
+            let (shared, mapped) = (shared.clone(), mapped.clone());
+            std::thread::spawn(move || work(&shared, &mapped, how))
+        });
+        pin_to_cpu(HERE);
+        Ok(Self {
+            range: attachment.range()?,
+            mapped,
+            _attachment: attachment,
+            shared,
+            worker,
+            _mirror: mirror,
+            map,
+            page: 0,
+        })
+    }
+
+    /// The next page goes to the device, and its worker uses it.
+    fn give_next(&mut self) -> Result<()> {
+        self.page = (self.page + 1) % self.map.nr_pages;
+        let region = self.mapped.region();
+        let first = (self.map.addr - region.base()) / PAGE_SIZE;
+        let page = first + self.page;
+        // Populated, which a discarded page is not.
+        // SAFETY: in the mapping.
+        unsafe { self.map.at(self.page).write_volatile(1) };
+        let mapped = &self.mapped;
+        let _signals = svm::worker_thread();
+        self.range.fault_in(
+            mapped,
+            page..page + 1,
+            Access::Write,
+            0,
+            TIMEOUT,
+            |valid, guard| mapped.table().install(valid, guard),
+        )?;
+        self.shared.begun.store(0, Ordering::Relaxed);
+        self.shared.clean.store(0, Ordering::Relaxed);
+        self.shared.page.store(page, Ordering::Relaxed);
+        if self.worker.is_some() {
+            let before = self.shared.uses.load(Ordering::Relaxed);
+            wait_until(|| self.shared.uses.load(Ordering::Relaxed) > before + 1);
+        }
+        Ok(())
+    }
+
+    /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean.
+    fn shoot(&mut self) -> Result<u64> {
+        self.give_next()?;
+        // SAFETY: in the mapping; volatile, as the fault is what it is for.
+        unsafe { self.map.at(self.page).write_volatile(2) };
+        let begun = self.shared.begun.load(Ordering::Relaxed);
+        let clean = self.shared.clean.load(Ordering::Relaxed);
+        ensure!(begun != 0 && clean >= begun, "the page was not taken away");
+        Ok(clean - begun)
+    }
+
+    /// Takes the page's contents, or the page, by a call of the application's: for how long after the call had returned the device
+    /// went on using its translation.
+    fn discard(&mut self, call: Call) -> Result<u64> {
+        self.give_next()?;
+        call.make(self.map.at(self.page))?;
+        let returned = now();
+        let before = self.shared.misses.load(Ordering::Relaxed);
+        // Two in a row: the first may be of a pause. From then on there is no use.
+        wait_until(|| self.shared.misses.load(Ordering::Relaxed) > before + 1);
+        // Acquire: pairs with the Release of the misses.
+        let used = self.shared.used.load(Ordering::Acquire);
+        Ok(used.saturating_sub(returned))
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        if let Some(worker) = self.worker.take() {
+            let _ = worker.join();
+        }
+        unpin();
+    }
+}
+
+/// A worker: uses the page, while it has a translation for it.
+fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
+    pin_to_cpu(THERE);
+    let signals = svm::worker_thread();
+    let (slot, generation) = (shared.sim.slot(0), shared.sim.generation());
+    shared.sim.take_post(0, signals.id());
+    if how == Use::Elements {
+        slot.enter_element_mode();
+    }
+    let bits = mapped.table().bits();
+    while !shared.stop.load(Ordering::Relaxed) {
+        let page = shared.page.load(Ordering::Relaxed);
+        let host = mapped.region().base() + page * PAGE_SIZE;
+        let window = host.wrapping_add_signed(mapped.offset());
+        let touch = |word: usize| {
+            let at = ptr::with_exposed_provenance_mut::<u64>(window + word * size_of::<u64>());
+            // SAFETY: a page that the device has, inside the epoch.
+            let value = unsafe { at.read_volatile() };
+            // SAFETY: as above.
+            unsafe { at.write_volatile(value + 1) };
+        };
+        let number = (host / PAGE_SIZE) as u64;
+        let done = match how {
+            Use::Rests => return,
+            Use::Spans => {
+                let spans = [(number..number + 1, Rights::Write)];
+                let opened = slot.try_open(0, &spans, || {
+                    let is_paused = Generation::is_paused(generation.load(Ordering::Acquire));
+                    let place = bits.place(page, Rights::Write);
+                    place.filter(|_| !is_paused)
+                });
+                if opened.is_some() {
+                    (0..PAGE_SIZE / size_of::<u64>()).for_each(touch);
+                    shared.used.store(now(), Ordering::Relaxed);
+                    slot.close(0, 1);
+                }
+                opened.is_some()
+            }
+            Use::Elements => {
+                let check = |generation| {
+                    let place = bits.place(page, Rights::Write);
+                    place.filter(|_| !Generation::is_paused(generation))
+                };
+                let access = |_| {
+                    touch(0);
+                    shared.used.store(now(), Ordering::Relaxed);
+                };
+                let rights = Rights::Write;
+                slot.access(
+                    fences::light_fence,
+                    generation,
+                    number,
+                    rights,
+                    check,
+                    access,
+                )
+                .is_some()
+            }
+        };
+        let counter = if done { &shared.uses } else { &shared.misses };
+        // Release: who sees a miss sees the last use before it.
+        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Release);
+    }
+    slot.abandon();
+    shared.sim.leave_post(0);
+}
+
+/// Shootdowns in a sample pass.
+pub(crate) const SHOTS: usize = 200;
+
+/// From the call that takes translations away until the last worker is done with them.
+pub(crate) struct Shootdown<'a>(pub(crate) &'a std::cell::RefCell<Target>);
+
+impl Subject for Shootdown<'_> {
+    fn arm(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let mut target = self.0.borrow_mut();
+        for _ in 0..SHOTS {
+            samples.record(target.shoot()?);
+        }
+        Ok(())
+    }
+}
+
+/// How an application gives memory up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    Madvise,
+    Munmap,
+    SvmMadvise,
+    SvmMunmap,
+}
+
+impl Call {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Madvise => "madvise",
+            Self::Munmap => "munmap",
+            Self::SvmMadvise => "svm::madvise",
+            Self::SvmMunmap => "svm::munmap",
+        }
+    }
+
+    fn make(self, page: *mut u8) -> Result<()> {
+        let advice = libc::MADV_DONTNEED;
+        let result = match self {
+            // SAFETY: the bench's own mapping, of which no reference exists. So with the others.
+            Self::Madvise => unsafe { libc::madvise(page.cast(), PAGE_SIZE, advice) },
+            // SAFETY: as above; the page is not touched again.
+            Self::Munmap => unsafe { libc::munmap(page.cast(), PAGE_SIZE) },
+            // SAFETY: as above.
+            Self::SvmMadvise => return Ok(unsafe { svm::madvise(page, PAGE_SIZE, advice) }?),
+            // SAFETY: as above.
+            Self::SvmMunmap => return Ok(unsafe { svm::munmap(page, PAGE_SIZE) }?),
+        };
+        if result != 0 {
+            bail!("{}: {}", self.name(), std::io::Error::last_os_error());
+        }
+        Ok(())
+    }
+}
+
+/// For how long a device goes on using what an application has given up, after the call has returned. Only behind the thread door, and
+/// only for a bare call, is there such a time (`runtime/src/events.rs`); what is to be zero is measured all the same.
+pub(crate) fn windows(quick: bool) -> Result<Vec<Note>> {
+    let nr_calls: usize = if quick { 64 } else { 1_000 };
+    let mut notes = Vec::new();
+    for (door, delivery) in [("thread", Delivery::Thread), ("inline", Delivery::Inline)] {
+        for call in [
+            Call::Madvise,
+            Call::Munmap,
+            Call::SvmMadvise,
+            Call::SvmMunmap,
+        ] {
+            let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
+            let mut seen = Vec::with_capacity(nr_calls);
+            for _ in 0..nr_calls {
+                seen.push(target.discard(call)?);
+            }
+            seen.sort_unstable();
+            let is_bounded_only =
+                delivery == Delivery::Thread && matches!(call, Call::Madvise | Call::Munmap);
+            let note = |what: &str, value: f64, unit, target| {
+                let name = format!("window of a call, {door} door, {}: {what}", call.name());
+                Note::new(name, value, unit, target)
+            };
+            let longest = *seen.last().context("no calls")?;
+            if is_bounded_only {
+                let open = seen.iter().filter(|&&ns| ns > 0).count();
+                let at = |q: f64| seen[((nr_calls - 1) as f64 * q) as usize] as f64;
+                notes.push(note(
+                    "calls that have one",
+                    open as f64 / nr_calls as f64,
+                    "of all",
+                    None,
+                ));
+                notes.push(note("p50", at(0.5), "ns", None));
+                notes.push(note("p99", at(0.99), "ns", None));
+                notes.push(note("longest", longest as f64, "ns", None));
+            } else {
+                notes.push(note("longest", longest as f64, "ns", Some(0.0)));
+            }
+        }
+    }
+    Ok(notes)
+}
