@@ -243,7 +243,7 @@ fn a_prefetch_is_one_call_a_block_and_one_in_all_for_huge_pages() {
     );
 }
 
-/// The looks at the clock begin the fault's deadline anew: making room is progress.
+/// The look at the clock is for the victim's lease.
 #[test]
 fn an_eviction_is_one_move_home_before_the_one_out() {
     traced(
@@ -255,10 +255,7 @@ fn an_eviction_is_one_move_home_before_the_one_out() {
             (0..4).for_each(|n| rig.fault(n * BLOCK, Access::Write));
             step(|| rig.fault(4 * BLOCK, Access::Write));
         },
-        &[&[(
-            "caller",
-            &["MOVE", "clock_gettime", "clock_gettime", "MOVE"],
-        )]],
+        &[&[("caller", &["MOVE", "clock_gettime", "MOVE"])]],
     );
 }
 
@@ -311,6 +308,7 @@ fn a_launch_on_what_is_in_place_only_wakes_the_worker_and_the_caller() {
                     "rt_sigprocmask",
                     "rt_sigprocmask",
                     "futex wake",
+                    "getpid",
                     "futex wait",
                 ],
             ),
