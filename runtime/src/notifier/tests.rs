@@ -50,10 +50,16 @@ fn an_interrupt_spoils_tokens_and_holds_nobody_up() {
     hub.interrupt(pages(19, 30));
     assert!(near.interrupted(tokens[0]) && !far.interrupted(tokens[1]));
     let token = near.begin(Deadline::PASSED).expect("nothing is open here");
-    assert!(!near.interrupted(token), "interrupted by what was before it");
+    assert!(
+        !near.interrupted(token),
+        "interrupted by what was before it"
+    );
     let after = hub.counters();
     assert_eq!(hub.nr_open() as usize, open.len());
-    assert_eq!((after.bumps, after.starts), (before.bumps + 1, before.starts));
+    assert_eq!(
+        (after.bumps, after.starts),
+        (before.bumps + 1, before.starts)
+    );
     // The owner's filter is a bracket's: an interrupt excepts nobody.
     hub.interrupt(Interval::ALL);
     assert!(near.interrupted(token) && far.interrupted(tokens[1]));
