@@ -74,7 +74,8 @@
 //! # Ok::<(), svm::Error>(())
 //! ```
 //!
-//! The protocol behind it, with its proofs and models, is in [`notifier`]; the races it all has to stand, and what shows that it
+//! A device whose workers hit without a lock, one that maps pages first, and what each callback is for: [`writing_a_device`]. The
+//! protocol behind it, with its proofs and models, is in [`notifier`]; the races it all has to stand, and what shows that it
 //! does, in [`hazards`].
 //!
 //! # Limits
@@ -142,6 +143,8 @@ mod sys;
 mod view;
 mod window;
 mod worker;
+#[doc = include_str!("../WRITING_A_DEVICE.md")]
+pub mod writing_a_device {}
 
 pub use attachment::{AttachOptions, Attachment, attach};
 pub use block::MAX_DEVICES;

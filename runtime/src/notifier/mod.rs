@@ -36,7 +36,7 @@
 //! | ranges: an interval tree | hub, under its lock | insert, remove, move | start, end, release |
 //! | `is_released` | hub, under its lock | release, once | begin |
 //! | `nr_waiting`, per range and in all | hub, under its lock | begin | end, release |
-//! | `seq`, per range: odd, only grows, outlives the range | an atomic | under the hub's lock: += 2 by start, release, move, remove | under the hub's lock by begin; under the device's by the commit |
+//! | `seq`, per range: odd, only grows, outlives the range | an atomic | under the hub's lock: += 2 by start, interrupt, release, move, remove | under the hub's lock by begin; under the device's by the commit |
 //! | `event`, per range: a futex word | an atomic | under the hub's lock by end and release | under the hub's lock by begin, then by the futex |
 //!
 //! # Rules
@@ -55,8 +55,12 @@
 //! 7. **Release.** The region's teardown: in one hold of the hub's lock add 2 to every `seq`, refuse every later begin, wake all
 //!    who wait. It is the start of an invalidation that does not end.
 //!
+//! 8. **Interrupt.** Where no slot is free and the caller may not come again: in one hold of the hub's lock add 2 to `seq` of each range
+//!    that overlaps. It is a start that is not remembered: rules 2 and 3 hold for it, but no begin waits for its end. So the caller sees
+//!    to it that from before the interrupt until the change is over no snapshot of these pages is taken.
+//!
 //! A bracket ends exactly once: it is a guard, and panics drop it. It may end on another thread than it started on, and be kept for
-//! as long as the change takes. Rules 2 and 3 are the caller's; 6 asks it to hold the right lock.
+//! as long as the change takes. Rules 2 and 3 are the caller's, and so is the second half of 8; 6 asks it to hold the right lock.
 //!
 //! # Why it is safe
 //!
@@ -81,6 +85,30 @@
 //! is an ordinary one to this range; hence a round need not even keep its lock while it waits for a device to fall quiet, so
 //! long as it keeps its bracket and looks again afterwards (`models::rounds`).
 //!
+//! *Without a bracket.* After an [`interrupt`](Hub::interrupt) (rule 8) a begin is not held up, and its token stays good. Take a commit
+//! whose snapshot did not see the change. If its begin came before the interrupt, the case is that of the later start above. If it came
+//! after, so did its snapshot, which is not taken before the change is over: it has seen it, and this is not the case we took. The one
+//! caller is the reader of the kernel's events. It interrupts, tells and records inside the closed gate (`sync::gate`), inside whose
+//! sections alone snapshots are taken; and what the kernel is at work on still when the gate opens is marked pending in the
+//! directory, which gives no round these pages.
+//!
+//! # Each ordering, and its pair
+//!
+//! What is not here is relaxed, and says why where it is. *Model* is under which a weaker one fails (all in *What shows it*).
+//!
+//! | ordering | where | its pair | so that | model, mutation |
+//! |---|---|---|---|---|
+//! | Acquire | `Mutex::lock`: compare-exchange, and the two swaps of who has waited | Release, `Mutex::unlock` | a holder sees what the last one wrote: all of this module's state | `mutex_excludes`, `mutex_gives_up`: `MutexLockRelaxed`, `MutexContendedRelaxed`, `MutexTimedOutRelaxed`, `MutexUnlockRelaxed` |
+//! | the device's lock | [`interrupted`](Subscription::interrupted) under it, `seq` relaxed | the callback takes it after the start | the commit sees the start, or the callback the translation | all: `wrong::Driver::ChecksBeforeLock`, `wrong::told_before_start` |
+//! | the hub's lock | begin reads `seq` and `event` under it | start and end write them under it | a token is never older than what its begin saw; a sleeper's word is never newer | `fault_vs_one_registered`: `HubTokenReadLate`; `waiters_wake`: `HubEventReadLate` |
+//! | the futex's bucket | "compare, then sleep" | "change, then wake" | no end is slept through | `waiters_wake`; by the kernel's word outside models |
+//! | SeqCst fence (A) | `WaitQueue::wait_until`, between announcement and second look | SeqCst fence (B), `wake_all`, between condition and look for sleepers | one sees the other | `wait_queue_wakes`: `WaitWithoutFence`, `WaitWithoutSecondLook`, `WakeWithoutFence` |
+//! | SeqCst ×2 | a section: count, then `state` | SeqCst ×2: closer or grace period: `state`, then counts | the section backs out, or is waited for | `gate_closes`, `gate_grace_period`: `GateEnterWithoutFence`, `GateEnterWithoutSecondLook`, `GateCloseWithoutFence`, `GateChangeWithoutFence` |
+//! | SeqCst ×2 | a leaver: count, then `draining` | store of `draining`, fence (A), count | the closer sees it gone, or is woken | `gate_closes`: `GateLeaveWithoutFence`, `GateLeaveWithoutWake` |
+//! | Release, within SeqCst | a section's leaving | Acquire, within SeqCst, of the drain | the closer sees what sections did | `gate_hands_over`: `GateLeaveRelaxed`, `GateDrainRelaxed` |
+//! | Release | `Closed::drop` | Acquire, within SeqCst, of the section's second look | sections see what the closer did | `gate_closes`: `GateOpenRelaxed`, `GateEnterRelaxed` |
+//! | `OnceLock` of `std` | a segment of ranges is published | `get` | who has an index finds its word | not modelled: loom does not see into `std` |
+//!
 //! # Why it is live
 //!
 //! * *A begin that waits is woken.* It counts itself and reads `event` while it sees, under the hub's lock, that it is blocked.
@@ -93,6 +121,24 @@
 //!   the block's only one.
 //! * *A start never waits*, but for the hub's lock, which is held for the time of a search.
 //! * *An interrupted commit means progress elsewhere*: an overlapping invalidation has started.
+//!
+//! # What differs from the kernel's, and why
+//!
+//! *A userfaultfd gives half of each bracket.* In the kernel whoever changes a page table calls `invalidate_start` before and
+//! `invalidate_end` after, on its own thread. A process that watches its own memory has that for changes which it makes itself: movements
+//! of pages ([`Bracket`] in the fault path) and the calls [`madvise`](crate::madvise()), [`munmap`](crate::munmap()),
+//! [`mremap`](crate::mremap()) and [`mprotect`](crate::mprotect()). Of what others do it is told once, by an event, and at the wrong time:
+//!
+//! | change | the event comes | missing | what stands for it |
+//! |---|---|---|---|
+//! | `MADV_DONTNEED`, `MADV_REMOVE`, `MADV_FREE` | before; its caller goes on when it is read | the end | the bracket stays open, and the pages are pending, until nothing of them is present, or for a bounded time |
+//! | `munmap`, `mremap` | after; the address may have another owner already | the start | the gate: nobody acts on the old picture between the reading of the event and its application. A device may use a stale translation until then, for which it is [paused](crate::Device::pause) |
+//! | `mprotect`, a guard marker, an edge's mapping | never | both | looked up at each fault, at the beginning of a launch, and by copies that answer with an error |
+//!
+//! *The rest is choice.* The kernel's counter of active invalidations makes every range wait for all of them, and here every CPU fault is
+//! one; so the open ones are remembered with what they cover (I5), and a range has its own number (P3). No callback runs while the tree is
+//! walked, so that nothing is deferred (I4, I6). A CPU fault, which the kernel serves without a bracket where no notifier is concerned, has
+//! one always (P1), since the hub cannot know who is about to begin.
 //!
 //! # The invariants of the kernel's protocol, and what became of them
 //!
@@ -118,24 +164,58 @@
 //!
 //! | what | model (`models::`) | mutation that breaks it |
 //! |---|---|---|
+//! | I1: a sleeper wakes | `fault_vs_one`, `waiters_wake` | `HubSkipsEnd`, `HubEndWithoutWake` |
+//! | I1: no token of no update is good | unit test `no_range_says_yes_to_no_token` | asserted |
 //! | I2, I3 | `fault_vs_one`, `fault_vs_one_registered`, `fault_vs_two` | `HubStartWithoutBump`, `HubBumpAtEnd`, `HubTokenReadLate` |
-//! | I3 | `ended_elsewhere`, `nested` | `HubBeginWithoutWait`; `wrong::changed_after_end` |
-//! | rule 2 before 3, after 1 | | `wrong::told_before_start` |
-//! | the seed's ladder of three | `three_cpu_ladder` | `wrong::ValidFlag`, with and without its counter |
-//! | I4, I6 | `insert_and_remove`, `growing` | `wrong::remover` |
+//! | I3 | `ended_elsewhere`, `nested` | `HubBeginWithoutWait`, `HubEndEndsAll`; `wrong::changed_after_end` |
+//! | rule 1: no slot free | `slots_run_out` | `HubFullGoesOn` |
+//! | rule 2 before 3, after 1 | all | `wrong::told_before_start`; in rounds `RoundTellsNobody` |
+//! | the seed's ladder of three | `three_cpu_ladder` | `HubStartBumpsAll`; `wrong::ValidFlag`, with and without its counter |
+//! | I4, I6 | `insert_and_remove`, `growing` | `HubStartWithoutSlot`, `HubGrowsTwice`; `wrong::remover` |
 //! | I5 | `fault_vs_one`, `moving` | `HubStartWithoutSlot`, `HubMoveWithoutTree`; `wrong::Rfc` |
 //! | tokens are for one range and one place | `moving`, `slots_are_reused` | `HubMoveWithoutBump`, `HubRemoveWithoutBump` |
 //! | I7 | `refusal` | `RefusalWithoutCancel`; `wrong::refused` |
-//! | I8, P2 | `owner_filter`, `rounds::*` | `HubExceptsEveryone`; a bracket closed while waiting |
+//! | I8, P2 | `owner_filter`, `rounds::device_vs_device` | `HubExceptsEveryone` |
 //! | I9 | `two_devices` | `PassesInterleaved` |
 //! | P1 | `wrong::bracketed` | `wrong::unbracketed` |
-//! | P3 | `token_is_not_reused` | `wrong::CountPerRange` |
+//! | P3 | `token_is_not_reused` | `HubStartWithoutBump`; `wrong::CountPerRange` |
 //! | rule 6 | all | `wrong::Driver::ChecksBeforeLock` |
 //! | rule 7 | `teardown_vs_fault`, `teardown_wakes` | `HubReleaseWithoutBump`, `HubReleaseWithoutWake` |
-//! | no lost wake-up | `waiters_wake`, `two_wait_on_one_range` | `HubEndWithoutWake`, `HubWaiterNotCounted`, `HubEventReadLate`, `HubSkipsEnd` |
-//! | disjoint: no wait, no retry | `disjoint_costs_nothing`, `token_is_not_reused` | asserted on the counters |
-//! | no slot free | `slots_run_out` | asserted |
-//! | a deadline leaves no trace | `deadline_passed` | asserted |
+//! | rule 8 | `interrupt_behind_a_gate` | `HubInterruptWithoutBump`, `GateStaysOpen` |
+//! | no lost wake-up | `waiters_wake`, `two_wait_on_one_range` | `HubEndWithoutWake`, `HubWaiterNotCounted`, `HubEventReadLate`, `HubSkipsEnd`, `HubWakesOne` |
+//! | disjoint: no wait, no retry | `disjoint_costs_nothing`, `token_is_not_reused` | `HubStartBumpsAll`, `HubBeginWaitsForAll` |
+//! | a deadline leaves no trace | `deadline_passed` | `HubTimeoutStaysCounted` |
+//! | W3: a bracket is kept where the block is let go of | `rounds::device_vs_cpu` | a bracket closed while waiting |
+//! | a token older than its round | `rounds::update_vs_cpu` | `HubStartWithoutBump` |
+//! | far faults coalesce: one round a block at a time | `rounds::worker_vs_worker` | `MovesAgain` |
+//! | D1: one writer, or readers | `rounds::readers_vs_cpu`, `rounds::writer_vs_readers` | `HomeLeavesCopies`, `RoundTellsNobody` |
+//! | D2, D3, and a look after the wait | `rounds::everybody` | `FinishWithoutLook` |
+//!
+//! `rounds` is on the real directory (`block.rs`: its plan and its transitions, under the real lock) and the real hub. What it has copies
+//! of is the order of steps in `round`, `fault` and `movement`; these files themselves run under Shuttle, below.
+//!
+//! | primitive | model (`sync::models::`) | mutation that breaks it |
+//! |---|---|---|
+//! | lock: alone, ordered, nobody left asleep | `mutex_excludes` | `MutexLockRelaxed`, `MutexUnlockRelaxed`, `MutexContendedRelaxed`, `MutexForgetsSleepers` |
+//! | lock: giving up | `mutex_gives_up` | `MutexTimedOutRelaxed` |
+//! | wait queue: no lost wake-up | `wait_queue_wakes`, `wait_queue_wakes_all` | `WakeWithoutFence`, `WaitWithoutFence`, `WaitWithoutSecondLook` |
+//! | gate, rules 1 to 3: closed is alone | `gate_closes`, `gate_has_one_closer` | `GateEnterWithoutSecondLook`, `GateEnterWithoutFence`, `GateCloseWithoutFence`, `MutexBarges` |
+//! | gate: what one side wrote the other sees | `gate_closes`, `gate_hands_over` | `GateEnterRelaxed`, `GateOpenRelaxed`, `GateLeaveRelaxed`, `GateDrainRelaxed` |
+//! | gate: nobody is left asleep | `gate_closes` | `GateLeaveWithoutWake`, `GateLeaveWithoutFence`, `GateOpenWithoutWake` |
+//! | gate, rule 4: grace periods | `gate_grace_period`, `gate_grace_periods_follow` | `GateSynchronizeWithoutWait`, `GateChangeWithoutFence`, `GateEnterWithoutSecondLook` |
+//!
+//! The other half of an invalidation, that no access is in flight when the page goes, is the device's. `accel-sim` has it as the shootdown
+//! handshake, with models of its own (`accel-sim/tests/models.rs`), whose rules are broken by `Rule`:
+//!
+//! | rule of `shootdown.rs`, `table.rs` | model | `Rule` that breaks it |
+//! |---|---|---|
+//! | S1 publish, fence, check; all spans or none | `span_against_shootdown`, `item_against_shootdown` | `PublishFirst`, `WorkerFence`, `Withdraws` |
+//! | S2 clear, bump, fence, look | `span_against_shootdown`, `hits_against_shootdown`, `fill_against_shootdown`, `mode_against_shootdown` | `ShooterFence`, `BumpAfterClear`, `BumpRelease`, `GenerationAcquire`, `LightFence`, `ModeFence`, `ModeRelease`, `ModeAcquire` |
+//! | S3 only what intersects is waited for | `unrelated_spans_do_not_wait` | `Intersects`, `WritersAlone` |
+//! | S4 the epoch covers the access | `hits_against_shootdown`, `span_against_shootdown` | `CoverAccess`, `CloseRelease`, `AccessRelease`, `LookAcquire` |
+//! | S5 the generation is read before the walk | `fill_against_shootdown` | `StampBeforeWalk` |
+//! | S6 no access begins while paused | `span_against_pause`, `elements_against_pause` | `SeesPause` |
+//! | T2 a right comes with its place and contents | `install_against_span`, `clear_against_span` | `InstallRelease`, `RightAcquire`, `PlaceFirst`, `PlaceStays` |
 //!
 //! Whole fault paths, which are too long for loom, run under Shuttle: all of the runtime's files but the system-call layer, over a model
 //! of the kernel that acts page by page, says EAGAIN while an event is unread, zaps late, and may report an error of a page that it

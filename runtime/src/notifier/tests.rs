@@ -39,6 +39,32 @@ fn an_overlapping_invalidation_interrupts_and_a_disjoint_one_does_not() {
     }
 }
 
+/// Rule 8: the first half of an invalidation, and nothing that would have to be ended.
+#[test]
+fn an_interrupt_spoils_tokens_and_holds_nobody_up() {
+    let hub = Hub::new();
+    let (near, far) = (hub.insert(pages(10, 20)), hub.insert(pages(30, 40)));
+    let open: Vec<_> = core::iter::from_fn(|| hub.start(pages(0, 1), None).ok()).collect();
+    let tokens = [&near, &far].map(|range| range.begin(Deadline::PASSED).expect("idle"));
+    let before = hub.counters();
+    hub.interrupt(pages(19, 30));
+    assert!(near.interrupted(tokens[0]) && !far.interrupted(tokens[1]));
+    let token = near.begin(Deadline::PASSED).expect("nothing is open here");
+    assert!(
+        !near.interrupted(token),
+        "interrupted by what was before it"
+    );
+    let after = hub.counters();
+    assert_eq!(hub.nr_open() as usize, open.len());
+    assert_eq!(
+        (after.bumps, after.starts),
+        (before.bumps + 1, before.starts)
+    );
+    // The owner's filter is a bracket's: an interrupt excepts nobody.
+    hub.interrupt(Interval::ALL);
+    assert!(near.interrupted(token) && far.interrupted(tokens[1]));
+}
+
 #[test]
 fn no_range_says_yes_to_no_token() {
     let hub = Hub::new();

@@ -13,7 +13,8 @@
 //! This module is also the one place where the code meets its model checker: everything here and in
 //! [`notifier`](crate::notifier) takes atomics, cells, fences, threads and the futex from the private shim below. With
 //! `--cfg svm_loom` they are loom's, and the models (`ci/models.sh`) explore the schedules and the weak-memory outcomes of
-//! *this* code, not of a copy. With `--cfg svm_shuttle` they are the machine's, but the futex is a model's, and each lock and each
+//! *this* code, not of a copy; which model shows what, and the mutation that breaks it, is in the tables of
+//! [`notifier`](crate::notifier). With `--cfg svm_shuttle` they are the machine's, but the futex is a model's, and each lock and each
 //! entry of the gate is a point at which Shuttle may switch threads (`runtime/shuttle`): for paths too long for loom.
 
 #[cfg(all(test, svm_loom))]
