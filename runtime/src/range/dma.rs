@@ -77,7 +77,7 @@ impl<D: Device> Update<'_, D> {
             mapper,
             mappings: Vec::new(),
         };
-        for valid in &self.range.valid {
+        for valid in &*self.range.valid {
             let origin = valid.block() * PAGES_PER_BLOCK;
             for page in valid.readable().runs().flatten() {
                 // A hint, which spares the rest of the work: what counts is looked at below.

@@ -116,7 +116,7 @@ impl<D: Device> Update<'_, D> {
             if self.range.scratch.ensure(region.door()).is_err() {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
-            let key = Some(self.range.subscriptions[self.subscription].1.key());
+            let key = Some(self.range.subscribed(self.subscription).key());
             let (access, cause) = (Access::Read, Cause::Explicit);
             let round = Round {
                 mapped: &mapped,

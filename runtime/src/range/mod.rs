@@ -19,8 +19,10 @@
 
 mod dma;
 mod migrate;
+mod valid_list;
 
 pub use dma::{NotMapped, PageMapper};
+pub(crate) use valid_list::ValidList;
 
 use core::fmt;
 use core::ops::{Deref, Range as Pages};
@@ -29,7 +31,7 @@ use core::time::Duration;
 use crate::addr::{PAGES_PER_BLOCK, PageRange};
 use crate::attachment::Attached;
 use crate::device::{Device, DeviceGuard};
-use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
+use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 use crate::evict;
 use crate::mapped::{AnyMapped, Mapped, MappedRef};
 use crate::mask::PageMask;
@@ -44,7 +46,7 @@ use crate::stats::{Cause, count};
 use crate::sync::Deadline;
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
-use crate::sys::mmap::{self, Advice};
+use crate::sys::mmap::{self, Advice, MapBox};
 use crate::sys::{clock, process};
 
 /// An update was interrupted by an invalidation of its range: begin again at `start_update`.
@@ -65,17 +67,35 @@ impl Deref for HubOf {
 ///
 /// Made by [`Attachment::range`](crate::Attachment::range).
 pub struct Range<D: Device> {
+    /// In a mapping of its own (hazards W6): a round uses it with its block and the device locked.
+    state: MapBox<State<D>>,
+}
+
+/// What a [`Range`] is.
+struct State<D: Device> {
     attached: MapArc<Attached<D>>,
-    subscriptions: Vec<(u64, Subscription<HubOf>)>,
+    /// To the hubs of the regions it has worked on last.
+    subscriptions: [Option<Subscribed>; KEPT],
+    /// The one that makes room for the next.
+    oldest: usize,
     scratch: Scratch,
-    valid: Vec<Valid>,
+    valid: ValidList,
     /// Updates interrupted since the last one that was not.
     interruptions: u32,
 }
 
+/// Regions whose hubs a range knows.
+const KEPT: usize = 16;
+
+struct Subscribed {
+    /// The region's number.
+    region: u64,
+    subscription: Subscription<HubOf>,
+}
+
 /// An update in progress: the critical section between `start_update` and `end_update`.
 pub struct Update<'r, D: Device> {
-    range: &'r mut Range<D>,
+    range: &'r mut State<D>,
     mapped: MappedRef<D>,
     subscription: usize,
     pages: Pages<usize>,
@@ -117,20 +137,18 @@ impl Patience {
 impl<D: Device> Range<D> {
     pub(crate) fn new(attached: MapArc<Attached<D>>) -> Result<Self> {
         let scratch = Scratch::new(AddressSpace::get("range")?)?;
-        Ok(Self {
+        let no_memory = |errno| Error::new("range", ErrorKind::OutOfMemory).errno(errno);
+        let state = State {
             attached,
-            subscriptions: Vec::new(),
+            subscriptions: [const { None }; KEPT],
+            oldest: 0,
             scratch,
-            valid: Vec::new(),
+            valid: ValidList::new().map_err(no_memory)?,
             interruptions: 0,
-        })
-    }
-
-    fn check_is_ours(&self, mapped: &MappedRef<D>) {
-        assert!(
-            core::ptr::eq(&raw const *self.attached, &raw const **mapped.attached()),
-            "a range serves the regions that its own attachment has mapped"
-        );
+        };
+        let state =
+            MapBox::new(state).map_err(|e| no_memory(e.raw_os_error().unwrap_or(libc::ENOMEM)))?;
+        Ok(Self { state })
     }
 
     /// Begins an update of the pages `pages` (indices from the region's base): waits until no invalidation overlaps them. `timeout` is
@@ -148,36 +166,7 @@ impl<D: Device> Range<D> {
         pages: Pages<usize>,
         timeout: Duration,
     ) -> Result<Update<'_, D>, DeviceFault> {
-        self.check_is_ours(mapped);
-        let mut patience = Patience::new(timeout);
-        let region = mapped.shared_region();
-        check_pages(region, &pages, Access::Read)?;
-        let pages = pages.start..pages.end.max(pages.start);
-        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
-        if self.attached.is_forked() || region.door().is_disowned() {
-            let kind = DeviceFaultKind::Forked;
-            return Err(DeviceFault::new(addr, Access::Read, kind));
-        }
-        let covered = covered_by_granules(region, &pages);
-        let at = self
-            .subscription(region)
-            .map_err(|kind| DeviceFault::new(addr, Access::Read, kind))?;
-        let (_, subscription) = &mut self.subscriptions[at];
-        let token = subscription
-            .begin_at(interval_of(region, &covered), patience.until())
-            .map_err(|e| DeviceFault::new(addr, Access::Read, kind_of(e)))?;
-        let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
-        self.valid.clear();
-        self.valid.reserve(nr_blocks);
-        point!(UpdateBegun, addr);
-        Ok(Update {
-            range: self,
-            mapped: mapped.clone(),
-            subscription: at,
-            pages,
-            token,
-            patience,
-        })
+        self.state.start_update(mapped, pages, timeout)
     }
 
     /// Faults `pages` (indices from the region's base) in for `access` and hands what became valid to `install`, under the device lock.
@@ -202,18 +191,73 @@ impl<D: Device> Range<D> {
         timeout: Duration,
         mut install: impl FnMut(&Valid, &DeviceGuard<'_>),
     ) -> Result<(), DeviceFault> {
-        self.check_is_ours(mapped);
+        let state = &mut *self.state;
+        state.check_is_ours(mapped);
         check_pages(mapped.shared_region(), &pages, access)?;
         let mut at = pages.start;
         while at < pages.end {
             let end = pages.end.min((at / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK);
-            self.fault_in_block(mapped, at..end, access, attempt, timeout, &mut install)?;
+            state.fault_in_block(mapped, at..end, access, attempt, timeout, &mut install)?;
             at = end;
         }
         Ok(())
     }
 
-    /// [`fault_in`](Self::fault_in), of pages of one block.
+    /// Lets go of what this range keeps of regions, so that they can be freed. For when a launch has ended.
+    pub fn park(&mut self) {
+        self.state.park();
+    }
+}
+
+impl<D: Device> State<D> {
+    fn check_is_ours(&self, mapped: &MappedRef<D>) {
+        assert!(
+            core::ptr::eq(&raw const *self.attached, &raw const **mapped.attached()),
+            "a range serves the regions that its own attachment has mapped"
+        );
+    }
+
+    /// [`Range::start_update`].
+    fn start_update(
+        &mut self,
+        mapped: &MappedRef<D>,
+        pages: Pages<usize>,
+        timeout: Duration,
+    ) -> Result<Update<'_, D>, DeviceFault> {
+        self.check_is_ours(mapped);
+        let mut patience = Patience::new(timeout);
+        let region = mapped.shared_region();
+        check_pages(region, &pages, Access::Read)?;
+        let pages = pages.start..pages.end.max(pages.start);
+        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        if self.attached.is_forked() || region.door().is_disowned() {
+            let kind = DeviceFaultKind::Forked;
+            return Err(DeviceFault::new(addr, Access::Read, kind));
+        }
+        let covered = covered_by_granules(region, &pages);
+        let at = self
+            .subscription(region)
+            .map_err(|kind| DeviceFault::new(addr, Access::Read, kind))?;
+        let token = self
+            .subscribed(at)
+            .begin_at(interval_of(region, &covered), patience.until())
+            .map_err(|e| DeviceFault::new(addr, Access::Read, kind_of(e)))?;
+        let nr_blocks = covered.end.div_ceil(PAGES_PER_BLOCK) - covered.start / PAGES_PER_BLOCK;
+        self.valid.clear();
+        let no_memory = |_errno| DeviceFault::new(addr, Access::Read, DeviceFaultKind::OutOfMemory);
+        self.valid.reserve(nr_blocks).map_err(no_memory)?;
+        point!(UpdateBegun, addr);
+        Ok(Update {
+            range: self,
+            mapped: mapped.clone(),
+            subscription: at,
+            pages,
+            token,
+            patience,
+        })
+    }
+
+    /// [`Range::fault_in`], of pages of one block.
     fn fault_in_block(
         &mut self,
         mapped: &MappedRef<D>,
@@ -244,7 +288,9 @@ impl<D: Device> Range<D> {
         let (mut stuck, mut appetite, mut rest) = (None, Appetite::Granules, want);
         let mut is_first = true;
         loop {
-            let subscription = &mut self.subscriptions[at].1;
+            let Some(Subscribed { subscription, .. }) = &mut self.subscriptions[at] else {
+                unreachable!("a range has let go of the region that it works on");
+            };
             // Waits here, where nothing is held, if there was something to wait for. The token that counts is taken under the
             // block's lock, under which every change of ours starts its bracket: so nothing of ours can come between it and
             // the commit.
@@ -325,31 +371,42 @@ impl<D: Device> Range<D> {
 
     /// The subscription to `region`'s hub, made on first use.
     fn subscription(&mut self, region: &MapArc<Region>) -> Result<usize, DeviceFaultKind> {
-        if let Some(at) = self
-            .subscriptions
-            .iter()
-            .position(|(id, _)| *id == region.id())
-        {
+        let is_of = |known: &Option<Subscribed>| {
+            known
+                .as_ref()
+                .is_some_and(|known| known.region == region.id())
+        };
+        if let Some(at) = self.subscriptions.iter().position(is_of) {
             return Ok(at);
-        }
-        const KEPT: usize = 16;
-        if self.subscriptions.len() >= KEPT {
-            drop(self.subscriptions.remove(0));
         }
         let whole = crate::notifier::Interval::new(region.base() as u64, region.base() as u64 + 1);
         let subscription = Subscription::try_insert(HubOf(region.clone()), whole)
             .map_err(|NoMemory| DeviceFaultKind::OutOfMemory)?;
-        self.subscriptions.push((region.id(), subscription));
-        Ok(self.subscriptions.len() - 1)
+        let at = self.oldest;
+        self.oldest = (at + 1) % KEPT;
+        self.subscriptions[at] = Some(Subscribed {
+            region: region.id(),
+            subscription,
+        });
+        Ok(at)
     }
 
-    /// Lets go of what this range keeps of regions, so that they can be freed. For when a launch has ended.
-    pub fn park(&mut self) {
-        if self.attached.is_forked() {
-            // The hubs are the parent's, and somebody there may hold their locks.
-            self.subscriptions.drain(..).for_each(core::mem::forget);
+    /// What [`subscription`](Self::subscription) has found, and nothing has replaced since.
+    fn subscribed(&mut self, at: usize) -> &mut Subscription<HubOf> {
+        match &mut self.subscriptions[at] {
+            Some(known) => &mut known.subscription,
+            None => unreachable!("a range has let go of the region that it works on"),
         }
-        self.subscriptions.clear();
+    }
+
+    fn park(&mut self) {
+        for known in &mut self.subscriptions {
+            let known = known.take();
+            if self.attached.is_forked() {
+                // The hub is the parent's, and somebody there may hold its lock.
+                core::mem::forget(known);
+            }
+        }
     }
 
     /// Does, with no lock held, what a round could not go on without.
@@ -585,10 +642,13 @@ impl<D: Device> Update<'_, D> {
             let origin = block * PAGES_PER_BLOCK;
             let end = self.pages.end.min(origin + PAGES_PER_BLOCK);
             let (want, alone) = appetite.of(PageMask::range(at - origin..end - origin));
-            if self.range.scratch.ensure(region.door()).is_err() {
+            let nr_left = (self.pages.end - at).div_ceil(PAGES_PER_BLOCK) + 1;
+            if self.range.scratch.ensure(region.door()).is_err()
+                || self.range.valid.reserve(nr_left).is_err()
+            {
                 return Err(fault(at, DeviceFaultKind::OutOfMemory));
             }
-            let key = Some(self.range.subscriptions[self.subscription].1.key());
+            let key = Some(self.range.subscribed(self.subscription).key());
             let round = Round {
                 mapped: &mapped,
                 region,
@@ -602,7 +662,7 @@ impl<D: Device> Update<'_, D> {
             };
             let nr_whole = (self.pages.end - at) / PAGES_PER_BLOCK;
             if at == origin && nr_whole > 1 && !alone && region.options().huge_pages {
-                let Range { scratch, valid, .. } = &mut *self.range;
+                let State { scratch, valid, .. } = &mut *self.range;
                 let nr_taken = round.take_blocks(nr_whole, scratch, valid);
                 if nr_taken > 0 {
                     at += nr_taken * PAGES_PER_BLOCK;
@@ -670,8 +730,9 @@ impl<D: Device> Update<'_, D> {
     /// Whether the update has been interrupted already. True is reliable; false is not, outside the device lock.
     #[must_use]
     pub fn needs_retry(&self) -> bool {
-        let (_, subscription) = &self.range.subscriptions[self.subscription];
-        self.is_forked() || subscription.interrupted(self.token)
+        let known = self.range.subscriptions[self.subscription].as_ref();
+        let is_good = known.is_some_and(|known| !known.subscription.interrupted(self.token));
+        self.is_forked() || !is_good
     }
 
     /// Whether a fork came between: the update was begun in the parent.
@@ -721,7 +782,7 @@ impl Deref for Committed<'_> {
     }
 }
 
-impl<D: Device> Drop for Range<D> {
+impl<D: Device> Drop for State<D> {
     fn drop(&mut self) {
         self.park();
     }
@@ -730,7 +791,7 @@ impl<D: Device> Drop for Range<D> {
 impl<D: Device> fmt::Debug for Range<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Range")
-            .field("device", &self.attached.id)
+            .field("device", &self.state.attached.id)
             .finish_non_exhaustive()
     }
 }

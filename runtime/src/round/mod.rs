@@ -53,6 +53,16 @@ impl Valid {
         Self { ..*self }
     }
 
+    /// No page of no block: an entry that is not in use.
+    pub(crate) fn nothing() -> Self {
+        Self {
+            block: 0,
+            readable: PageMask::EMPTY,
+            writable: PageMask::EMPTY,
+            in_place: PageMask::EMPTY,
+        }
+    }
+
     /// The block, counted from the region's base.
     #[must_use]
     pub fn block(&self) -> usize {

@@ -10,6 +10,7 @@ use crate::error::Access;
 use crate::mapped::AnyMapped;
 use crate::mask::{PageMask, grow_word};
 use crate::movement::{Mover, Stall};
+use crate::range::ValidList;
 use crate::region::RegionKind;
 use crate::round::{Outcome, Round, Valid, lease_of_cpu, stopped};
 use crate::scratch::Scratch;
@@ -320,7 +321,7 @@ impl<D: Device> Round<'_, D> {
         &self,
         nr: usize,
         scratch: &mut Scratch,
-        valid: &mut Vec<Valid>,
+        valid: &mut ValidList,
     ) -> usize {
         let (space, region, id) = (AddressSpace::global(), self.region, self.id());
         let moves = self.access == Access::Write || region.on_read() == OnRead::Migrate;
