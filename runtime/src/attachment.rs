@@ -271,10 +271,11 @@ impl<D: Device> Attachment<D> {
         Ok(MappedRef(mapped))
     }
 
-    /// A range for one worker thread, preallocated: faulting with it allocates nothing.
+    /// A range for one worker thread. It lies in mappings of its own, and so does what faults add to it: nothing of it comes from
+    /// `malloc`, whose memory may be mirrored.
     ///
     /// # Errors
-    /// No address space for its scratch area, or a forked child.
+    /// No memory for it, or a forked child.
     pub fn range(&self) -> Result<crate::Range<D>> {
         if self.is_forked() {
             return Err(Error::new("range", ErrorKind::Forked));

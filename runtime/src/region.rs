@@ -77,7 +77,7 @@ struct Displacement {
     to: usize,
 }
 
-/// Page ranges under a pin. A handful at most: a list is enough, and its first entries need no allocation.
+/// Page ranges under a pin. A handful at most: a list is enough.
 #[derive(Debug, Default)]
 struct Pins {
     ranges: Vec<Range<usize>>,
