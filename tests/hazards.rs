@@ -51,7 +51,7 @@ fn a_shared_page_that_was_emptied_unheard_comes_back_from_its_duplicate() {
         // SAFETY: the test's mapping: a marker that makes an access to the page fail, and away with it again.
         let marked = unsafe { libc::madvise(map.at(1).cast(), 2 * PAGE, GUARD_INSTALL) };
         if marked != 0 {
-            println!("SKIPPED: no guard pages before Linux 6.13");
+            tests::skip("no guard pages before Linux 6.13");
             return;
         }
         // SAFETY: as above.
@@ -85,7 +85,7 @@ fn what_the_kernel_writes_to_a_page_it_holds_arrives() {
     both_doors("held for DMA", |options| {
         let map = Map::new(8);
         let Some(ring) = ring::Ring::holding(map.addr + 3 * PAGE, PAGE) else {
-            println!("SKIPPED: no io_uring here");
+            tests::skip("no io_uring here");
             return;
         };
         let mirror = map.mirror(options);
@@ -594,7 +594,7 @@ fn a_huge_page_stays_huge_wherever_it_goes() {
         };
         let at_first = nr_huge();
         if at_first == 0 {
-            println!("SKIPPED: no huge pages here, or the kernel does not say");
+            tests::skip("no huge pages here, or the kernel does not say");
             return;
         }
         for turn in 0..3 {

@@ -173,7 +173,7 @@ fn each(name: &'static str, test: impl Fn(&Fixture)) {
             let options = Options::new().delivery(delivery).granule(granule);
             if let Err(error) = svm::Buffer::<u8>::with_options(1, &options) {
                 assert!(error.is_unsupported(), "{error}");
-                println!("SKIPPED: {error}");
+                tests::lacks_userfaultfd(&error);
                 continue;
             }
             let fixture = Fixture::new(&options);
@@ -387,7 +387,7 @@ fn hugetlb() -> Option<Map> {
 fn anon_write_hugetlbfs() {
     each("anon_write_hugetlbfs", |f| {
         let Some(map) = hugetlb() else {
-            println!("SKIPPED: no huge pages are reserved");
+            tests::skip("no huge pages are reserved");
             return;
         };
         assert_eq!(
@@ -673,7 +673,7 @@ fn sees_zero_pages() -> bool {
 fn compound() {
     each("compound", |f| {
         let Some(map) = hugetlb() else {
-            println!("SKIPPED: no huge pages are reserved");
+            tests::skip("no huge pages are reserved");
             return;
         };
         init(map.addr, HUGE, |k| k);

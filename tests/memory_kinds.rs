@@ -212,7 +212,7 @@ fn reserved_huge_pages_are_served_in_place() {
             map(HUGE, WRITE, flags, -1)
         });
         let Some(addr) = addr else {
-            println!("SKIPPED: no huge pages are reserved, and this process may not reserve them");
+            tests::skip("no huge pages are reserved, and this process may not reserve them");
             return;
         };
         check(addr, HUGE, options, Expected::InPlace);
