@@ -24,11 +24,14 @@ run() {
 for delivery in inline thread; do
     for granule in 4k 64k 2m; do
         run --delivery "$delivery" --granule "$granule"
+        SVM_DISABLE=move run --delivery "$delivery" --granule "$granule"
     done
-    for missing in move events pagemap_scan procmap_query membarrier process_vm; do
+    for missing in wp_async poison kernel_faults events pagemap_scan procmap_query membarrier process_vm; do
         SVM_DISABLE="$missing" run --delivery "$delivery"
     done
 done
+# Without SIGBUS delivery there is one door left.
+SVM_DISABLE=sigbus run --delivery thread
 run --device-memory none
 
 # The storm: every change of the mappings there is, by bare calls and by ours.

@@ -2,12 +2,15 @@
 //! one per way to work through an array with one worker: how many faults, system calls, retries and bytes each takes.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use svm::{
     Access, AttachOptions, Buffer, Capabilities, Capability, Delivery, Granule, Options, Stats,
     View, ViewMut,
 };
-use tests::{TestDevice, Watchdog, in_own_process, usable};
+use tests::idle::fault_in;
+use tests::{Idle, TestDevice, Watchdog, in_own_process, usable};
 
 const PAGE: usize = 4096;
 /// 64 KiB, what one fault moves unless told otherwise.
@@ -598,5 +601,69 @@ fn an_element_kernel_faults_once_a_granule_and_hits_from_then_on() {
         let counts = (again.device_write_faults, again.movement_calls());
         assert_eq!(counts, (0, 0), "{again:?}");
         assert!(data.as_slice().iter().step_by(PAGE).all(|&b| b == 9));
+    });
+}
+
+/// Workers that fault on one page at the same time: one fetches it, and the others, who have waited for their turn, find it there.
+#[test]
+fn far_faults_of_many_workers_on_one_page_are_one_round() {
+    alone("coalesced", || {
+        const WORKERS: usize = 4;
+        let buffer = filled(GRANULE, &Options::new());
+        let options = accel_sim::Options::new()
+            .workers(WORKERS)
+            .fault_timeout(Duration::from_secs(30));
+        let accel = accel_sim::Accelerator::with_options(options).unwrap();
+        let patient = AttachOptions::new().span_deadline(Duration::from_secs(30));
+        let other = svm::attach(Idle::default(), patient).unwrap();
+        // How many wait is not to be seen from outside, and one that comes late finds the page by itself: so more than once.
+        let mut coalesced = 0;
+        for _ in 0..20 {
+            let (before, of_runtime) = (accel.stats().total(), buffer.stats());
+            // Another device has the page, and does not let go of it: so the round that wants it lasts.
+            let mapped = other.map(buffer.view().region()).unwrap();
+            let page = (buffer.view().addr() - mapped.region().base()) / PAGE;
+            fault_in(
+                &mut other.range().unwrap(),
+                &mapped,
+                page..page + 1,
+                Access::Write,
+            )
+            .unwrap();
+            other.device().stuck.store(!0, Ordering::SeqCst);
+            let arrived = AtomicUsize::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    while arrived.load(Ordering::SeqCst) < WORKERS {
+                        std::thread::yield_now();
+                    }
+                    std::thread::sleep(Duration::from_millis(5));
+                    other.device().stuck.store(0, Ordering::SeqCst);
+                });
+                let view = buffer.view();
+                let load = |_: &accel_sim::Lane<'_>, _, data: &accel_sim::Elements<'_, u8>| {
+                    arrived.fetch_add(1, Ordering::SeqCst);
+                    data.load(0).map(|byte| assert_eq!(byte, 1))
+                };
+                accel.run_items(WORKERS, view, load).unwrap();
+            });
+            let after = accel.stats().total();
+            let rounds = buffer.stats() - of_runtime;
+            // One for the other device, one for all workers.
+            let faults = (
+                rounds.device_write_faults,
+                rounds.device_read_faults + rounds.device_spurious_faults,
+                after.far_faults - before.far_faults,
+            );
+            assert_eq!(faults, (1, 1, 1), "{rounds:?}");
+            coalesced += after.coalesced - before.coalesced;
+            assert!(coalesced <= 20 * (WORKERS as u64 - 1));
+            // Out of the accelerator's memory and its workers' caches.
+            accel.release().unwrap();
+        }
+        assert!(
+            coalesced > 0,
+            "nobody has waited for another's fault in 20 rounds"
+        );
     });
 }

@@ -444,7 +444,7 @@ fn a_heap_that_shrinks_is_cut_off() {
         return;
     }
     if !Capabilities::probe().has(Capability::Events) {
-        return println!("SKIPPED: of a brk that nobody tells there is nothing to see");
+        return tests::skip("of a brk that nobody tells there is nothing to see");
     }
     in_own_process(name, &[""], || {
         let body = || {

@@ -666,7 +666,7 @@ fn a_first_use_in_the_middle_of_a_fork() {
     // Not `usable`, which makes use of it.
     let capabilities = svm::Capabilities::probe();
     if !capabilities.is_usable() {
-        return println!("SKIPPED: no userfaultfd");
+        return tests::skip("no userfaultfd");
     }
     in_own_process(name, &[""], || {
         unsafe extern "C" {

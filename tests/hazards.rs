@@ -51,7 +51,7 @@ fn a_shared_page_that_was_emptied_unheard_comes_back_from_its_duplicate() {
         // SAFETY: the test's mapping: a marker that makes an access to the page fail, and away with it again.
         let marked = unsafe { libc::madvise(map.at(1).cast(), 2 * PAGE, GUARD_INSTALL) };
         if marked != 0 {
-            println!("SKIPPED: no guard pages before Linux 6.13");
+            tests::skip("no guard pages before Linux 6.13");
             return;
         }
         // SAFETY: as above.
@@ -85,7 +85,7 @@ fn what_the_kernel_writes_to_a_page_it_holds_arrives() {
     both_doors("held for DMA", |options| {
         let map = Map::new(8);
         let Some(ring) = ring::Ring::holding(map.addr + 3 * PAGE, PAGE) else {
-            println!("SKIPPED: no io_uring here");
+            tests::skip("no io_uring here");
             return;
         };
         let mirror = map.mirror(options);
@@ -495,7 +495,7 @@ fn a_pinned_stale_frame_keeps_no_mirror_from_closing() {
             let offset = device.attachment().map(view.region()).unwrap().offset();
             let frame = map.addr.wrapping_add_signed(offset) + 3 * PAGE;
             let Some(ring) = ring::Ring::holding(frame, PAGE) else {
-                println!("SKIPPED: no io_uring here");
+                tests::skip("no io_uring here");
                 return;
             };
             // What the device has of it is stale from here on.
@@ -675,7 +675,7 @@ fn a_huge_page_stays_huge_wherever_it_goes() {
         };
         let at_first = nr_huge();
         if at_first == 0 {
-            println!("SKIPPED: no huge pages here, or the kernel does not say");
+            tests::skip("no huge pages here, or the kernel does not say");
             return;
         }
         for turn in 0..3 {
@@ -736,7 +736,7 @@ fn a_marker_holds_a_discard_up_for_a_moment_only() {
         let device = TestDevice::new().unwrap();
         // SAFETY: the test's mapping: a marker that makes an access to the page fail.
         if unsafe { libc::madvise(map.at(3).cast(), PAGE, GUARD_INSTALL) } != 0 {
-            println!("SKIPPED: no guard pages before Linux 6.13");
+            tests::skip("no guard pages before Linux 6.13");
             return;
         }
         discard(&map, 0..8);

@@ -232,7 +232,7 @@ fn each(name: &'static str, test: impl Fn(&Fixture)) {
     };
     for delivery in [Delivery::Inline, Delivery::Thread] {
         if delivery == Delivery::Inline && !has(Capability::Sigbus) {
-            println!("SKIPPED: there is no inline door without SIGBUS delivery");
+            tests::skip("there is no inline door without SIGBUS delivery");
             continue;
         }
         for &granule in granules {
@@ -452,7 +452,7 @@ fn hugetlb() -> Option<Map> {
 fn anon_write_hugetlbfs() {
     each("anon_write_hugetlbfs", |f| {
         let Some(map) = hugetlb() else {
-            println!("SKIPPED: no huge pages are reserved");
+            tests::skip("no huge pages are reserved");
             return;
         };
         assert_eq!(
@@ -824,7 +824,7 @@ fn sees_zero_pages() -> bool {
 fn compound() {
     each("compound", |f| {
         let Some(map) = hugetlb() else {
-            println!("SKIPPED: no huge pages are reserved");
+            tests::skip("no huge pages are reserved");
             return;
         };
         init(map.addr, HUGE, |k| k);
@@ -1119,10 +1119,10 @@ fn collapse(addr: usize) -> bool {
     if unsafe { libc::madvise(at, HUGE, libc::MADV_COLLAPSE) } == 0 {
         return true;
     }
-    println!(
-        "SKIPPED: MADV_COLLAPSE: {}",
+    tests::skip(format!(
+        "MADV_COLLAPSE: {}",
         std::io::Error::last_os_error()
-    );
+    ));
     false
 }
 

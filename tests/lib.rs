@@ -7,6 +7,9 @@
 )]
 #![cfg(target_os = "linux")]
 
+use std::fmt::Display;
+use std::io::Write;
+
 pub mod device;
 pub mod idle;
 pub mod mapping;
@@ -21,15 +24,49 @@ pub use idle::Idle;
 pub use mapping::{Map, in_own_process};
 pub use watchdog::Watchdog;
 
-/// Whether this machine lets the process have a userfaultfd; says so if not, so that a skipped test is seen.
+/// Whether this machine lets the process have a userfaultfd. If not, the test is skipped, and that is seen: see [`lacks_userfaultfd`].
 #[must_use]
 pub fn usable() -> bool {
     match svm::Buffer::<u8>::zeroed(1) {
         Ok(_) => true,
         Err(error) if error.is_unsupported() => {
-            println!("SKIPPED: {error}");
+            lacks_userfaultfd(&error);
             false
         }
         Err(error) => panic!("{error}"),
     }
+}
+
+/// A test cannot run for want of a userfaultfd: skips it.
+///
+/// # Panics
+/// If `SVM_REQUIRE` says that there is one: then nothing passes by having been skipped.
+pub fn lacks_userfaultfd(why: &dyn Display) {
+    let required = std::env::var("SVM_REQUIRE").unwrap_or_default();
+    let is_required = required.split(',').any(|word| word == "userfaultfd");
+    assert!(
+        !is_required,
+        "SVM_REQUIRE={required}, and there is none: {why}"
+    );
+    skip(why);
+}
+
+/// Says that the rest of the test is skipped. What a test prints that passes is not shown, so it is also added to the file that
+/// `SVM_SKIPPED` names.
+///
+/// # Panics
+/// If the file cannot be written: a skip must not pass unseen.
+pub fn skip(why: impl Display) {
+    let program = std::env::current_exe().unwrap_or_default();
+    let program = program.file_stem().unwrap_or_default().display();
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a thread");
+    let line = format!("SKIPPED: {program} {test}: {why}\n");
+    print!("{line}");
+    let Some(path) = std::env::var_os("SVM_SKIPPED") else {
+        return;
+    };
+    let file = std::fs::File::options().append(true).open(path);
+    let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+    assert!(written.is_ok(), "SVM_SKIPPED: {written:?}: {line}");
 }

@@ -49,7 +49,7 @@ fn each(name: &'static str, test: impl Fn(&Options)) {
     let has_inline = svm::Capabilities::probe().has(svm::Capability::Sigbus);
     for delivery in [Delivery::Inline, Delivery::Thread] {
         if delivery == Delivery::Inline && !has_inline {
-            println!("SKIPPED: there is no inline door without SIGBUS delivery");
+            tests::skip("there is no inline door without SIGBUS delivery");
             continue;
         }
         for &granule in granules {
@@ -212,7 +212,7 @@ fn transparent_huge_pages_migrate() {
         // SAFETY: inside the mapping.
         unsafe { at.write_volatile(0) };
         if huge_kib(addr) < HUGE / 1024 {
-            println!("SKIPPED: the kernel gave no huge page");
+            tests::skip("the kernel gave no huge page");
         } else {
             check(addr, HUGE, options, Expected::Migrates);
         }
@@ -232,7 +232,7 @@ fn the_huge_zero_page_migrates() {
         if is_huge_zero_page(addr) {
             check(addr, HUGE, options, Expected::Migrates);
         } else {
-            println!("SKIPPED: no huge page of zeros, or nobody says so");
+            tests::skip("no huge page of zeros, or nobody says so");
         }
         unmap(start, 2 * HUGE);
     });
@@ -285,7 +285,7 @@ fn reserved_huge_pages_are_served_in_place() {
                 map(HUGE, WRITE, flags, -1)
             });
             let Some(addr) = addr else {
-                println!("SKIPPED: no huge pages are reserved, and none can be reserved here");
+                tests::skip("no huge pages are reserved, and none can be reserved here");
                 return;
             };
             check(addr, HUGE, options, Expected::InPlace);
@@ -392,7 +392,7 @@ fn others_userfaultfd(addr: usize, len: usize) -> Option<OwnedFd> {
     // SAFETY: it takes no pointers.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) } as i32;
     if fd < 0 {
-        println!("SKIPPED: userfaultfd: {}", std::io::Error::last_os_error());
+        tests::skip(format!("userfaultfd: {}", std::io::Error::last_os_error()));
         return None;
     }
     // SAFETY: just made, and nobody else's.
@@ -436,7 +436,7 @@ fn lock(addr: usize, len: usize, flags: libc::c_uint) -> bool {
     if unsafe { libc::mlock2(ptr::with_exposed_provenance(addr), len, flags) } == 0 {
         return true;
     }
-    println!("SKIPPED: mlock2: {}", std::io::Error::last_os_error());
+    tests::skip(format!("mlock2: {}", std::io::Error::last_os_error()));
     false
 }
 

@@ -104,7 +104,7 @@ fn locked_memory_without_move_is_served_in_place() {
                 unsafe { at.write_bytes(7, PAGES * PAGE) };
                 // SAFETY: the same.
                 if unsafe { libc::mlock(at.cast(), PAGES * PAGE) } != 0 {
-                    println!("SKIPPED: mlock: {}", std::io::Error::last_os_error());
+                    tests::skip(format_args!("mlock: {}", std::io::Error::last_os_error()));
                     return;
                 }
                 let mirror = mirror(at, PAGES, options);
@@ -499,7 +499,7 @@ fn without_sigbus_delivery_the_monitor_serves() {
             let mut words = vec![1_u64; 10_000];
             let mut mirror = match svm::mirror(&mut words) {
                 Ok(mirror) => mirror,
-                Err(error) if error.is_unsupported() => return println!("SKIPPED: {error}"),
+                Err(error) if error.is_unsupported() => return tests::lacks_userfaultfd(&error),
                 Err(error) => panic!("{error}"),
             };
             let accel = accel_sim::Accelerator::new().unwrap();

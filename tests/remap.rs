@@ -119,7 +119,7 @@ fn memory_that_grew_in_place_is_memory() {
             libc::MAP_FIXED_NOREPLACE,
         ) == libc::MAP_FAILED
         {
-            println!("SKIPPED: somebody else took the room to grow");
+            tests::skip("somebody else took the room to grow");
             return;
         }
         unmap(at + 16 * PAGE, 1);

@@ -377,7 +377,7 @@ mod tracer {
         let mut child = match command.spawn() {
             Ok(child) => child,
             Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::ENOSYS)) => {
-                println!("SKIPPED: no process may be traced here: {error}");
+                tests::skip(format!("no process may be traced here: {error}"));
                 return;
             }
             Err(error) => panic!("{error}"),
@@ -388,7 +388,7 @@ mod tracer {
         let steps = match steps {
             Ok(steps) => steps,
             Err(Refused) => {
-                println!("SKIPPED: the kernel does not say what system call a process is in");
+                tests::skip("the kernel does not say what system call a process is in");
                 return;
             }
         };

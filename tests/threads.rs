@@ -397,3 +397,70 @@ fn two_accelerators_on_the_same_memory() {
         assert_eq!(mirror.stats().anomalies, 0);
     });
 }
+
+/// Which types may go to other threads, and be shared with them, is exactly what their elements permit: of `Mirror`, `Buffer` and `ViewMut` as
+/// of `&mut [T]`, of `MirrorRef` and `View` as of `&[T]`, of `Shared` and `SharedView` as of atomics of `T`. All of it when this compiles.
+mod auto_traits {
+    use std::cell::Cell;
+    use std::marker::PhantomData;
+    use std::sync::MutexGuard;
+
+    use bytemuck::{Pod, Zeroable};
+    use svm::{Buffer, Mirror, MirrorRef, Pin, Shared, SharedView, View, ViewMut};
+
+    fn is_send<T: Send>() {}
+    fn is_sync<T: Sync>() {}
+
+    /// Whatever `T` is.
+    #[expect(dead_code, reason = "it compiles, which says it all")]
+    fn where_the_elements_are<S: Pod + Send, Y: Pod + Sync>() {
+        is_send::<(Mirror<'_, S>, Buffer<S>, ViewMut<'_, S>)>();
+        is_sync::<(Mirror<'_, Y>, Buffer<Y>, ViewMut<'_, Y>)>();
+        is_send::<(MirrorRef<'_, Y>, View<'_, Y>)>();
+        is_sync::<(MirrorRef<'_, Y>, View<'_, Y>)>();
+        is_send::<(Shared<'_, S>, SharedView<'_, S>)>();
+        is_sync::<(Shared<'_, S>, SharedView<'_, S>)>();
+        is_send::<Pin<'_>>();
+        is_sync::<Pin<'_>>();
+    }
+
+    /// Elements that are plain data, and bound to their thread by what they stand for.
+    macro_rules! elements {
+        ($($name:ident $like:ty;)*) => { $(
+            #[derive(Clone, Copy)]
+            #[repr(transparent)]
+            struct $name(u64, PhantomData<$like>);
+            // SAFETY: a word, and nothing.
+            unsafe impl Zeroable for $name {}
+            // SAFETY: as above.
+            unsafe impl Pod for $name {}
+        )* };
+    }
+
+    elements! {
+        NotSend MutexGuard<'static, ()>;
+        NotSync Cell<u64>;
+    }
+
+    /// Compiles only if the types are none that implement the trait: else `of` could mean either of two.
+    macro_rules! are_not {
+        ($trait:ident: $($type:ty),* $(,)?) => { $(
+            const _: fn() = || {
+                trait Ambiguous<A> {
+                    fn of() {}
+                }
+                struct Implementor;
+                impl<T: ?Sized> Ambiguous<()> for T {}
+                impl<T: ?Sized + $trait> Ambiguous<Implementor> for T {}
+                let _ = <$type as Ambiguous<_>>::of;
+            };
+        )* };
+    }
+
+    are_not!(Send: NotSend, Mirror<'_, NotSend>, Buffer<NotSend>, ViewMut<'_, NotSend>);
+    are_not!(Send: Shared<'_, NotSend>, SharedView<'_, NotSend>);
+    are_not!(Sync: Shared<'_, NotSend>, SharedView<'_, NotSend>);
+    are_not!(Sync: NotSync, Mirror<'_, NotSync>, Buffer<NotSync>, ViewMut<'_, NotSync>);
+    are_not!(Send: MirrorRef<'_, NotSync>, View<'_, NotSync>);
+    are_not!(Sync: MirrorRef<'_, NotSync>, View<'_, NotSync>);
+}

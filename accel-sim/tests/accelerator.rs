@@ -1,5 +1,6 @@
 //! The accelerator on real memory: launches of each kind, their failures, and what memory is like afterwards.
 
+use std::cmp::Ordering as Cmp;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use accel_sim::{Accelerator, Error, Options, indices};
 use bytemuck::{Pod, Zeroable};
-use svm::{Buffer, DeviceFaultKind, Ptr};
+use svm::{Access, Buffer, DeviceFaultKind, Ptr};
 
 /// Runs `test` with a watchdog: a hang is a failure with a name, not a stuck run.
 fn within_deadline(test: impl FnOnce() + Send + 'static) {
@@ -301,36 +302,174 @@ fn a_pointer_out_of_the_views_ends_the_launch_with_its_address() {
         let elsewhere = [7_u64; 4];
         let outside = Ptr::to(&elsewhere[2]);
         let mut data = vec![1_u64; 10_000];
-        let inside = Ptr::to(&data[0]);
-        let mut mirror = svm::mirror(&mut data).expect("a mirror");
-        let fault = |e: Error| e.device_fault().expect("a device fault");
+        let (inside, last) = (Ptr::to(&data[0]), Ptr::to(&data[9_999]));
+        let mirror = svm::mirror(&mut data).expect("a mirror");
+        let fault = |error: Error| {
+            let fault = error.device_fault().expect("a device fault");
+            (fault.addr, fault.access, fault.kind)
+        };
 
         let error = accel
             .run_items(1, mirror.view(), |lane, _, _| lane.load(outside).map(drop))
             .expect_err("a fault");
-        assert_eq!(
-            (fault(error).addr, DeviceFaultKind::OutOfViews),
-            (outside.addr(), DeviceFaultKind::OutOfViews)
-        );
+        let expected = (outside.addr(), Access::Read, DeviceFaultKind::OutOfViews);
+        assert_eq!(fault(error), expected);
+        let error = accel
+            .run_items(1, mirror.view(), |lane, _, _| lane.store(outside, 5))
+            .expect_err("a fault");
+        let expected = (outside.addr(), Access::Write, DeviceFaultKind::OutOfViews);
+        assert_eq!(fault(error), expected);
         let error = accel
             .run_items(1, mirror.view(), |lane, _, _| {
-                lane.load(inside.add(9_999).cast::<[u64; 2]>()).map(drop)
+                lane.load(last.cast::<[u64; 2]>()).map(drop)
             })
             .expect_err("a value that ends outside");
-        assert_eq!(fault(error).kind, DeviceFaultKind::OutOfViews);
+        let expected = (last.addr(), Access::Read, DeviceFaultKind::OutOfViews);
+        assert_eq!(fault(error), expected);
         let error = accel
             .run_items(1, mirror.view(), |lane, _, _| lane.store(inside, 5))
             .expect_err("a view that is read only");
-        assert_eq!(fault(error).kind, DeviceFaultKind::Protection);
+        let expected = (inside.addr(), Access::Write, DeviceFaultKind::Protection);
+        assert_eq!(fault(error), expected);
+        mirror.close().expect("its pages are home");
+        assert!(data.iter().all(|&word| word == 1) && elsewhere == [7; 4]);
+    });
+}
 
-        // SAFETY: the array outlives the launch and nobody writes it.
+#[test]
+fn the_whole_address_space_is_open_to_who_answers_for_it() {
+    within_deadline(|| {
+        let accel = accel(2);
+        let mut elsewhere = vec![7_u64; 4];
+        let outside = Ptr::from_addr(elsewhere.as_mut_ptr().expose_provenance()).add(2);
+        let mut data = vec![1_u64; 10_000];
+        let (first, middle, last) = (
+            Ptr::to(&data[0]),
+            Ptr::to(&data[5000]),
+            Ptr::to(&data[9_999]),
+        );
+        let mut mirror = svm::mirror(&mut data).expect("a mirror");
         accel
             .run_items(1, mirror.view_mut(), |lane, _, data| {
-                // SAFETY: the array is aligned, outlives the launch, and nobody writes it.
-                data.store(3, unsafe { lane.load_anywhere(outside) }?)
+                // SAFETY: of both vectors nobody else uses an element, and the launch ends before either.
+                let load = |ptr| unsafe { lane.load_anywhere::<u64>(ptr) };
+                // SAFETY: as above.
+                let store = |ptr, word: u64| unsafe { lane.store_anywhere(ptr, word) };
+                data.store(3, load(outside)?)?;
+                store(outside, 8)?;
+                store(first, load(outside)?)?;
+                store(middle, 10)?;
+                store(last, 9)
             })
             .expect("the unsafe door");
-        assert_eq!(mirror.as_slice()[3], 7);
+        // What lies in the views was stored by translation, and comes home with its page.
+        let stats = mirror.stats();
+        assert!(stats.to_device_pages() > 0, "{stats:?}");
+        assert_eq!(mirror.as_slice()[..4], [8, 1, 1, 7]);
+        assert_eq!((mirror.as_slice()[5000], mirror.as_slice()[9_999]), (10, 9));
+        assert_eq!(elsewhere, [7, 7, 8, 7]);
+        // Where a view permits no store, this is no way round it.
+        let error = accel
+            .run_items(1, mirror.view(), |lane, _, _| {
+                // SAFETY: as above.
+                unsafe { lane.store_anywhere(first, 5) }
+            })
+            .expect_err("a view that is read only");
+        let fault = error.device_fault().expect("a device fault");
+        assert_eq!(
+            (fault.addr, fault.kind),
+            (first.addr(), DeviceFaultKind::Protection)
+        );
+        assert_eq!(mirror.as_slice()[0], 8);
+    });
+}
+
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+struct Fork {
+    /// Where to go on: below the key, and above it.
+    children: [Ptr<Fork>; 2],
+    key: u64,
+    visits: u64,
+}
+
+/// Puts a search tree over `keys` into the two slices, each level in the other than the one above, and returns its root.
+fn grow(even: &mut Vec<Fork>, odd: &mut Vec<Fork>, keys: std::ops::Range<u64>) -> Ptr<Fork> {
+    if keys.is_empty() {
+        return Ptr::null();
+    }
+    let key = keys.start + (keys.end - keys.start) / 2;
+    // The places are there already, so that no address changes.
+    let (at, last) = (even.as_ptr().expose_provenance(), even.len());
+    assert!(last < even.capacity(), "the vector would move");
+    even.push(Fork::zeroed());
+    let below = grow(odd, even, keys.start..key);
+    let above = grow(odd, even, key + 1..keys.end);
+    even[last] = Fork {
+        children: [below, above],
+        key,
+        visits: 0,
+    };
+    Ptr::from_addr(at).add(last)
+}
+
+/// A tree whose nodes point from one mirror into the other and back. Kernels search it for every key and for none, by pointers alone, and
+/// count their visits where they pass.
+#[test]
+fn a_tree_is_searched_across_two_mirrors() {
+    const KEYS: u64 = 20_000;
+    within_deadline(|| {
+        let accel = accel(4);
+        let mut levels = [0; 2].map(|_| Vec::with_capacity(KEYS as usize));
+        let [even, odd] = &mut levels;
+        let root = grow(even, odd, 0..KEYS);
+        let mut found = vec![0_u64; KEYS as usize + 100];
+        {
+            let mut even = svm::mirror(even).expect("a mirror");
+            let mut odd = svm::mirror(odd).expect("a mirror");
+            let mut found = svm::mirror(&mut found).expect("a mirror");
+            let nr_items = found.len();
+            let views = (found.view_mut(), even.view_mut(), odd.view_mut());
+            accel
+                .run_items(nr_items, views, |lane, i, (found, ..)| {
+                    let mut at = root;
+                    while !at.is_null() {
+                        let node = lane.load(at)?;
+                        let visits = at.addr() + std::mem::offset_of!(Fork, visits);
+                        lane.fetch_add(Ptr::<u64>::from_addr(visits), 1)?;
+                        if node.key == i as u64 {
+                            return found.store(i, at.addr() as u64);
+                        }
+                        at = node.children[usize::from(node.key < i as u64)];
+                    }
+                    Ok(())
+                })
+                .expect("a launch");
+            for mirror in [&even, &odd] {
+                assert!(mirror.stats().to_device_pages() > 0, "{:?}", mirror.stats());
+            }
+        }
+        let nodes = levels.iter().flatten();
+        for node in nodes.clone() {
+            assert_eq!(found[node.key as usize], Ptr::to(node).addr() as u64);
+        }
+        assert!(found[KEYS as usize..].iter().all(|&addr| addr == 0));
+        // The same search by the CPU, over keys instead of pointers, says how often each was passed.
+        let mut passed = vec![0_u64; KEYS as usize];
+        for wanted in 0..found.len() as u64 {
+            let mut keys = 0..KEYS;
+            while !keys.is_empty() {
+                let key = keys.start + (keys.end - keys.start) / 2;
+                passed[key as usize] += 1;
+                match wanted.cmp(&key) {
+                    Cmp::Equal => break,
+                    Cmp::Less => keys.end = key,
+                    Cmp::Greater => keys.start = key + 1,
+                }
+            }
+        }
+        assert_eq!(nodes.clone().count(), KEYS as usize);
+        nodes.for_each(|node| assert_eq!(node.visits, passed[node.key as usize]));
     });
 }
 

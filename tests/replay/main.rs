@@ -30,11 +30,11 @@ fn watch(name: &'static str) -> tests::Watchdog {
     tests::Watchdog::with_timeout(name, Duration::from_secs(240))
 }
 
-/// Whether this machine lets the process have a userfaultfd that moves pages; says so if not, so that a skipped test is seen.
+/// Whether this machine lets the process have a userfaultfd; by `svm_points`, for `svm` is not to be in this process as well.
 fn usable() -> bool {
     let usable = svm::Capabilities::probe().is_usable();
     if !usable {
-        println!("SKIPPED: no userfaultfd here");
+        tests::lacks_userfaultfd(&"no userfaultfd here");
     }
     usable
 }
