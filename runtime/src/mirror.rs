@@ -212,15 +212,20 @@ impl Raw {
             return Ok(open(region));
         };
         space.settle();
+        // Until the look behind the registration: no call of ours unmaps beside it what it would not find published.
+        let alone = space.is_hard_of_hearing().then(|| space.vacating());
         let mapped = mapped_runs(space, body);
         leave_out_holes(space, &region, body, &mapped);
         if space.publish_region(&region, &mapped).is_err() {
             space.drain_events();
             space.publish_region(&region, &mapped)?;
         }
-        match door.register(body, Role::Body) {
+        let registered = door.register(body, Role::Body);
+        let same = registered.is_err() || mapped_runs(space, body) == mapped;
+        drop(alone);
+        match registered {
             // Unmapped, or mapped, by another thread between the look and the registration, of which no event tells: look again.
-            Ok(()) if mapped_runs(space, body) != mapped => {
+            Ok(()) if !same => {
                 door.unregister(body);
                 space.unpublish_region(&region);
                 // An event may have come in between, which still refers to it.
