@@ -1228,3 +1228,48 @@ fn a_mirror_in_many_pieces() {
         mirror.close().unwrap();
     });
 }
+
+/// One thread mirrors a range while another unmaps half of it. Whoever comes first, the device has no translation to that half
+/// afterwards, and nothing is lost of the other.
+#[test]
+fn mirroring_beside_an_unmapping() {
+    const HALF: usize = 8;
+    each("mirroring_beside_an_unmapping", |options| {
+        let device = TestDevice::new().unwrap();
+        let fault_in = |addr: usize, pages: usize, mirror: &Mirror<'_, u8>| {
+            device.fault_in(mirror.view().region(), addr, pages * PAGE, Access::Write)
+        };
+        for n in 0..40 {
+            let map = Map::new(2 * HALF);
+            let gone = map.addr + HALF * PAGE;
+            let start = std::sync::Barrier::new(2);
+            let mirror = std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    start.wait();
+                    for _ in 0..n * 50 {
+                        std::hint::spin_loop();
+                    }
+                    // SAFETY: the CPU does not use it any more.
+                    unsafe { svm::munmap(map.at(HALF), HALF * PAGE) }.unwrap();
+                });
+                start.wait();
+                let mirror = map.mirror(options);
+                // As much of it as is there still.
+                let _ = fault_in(map.addr, 2 * HALF, &mirror);
+                mirror
+            });
+            let fault = fault_in(gone, 1, &mirror).unwrap_err();
+            assert_eq!(
+                fault.device_fault().unwrap().kind,
+                DeviceFaultKind::Unmapped
+            );
+            let held = svm::snapshot(gone, HALF).unwrap();
+            assert!(held.iter().all(|page| !page.is_on_a_device()));
+            assert!((0..HALF).all(|page| map.read(page) == page as u64 + 1));
+            mirror.close().unwrap();
+            // SAFETY: the test is done with it.
+            let unmapped = unsafe { libc::munmap(map.at(0).cast(), HALF * PAGE) };
+            assert_eq!(unmapped, 0);
+        }
+    });
+}

@@ -687,10 +687,6 @@ fn anon_teardown() {
         for c in 0..NTIMES as i32 {
             let map = Map::new(SIZE, WRITE);
             init(map.addr, SIZE, |k| k + c);
-            if !has(Capability::Events) {
-                // Of an unmapping beside the mirroring itself nobody would hear: the wrapper looks for mirrors before it makes the call.
-                f.dev.mirror_of(map.addr, NPAGES).unwrap();
-            }
             std::thread::scope(|scope| {
                 let mut out = vec![0; SIZE];
                 scope.spawn(|| {

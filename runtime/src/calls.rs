@@ -16,7 +16,8 @@
 //!
 //! Calls that vacate addresses are made one at a time, each waiting for its turn before it opens its brackets. The kernel tells of a change some time after it has made it, and what is
 //! vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was moved there since looks
-//! as if it were of that. (With bare calls this can happen; see the module `events`.)
+//! as if it were of that. (With bare calls this can happen; see the module `events`.) Where the kernel does not tell of everything, mirrors
+//! are registered in turn with them.
 //!
 //! # Without events
 //!
@@ -367,7 +368,8 @@ impl HeldHome<'_> {
 impl Change {
     /// Steps 1 and 2 for the ranges; what `keep` says may stay with the devices, all of it if it says nothing.
     fn begin<const N: usize>(ranges: [Option<PageRange>; N], keep: Option<Keep>) -> Self {
-        let mut change = Self::find_all(ranges);
+        let mut change = Self::new();
+        change.find_all(ranges);
         change.start(keep);
         change
     }
@@ -376,36 +378,60 @@ impl Change {
     /// moved mapping look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
     /// Nobody waits for its turn with a bracket open: whose turn it is may need the slot.
     fn begin_alone<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
-        let mut change = Self::find_all(ranges);
-        let space = change.space.filter(|_| !change.parts.is_empty());
-        change.alone = space.map(AddressSpace::vacating);
+        let mut change = Self::new();
+        change.keep_mirrors_out();
+        change.find_all(ranges);
+        if !change.parts.is_empty() {
+            change.wait_for_turn();
+        }
         change.start(Some(Keep::Nothing));
         change
     }
 
     /// For discarding `range`: alone, if there is something of which the kernel does not tell.
     fn begin_to_discard(range: Option<PageRange>, unheard: impl Fn(&Part) -> bool) -> Self {
-        let mut change = Self::find_all([range]);
-        let space = change.space.filter(|_| change.parts.iter().any(unheard));
-        change.alone = space.map(AddressSpace::vacating);
+        let mut change = Self::new();
+        if range.is_some() {
+            change.keep_mirrors_out();
+        }
+        change.find_all([range]);
+        if change.parts.iter().any(unheard) {
+            change.wait_for_turn();
+        }
         change.start(Some(Keep::Nothing));
         change
     }
 
-    fn find_all<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
+    fn new() -> Self {
         let space = AddressSpace::existing().filter(|space| space.is_usable());
-        let mut change = Self {
+        Self {
             space,
             parts: Vec::new(),
             brackets: Vec::new(),
             alone: None,
             _signals: space.map(|_| AsyncSignalsBlocked::new()),
-        };
-        let Some(space) = space else { return change };
-        for range in ranges.into_iter().flatten() {
-            change.find(space, range);
         }
-        change
+    }
+
+    /// Where the kernel does not tell of all that these calls do, nobody mirrors anything until this is over: what was mirrored
+    /// after the look would be changed unheard. Before the look, for who mirrors may wait for those that have looked.
+    fn keep_mirrors_out(&mut self) {
+        if self.space.is_some_and(AddressSpace::is_hard_of_hearing) {
+            self.wait_for_turn();
+        }
+    }
+
+    fn wait_for_turn(&mut self) {
+        if self.alone.is_none() {
+            self.alone = self.space.map(AddressSpace::vacating);
+        }
+    }
+
+    fn find_all<const N: usize>(&mut self, ranges: [Option<PageRange>; N]) {
+        let Some(space) = self.space else { return };
+        for range in ranges.into_iter().flatten() {
+            self.find(space, range);
+        }
     }
 
     fn start(&mut self, keep: Option<Keep>) {

@@ -217,6 +217,8 @@ impl Raw {
             return Ok(open(region));
         };
         space.settle();
+        // Until the look behind the registration: no call of ours unmaps beside it what it would not find published.
+        let alone = space.is_hard_of_hearing().then(|| space.vacating());
         let mapped = mapped_runs(space, body);
         leave_out_holes(space, &region, body, &mapped);
         space.admit(&region, || space.publish_region(&region, &mapped))?;
@@ -226,9 +228,12 @@ impl Raw {
             // An event may have come meanwhile, which refers to it still.
             region.wait_landed();
         };
-        match door.register(body, Role::Body) {
+        let registered = door.register(body, Role::Body);
+        let same = registered.is_err() || mapped_runs(space, body) == mapped;
+        drop(alone);
+        match registered {
             // Unmapped, or mapped, by another thread between the look and the registration, of which no event tells: look again.
-            Ok(()) if mapped_runs(space, body) != mapped => {
+            Ok(()) if !same => {
                 door.unregister(body);
                 withdraw();
                 Self::new(operation, addr, len_bytes, options)

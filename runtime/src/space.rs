@@ -309,7 +309,8 @@ impl AddressSpace {
     }
 
     /// Serialises the application's calls that vacate addresses, so that nothing mirrored moves to an address before everybody has heard
-    /// that it is free. Held while the kernel waits for a reader, which does not take it.
+    /// that it is free; and, where that [`is_hard_of_hearing`](Self::is_hard_of_hearing), the registration of mirrors with them. Held
+    /// while the kernel waits for a reader, which does not take it.
     pub(crate) fn vacating(&self) -> MutexGuard<'_, ()> {
         self.vacating.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -414,6 +415,14 @@ impl AddressSpace {
             | 1;
         let slot = (thread >> 32) as usize % MISS_SLOTS;
         self.misses[slot].swap(miss, Ordering::Relaxed) == miss
+    }
+
+    /// Whether mappings may be emptied, unmapped or moved without an event.
+    pub(crate) fn is_hard_of_hearing(&self) -> bool {
+        self.doors
+            .iter()
+            .filter_map(OnceLock::get)
+            .any(|door| !door.hears_of_unmapping() || !door.hears_of_removal())
     }
 
     /// Whether the kernel has changed a mapping, and the reader has not heard of it yet.
