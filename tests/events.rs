@@ -14,25 +14,10 @@ struct Map {
 }
 
 impl Map {
+    /// Where nobody else maps anything, so that what is unmapped stays so.
     fn new(pages: usize) -> Self {
-        // SAFETY: a fresh mapping.
-        let at = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
-                pages * PAGE,
-                3,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
-            )
-        };
-        assert_ne!(at, libc::MAP_FAILED);
-        let map = Self {
-            addr: at.expose_provenance(),
-            pages,
-        };
-        (0..pages).for_each(|page| map.write(page, page as u64 + 1));
-        map
+        let tests::Map { addr, pages } = tests::Map::new(pages);
+        Self { addr, pages }
     }
 
     fn at(&self, page: usize) -> *mut u64 {

@@ -134,17 +134,25 @@ extern "C" fn prepare() {
 }
 
 extern "C" fn parent() {
-    // Before the look for a space, as in `prepare`: there may be one now that was not there then.
-    let was_last = AddressSpace::forking().fetch_sub(1, Ordering::SeqCst) == 1;
-    fence(Ordering::SeqCst);
-    let Some(space) = AddressSpace::existing().filter(|s| s.is_usable()) else {
-        return;
-    };
+    let usable = || AddressSpace::existing().filter(|s| s.is_usable());
     let _signals = AsyncSignalsBlocked::new();
-    let _bracket = space.fork_bracket();
-    // Another thread may be between its prepare and its fork: the last one closes the bracket.
-    if was_last && AddressSpace::forking().load(Ordering::SeqCst) == 0 {
-        advise_bodies(space, Advice::DontFork, &[]);
+    if let Some(space) = usable() {
+        let _bracket = space.fork_bracket();
+        // Another thread may be between its prepare and its fork: the last one closes the bracket, before a page goes away again.
+        if AddressSpace::forking().load(Ordering::SeqCst) == 1 {
+            advise_bodies(space, Advice::DontFork, &[]);
+        }
+        AddressSpace::forking().fetch_sub(1, Ordering::SeqCst);
+        return;
+    }
+    AddressSpace::forking().fetch_sub(1, Ordering::SeqCst);
+    fence(Ordering::SeqCst);
+    // Made by another thread since the look: its mirrors saw a fork under way.
+    if let Some(space) = usable() {
+        let _bracket = space.fork_bracket();
+        if AddressSpace::forking().load(Ordering::SeqCst) == 0 {
+            advise_bodies(space, Advice::DontFork, &[]);
+        }
     }
 }
 
