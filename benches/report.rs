@@ -10,6 +10,46 @@ use serde::Serialize;
 use crate::harness::{Args, Case, Samples};
 use crate::machine::{Machine, Setting};
 
+/// What others need for a fault, by what is published or was measured elsewhere: not in the same run, hence not in a ratio.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// Who, and where.
+    pub name: &'static str,
+    /// The median, from and to, in microseconds.
+    pub p50_us: (f64, f64),
+    /// The 99th percentile, likewise.
+    pub p99_us: Option<(f64, f64)>,
+    /// Both in words.
+    pub figures: &'static str,
+    /// What has to be known to read it.
+    pub caveat: &'static str,
+}
+
+/// The peers.
+pub const PEERS: [Peer; 3] = [
+    Peer {
+        name: "UMap, on this kind of machine",
+        p50_us: (49.0, 65.0),
+        p99_us: Some((90.0, 325.0)),
+        figures: "49–65 µs, p99 90–325 µs",
+        caveat: "the userspace paging library one would take today; 15–18 k faults a second and thread",
+    },
+    Peer {
+        name: "a monitor thread, bare metal elsewhere",
+        p50_us: (5.0, 7.0),
+        p99_us: None,
+        figures: "5–7 µs",
+        caveat: "another machine, where an interrupt between CPUs costs 1–2 µs; compare with the thread door",
+    },
+    Peer {
+        name: "an in-thread handler, bare metal elsewhere",
+        p50_us: (2.0, 3.0),
+        p99_us: None,
+        figures: "2–3 µs",
+        caveat: "another machine; compare with the inline door",
+    },
+];
+
 /// A distribution, in nanoseconds.
 #[derive(Clone, Debug, Serialize)]
 pub struct Figure {
@@ -133,6 +173,15 @@ impl Outcome {
             ratio_p99,
             target: case.target,
         }
+    }
+}
+
+impl Outcome {
+    /// Whether it is one of the few that say most: a fault on one page.
+    #[must_use]
+    pub fn is_at_a_glance(&self) -> bool {
+        ["F1", "F2", "F3 pinned", "F4", "F5"].contains(&self.floor_name)
+            && self.name.ends_with(", 4 KiB")
     }
 }
 
@@ -291,6 +340,9 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
         println!("{}: {:.2} {}{verdict}", note.name, note.value, note.unit);
     }
     if let Some(path) = &args.json {
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)?;
+        }
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let all = Document {
@@ -308,17 +360,33 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
         if !outcomes.is_empty() {
             crate::plot::ratios(&file("ratios"), bench, outcomes)?;
         }
-        // A distribution wants some samples.
-        let many: Vec<_> = outcomes
-            .iter()
-            .filter(|o| o.target.is_some() && o.ours.n >= 200)
-            .collect();
-        if !many.is_empty() {
-            crate::plot::distributions(&file("distributions"), &many)?;
+        for setting in [Setting::Quiet, Setting::Busy] {
+            // A distribution wants some samples.
+            let many: Vec<_> = outcomes
+                .iter()
+                .filter(|o| o.target.is_some() && o.ours.n >= 200 && o.setting == setting)
+                .collect();
+            if !many.is_empty() {
+                let what = format!("distributions_{}", setting.name());
+                let title = format!("{bench}, {}: how many take at most so long", setting.name());
+                crate::plot::distributions(&file(&what), &title, &many)?;
+            }
+        }
+        let faults: Vec<_> = outcomes.iter().filter(|o| o.is_at_a_glance()).collect();
+        if !faults.is_empty() {
+            let title = format!(
+                "One fault on 4 KiB: {} x {}, Linux {}, {}",
+                machine.nr_cpus,
+                machine.cpu,
+                machine.kernel,
+                machine.date()
+            );
+            crate::plot::glance(&file("glance"), &title, &faults)?;
         }
         let curves: Vec<_> = series.iter().filter(|s| s.points.len() > 1).collect();
         if !curves.is_empty() {
-            crate::plot::curves(&file("curves"), &curves)?;
+            let title = format!("{bench}: cost against size (red: not to be exceeded)");
+            crate::plot::curves(&file("curves"), &title, &curves)?;
         }
     }
     Ok(())

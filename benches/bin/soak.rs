@@ -3,9 +3,11 @@
 //! `cargo run --release -p benches --bin soak -- --seconds 3600`
 //!
 //! One thread makes mirrors of all sizes and kinds, has an accelerator work on them and drops them; another does so behind the
-//! other door. A long-lived mirror is faulted to and fro, moved, forked from and pinned meanwhile. Once a minute (or `--every`) a line says
-//! what the process has: memory in RAM, descriptors, mappings, threads, and what the runtime has counted. The first lines are warm-up; if
-//! any of the last ones has more than the warm process had, beyond what the allocator scatters, the exit status is 1.
+//! other door; some of them lose contents and change their address by bare system calls. A long-lived mirror is faulted to and fro,
+//! brought home, forked from and pinned meanwhile. Once a minute (or `--every`) a line says what the process has: memory in RAM, page
+//! tables, descriptors, mappings, threads, and what the runtime has counted. The first third is warm-up. The least that the process has in
+//! the last third may not exceed the least that it had in the second, beyond what an allocator scatters; contents must be right, the
+//! runtime's anomalies 0, and nothing may stand still from line to line. The last line is the verdict, and so is the exit status.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -122,6 +124,42 @@ fn one_life(accel: &Accelerator, n: u64, delivery: Delivery) -> Result<()> {
     Ok(())
 }
 
+/// A mirror of a mapping that loses a quarter of its contents, and then moves, by system calls that the runtime hears of afterwards.
+fn bare_life(accel: &Accelerator, delivery: Delivery) -> Result<()> {
+    const LEN: usize = MIB / 2;
+    let (prot, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    let map = || -> Result<*mut u8> {
+        // SAFETY: a new mapping, wherever the kernel likes.
+        let at = unsafe { libc::mmap(std::ptr::null_mut(), LEN, prot, flags, -1, 0) };
+        ensure!(at != libc::MAP_FAILED, "no memory");
+        Ok(at.cast())
+    };
+    let (old, new) = (map()?, map()?);
+    let options = Options::new().delivery(delivery);
+    // SAFETY: the mapping is this function's own, of which no reference exists; it stays, here or there, until the mirror is gone.
+    let mut mirror = unsafe { svm::mirror_raw(old, LEN, &options) }?;
+    accel.run(mirror.view_mut(), |data: &mut [u8]| data.fill(7))?;
+    // SAFETY: the mirror's own memory, which nobody uses now. So with the others.
+    let discarded = unsafe { libc::madvise(old.cast(), LEN / 4, libc::MADV_DONTNEED) };
+    let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: as above; what was reserved there is given up.
+    let moved = unsafe { libc::mremap(old.cast(), LEN, LEN, how, new) };
+    ensure!(discarded == 0 && moved == new.cast(), "the kernel refused");
+    for (at, expected) in [(0, 0), (LEN / 4 - 1, 0), (LEN / 4, 7), (LEN - 1, 7)] {
+        // SAFETY: in the mapping.
+        let found = unsafe { new.wrapping_add(at).read_volatile() };
+        ensure!(found == expected, "byte {at} is {found} and not {expected}");
+    }
+    drop(mirror);
+    // SAFETY: as above, for the last time.
+    let gone = unsafe { libc::munmap(new.cast(), LEN) };
+    ensure!(gone == 0, "the kernel refused");
+    Ok(())
+}
+
 /// The long-lived mirror: to and fro, as long as it lasts.
 fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> {
     accel.run(data.view_mut(), |data: &mut [u64]| {
@@ -132,6 +170,12 @@ fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> 
         data.as_slice().iter().step_by(step).all(|&x| x == n + 1),
         "the long-lived buffer lost a write"
     );
+    if n.is_multiple_of(10) {
+        drop(data.pin(..)?);
+    }
+    if n.is_multiple_of(15) {
+        accel.release()?;
+    }
     if n.is_multiple_of(50) {
         // SAFETY: the child makes one system call, which is async-signal-safe.
         let child = unsafe { libc::fork() };
@@ -157,8 +201,22 @@ impl Drop for StopsOthers<'_> {
     }
 }
 
-fn main() -> Result<()> {
+fn main() -> std::process::ExitCode {
     let args = Args::parse();
+    match soak(&args) {
+        Ok(verdict) => {
+            println!("soak: passed: {verdict}");
+            std::process::ExitCode::SUCCESS
+        }
+        Err(error) => {
+            println!("soak: FAILED: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// Says what it came to.
+fn soak(args: &Args) -> Result<String> {
     let every = Duration::from_secs(args.every.unwrap_or((args.seconds / 20).clamp(3, 60)));
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let (stop, lives, laps) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
@@ -173,6 +231,9 @@ fn main() -> Result<()> {
                 let _end = StopsOthers(stop);
                 while !stop.load(Ordering::Relaxed) {
                     one_life(accel, n, delivery)?;
+                    if n % 8 < 2 {
+                        bare_life(accel, delivery)?;
+                    }
                     lives.fetch_add(1, Ordering::Relaxed);
                     n += 2;
                 }
@@ -255,6 +316,18 @@ fn main() -> Result<()> {
     };
     let growth = last.growth_since(&warm);
     ensure!(growth.is_empty(), "it has grown: {}", growth.join("; "));
-    println!("nothing has grown");
-    Ok(())
+    Ok(format!(
+        "nothing has grown in {} s, {} lives and {} laps: {} -> {} KiB, {} -> {} descriptors, {} -> {} mappings, {} -> {} threads",
+        args.seconds,
+        lives.load(Ordering::Relaxed),
+        laps.load(Ordering::Relaxed),
+        warm.anonymous_kib,
+        last.anonymous_kib,
+        warm.descriptors,
+        last.descriptors,
+        warm.mappings,
+        last.mappings,
+        warm.threads,
+        last.threads,
+    ))
 }
