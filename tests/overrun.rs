@@ -706,7 +706,6 @@ fn who_severs_another_device_is_told_too() {
         mine.read(region, addr, &mut out).unwrap();
         assert_eq!(u64::from_ne_bytes(out), 9, "what was there before");
         other.device().stuck.store(0, Ordering::SeqCst);
-        drop(shared);
         assert!(buffer.stats().severed_pages > 0, "nothing was severed");
     });
 }
