@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use accel_sim::{Accelerator, Error, ScopedLaunch};
 use svm::{
-    Access, Buffer, Capabilities, Capability, Delivery, DeviceFaultKind, Granule, Mirror, Options,
+    Access, AttachOptions, Buffer, Capabilities, Capability, Delivery, DeviceFaultKind, Granule,
+    Mirror, Options,
 };
 use tests::idle::{Idle, fault_in};
-use tests::{Watchdog, usable};
+use tests::{TestDevice, Watchdog, usable};
 
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
@@ -620,5 +621,47 @@ fn without_move() {
         output.status,
         String::from_utf8_lossy(&output.stderr)
     );
-    assert!(text.contains("14 passed"), "{text}");
+    assert!(text.contains("15 passed"), "{text}");
+}
+
+/// A device's round takes a page from another device whose access does not end. Its own copy is taken as well, so its own workers lose
+/// their translations: what the CPU writes then they see.
+#[test]
+fn who_severs_another_device_is_told_too() {
+    both_doors("own translations", |options| {
+        let mut buffer = buffer(&options.clone().read_mostly(true));
+        let mine = TestDevice::new().unwrap();
+        let deadline = AttachOptions::new().span_deadline(Duration::from_millis(20));
+        let other = svm::attach(Idle::default(), deadline).unwrap();
+        let shared = buffer.share();
+        let (region, addr) = (shared.view().region(), shared.view().addr());
+        // All three share the page, and the other's access to it does not end.
+        let mut out = [0; 8];
+        mine.read(region, addr, &mut out).unwrap();
+        assert_eq!(out, 1u64.to_ne_bytes());
+        let its = other.map(region).unwrap();
+        let page = (addr - region.base()) / PAGE;
+        let _worker = svm::worker_thread();
+        let mut range = other.range().unwrap();
+        fault_in(&mut range, &its, page..page + 1, Access::Read).unwrap();
+        other.device().stuck.store(!0, Ordering::SeqCst);
+        // A round of mine that wants it for itself severs the other, and gives up then.
+        let mapped = mine.attachment().map(region).unwrap();
+        let mut range = mine.attachment().range().unwrap();
+        let never = |_: &svm::Valid, _: &svm::DeviceGuard<'_>| panic!("there is no time for it");
+        let gave_up = range.fault_in(
+            &mapped,
+            page..page + 1,
+            Access::Write,
+            0,
+            Duration::ZERO,
+            never,
+        );
+        assert_eq!(gave_up.unwrap_err().kind, DeviceFaultKind::Timeout);
+        shared.store(0, 9);
+        mine.read(region, addr, &mut out).unwrap();
+        assert_eq!(u64::from_ne_bytes(out), 9, "what was there before");
+        other.device().stuck.store(0, Ordering::SeqCst);
+        assert!(buffer.stats().severed_pages > 0, "nothing was severed");
+    });
 }

@@ -91,6 +91,16 @@ impl DeviceSet {
     }
 
     #[inline]
+    pub(crate) const fn minus(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
+    }
+
+    #[inline]
+    pub(crate) const fn union(self, others: Self) -> Self {
+        Self(self.0 | others.0)
+    }
+
+    #[inline]
     pub(crate) const fn is_empty(self) -> bool {
         self.0 == 0
     }

@@ -78,17 +78,20 @@ pub(crate) fn shoot_down(
     if wait_until_quiesced(space, region, holders, inv, None) {
         return Shot::Quiet;
     }
-    let (inv, holders) = match inv.keep() {
-        Keep::Nothing => (inv.clone(), holders),
-        Keep::Reads => {
-            // Readers were not asked to stop until now.
-            let (inv, holders) = escalate(space, region, inv);
-            if wait_until_quiesced(space, region, holders, &inv, None) {
-                return Shot::Severed;
-            }
-            (inv, holders)
-        }
+    // What is taken is taken from every device that holds it: the caller's own, which a round does not tell, and those that an eviction has
+    // left alone. They are told now, and get as much time; so do readers, who were not asked to stop until now.
+    let (all, told) = escalate(space, region, inv);
+    let asked_now = match inv.keep() {
+        Keep::Nothing => told.minus(holders),
+        Keep::Reads => told,
     };
+    if !asked_now.is_empty()
+        && wait_until_quiesced(space, region, asked_now, &all, None)
+        && inv.keep() == Keep::Reads
+    {
+        return Shot::Severed;
+    }
+    let (inv, holders) = (all, told.union(holders));
     loop {
         match sever_once(space, region, holders, &inv) {
             Ok(()) => return Shot::Severed,
