@@ -213,7 +213,7 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
         // Memory that has grown in place, of which the kernel tells nobody: the new part is registered like the old.
         if stranger && let Some(region) = space.grown(&gate, fault.addr) {
-            return Attempt::Done(zero_fill_tail(space, &gate, region, fault));
+            return zero_fill_tail(space, &gate, region, fault);
         }
         return Attempt::Done(if stranger {
             Verdict::NotOurs
@@ -225,7 +225,7 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     let (block, page) = match place.kind {
         PlaceKind::Body => region.locate(fault.addr),
         PlaceKind::Moved(from) => region.locate(fault.addr - place.range.start() + from),
-        PlaceKind::Tail => return Attempt::Done(zero_fill_tail(space, &gate, region, fault)),
+        PlaceKind::Tail => return zero_fill_tail(space, &gate, region, fault),
         PlaceKind::Window(_) => return Attempt::Done(Verdict::Window),
     };
     let mut state = region.lock_block(block);
@@ -291,23 +291,24 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
 }
 
 /// Memory that a growing `mremap` added behind pages of ours: registered, for the kernel says so, and nobody else's.
-/// Refused, it may have ceased to be registered this moment, its mirror closed: the access is tried once more (hazards G6).
+/// Refused, it may have ceased to be registered this moment, its mirror closed: the access is tried once more (hazards G6). While a
+/// mapping is changing the fault is kept: threads that were sent back to fault again would be read of before the event that they wait for.
 fn zero_fill_tail(
     space: &AddressSpace,
     gate: &impl Inside,
     region: &Region,
     fault: &CpuFault,
-) -> Verdict {
+) -> Attempt {
     let page = page_floor(fault.addr);
-    match region
+    let filled = region
         .door()
-        .copy(page, space.zeros(), PAGE_SIZE, Protect::No)
-        .stop
-    {
-        Stop::Complete | Stop::Exists | Stop::Changing => Verdict::Resolved,
+        .copy(page, space.zeros(), PAGE_SIZE, Protect::No);
+    Attempt::Done(match filled.stop {
+        Stop::Changing => return Attempt::Again,
+        Stop::Complete | Stop::Exists => Verdict::Resolved,
         _ if space.has_missed_before(gate, fault.addr, fault.thread) => Verdict::NotOurs,
         _ => Verdict::Resolved,
-    }
+    })
 }
 
 fn classify(
