@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benches on this machine, which should have nothing else to do: about ten minutes.
+# All benches on this machine, which should have nothing else to do; at the end it says how long they took.
 #
 #   benches/run.sh            the real thing: benches/results/MACHINE-KERNEL-DATE/, and the README's section "Performance"
 #   benches/run.sh --quick    few rounds and small sizes, into a directory of its own under target: to see that it works

@@ -284,7 +284,7 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
     }
     let _ = write!(
         out,
-        "\n**To repeat it**, on a quiet machine: `bash benches/run.sh`, some ten minutes; or a bench alone, as in\n\n\
+        "\n**To repeat it**, on a quiet machine: `bash benches/run.sh`; or a bench alone, as in\n\n\
          ```sh\ncargo bench -p benches --bench fault_latency -- --json faults.json --plot plots\n```\n\n\
          All figures of this run, with their JSON, are in [{0}]({0}).\n{END}\n",
         dir.display()

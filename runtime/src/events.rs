@@ -27,7 +27,9 @@
 //! from what was there before. The calls of [`crate::calls`] wait for each other, and are safe of it.
 //!
 //! Through the thread door faults come by the same descriptor, so devices are not paused before each read; there, a
-//! device may use a stale translation for the moment between the read and step 4.
+//! device may use a stale translation for the moment between the read and step 4, and the caller may have returned by then.
+//! How long that is, from the return of a bare `madvise` or `munmap`, is measured by `cargo bench -p benches --bench protocol -- window`;
+//! that inline, and with the calls of [`crate::calls`], it is nothing is a target there.
 
 use core::ops::Range;
 

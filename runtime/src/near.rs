@@ -11,8 +11,9 @@
 //! 2. The first [`BEFORE`] faults of a run are timed, as a whole. If they come slowly the wake-ups do not matter. Otherwise the monitor
 //!    goes near.
 //! 3. From then on each [`AFTER`] faults are timed. If they do not come faster, by an eighth, it does not pay, whatever the cause: the
-//!    CPU is busy with others, the thread is elsewhere now. The monitor leaves, and waits twice as long as the last time before it tries
-//!    again. If they do, it looks where the thread is now, and follows.
+//!    CPU is busy with others, the thread is elsewhere now, or it was well where it was. The monitor leaves, and waits twice as long as the
+//!    last time before it tries again; but no longer than until they come half as fast as they did near. If they do come faster it stays.
+//!    Once in [`FOLLOW`] times it looks where the thread is now, and follows: a look takes as long as some faults, and the thread waits.
 //! 4. When no fault comes for [`IDLE`] the monitor leaves, too.
 //!
 //! The clock is read once in so many faults. What is looked up and set by system calls is in [`crate::sys::sched`].
@@ -26,6 +27,8 @@ use crate::sys::sched::{Cpus, cpu_of_thread};
 const BEFORE: u32 = 16;
 /// Faults that are timed to see whether it pays.
 const AFTER: u32 = 64;
+/// So many times that it pays the monitor looks for the thread once: rarely enough that the 99th percentile does not show it.
+const FOLLOW: u32 = 16;
 /// Slower than that on average, a wake-up or two do not matter.
 const QUICK_NS: u64 = 500_000;
 /// After so long without a fault it is over.
@@ -52,16 +55,20 @@ struct Policy {
     since_ns: u64,
     /// Nanoseconds a fault, before the monitor went near; 0 while it is not.
     before_ns: u64,
+    /// How often it has paid since it went.
+    paid: u32,
     /// Windows to let pass.
     patience: u32,
     /// How many there were the last time.
     last_patience: u32,
+    /// Nanoseconds a fault, when it was near last and it did not pay; 0 if that was never so in this run.
+    near_ns: u64,
 }
 
 impl Policy {
     fn note(&mut self, thread: usize, now: impl FnOnce() -> u64) -> Step {
         if thread != self.thread {
-            self.thread = thread;
+            (self.thread, self.near_ns) = (thread, 0);
             return self.begin_anew();
         }
         let length = if self.before_ns == 0 { BEFORE } else { AFTER };
@@ -78,22 +85,28 @@ impl Policy {
         let each_ns = (now - self.since_ns) / u64::from(length);
         (self.nr, self.since_ns) = (1, now);
         if self.before_ns == 0 {
-            if self.patience > 0 {
+            let was_better = self.near_ns != 0 && each_ns > 2 * self.near_ns;
+            if self.patience > 0 && !was_better {
                 self.patience -= 1;
                 return Step::Stay;
             }
             if each_ns > QUICK_NS {
                 return Step::Stay;
             }
-            self.before_ns = each_ns.max(1);
+            (self.before_ns, self.paid) = (each_ns.max(1), 0);
             return Step::Go;
         }
         if each_ns < self.before_ns - self.before_ns / 8 {
             self.last_patience = 0;
-            return Step::Go;
+            self.paid += 1;
+            return if self.paid.is_multiple_of(FOLLOW) {
+                Step::Go
+            } else {
+                Step::Stay
+            };
         }
         self.last_patience = (2 * self.last_patience).clamp(1, MAX_PATIENCE);
-        self.patience = self.last_patience;
+        (self.patience, self.near_ns) = (self.last_patience, each_ns);
         self.begin_anew()
     }
 
@@ -196,9 +209,9 @@ mod tests {
     fn a_run_that_comes_faster_near_is_followed() {
         let mut run = Run::default();
         assert_eq!(run.faults(1, BEFORE + 2, 50_000), [Step::Go]);
-        assert_eq!(run.faults(1, 3 * AFTER, 8_000), [Step::Go; 3]);
-        // Once in so many faults.
-        assert_eq!(run.looks, 2 + 3);
+        assert_eq!(run.faults(1, 2 * FOLLOW * AFTER, 8_000), [Step::Go; 2]);
+        // Of the clock, once in so many faults.
+        assert_eq!(run.looks, 2 + 2 * FOLLOW);
         assert_eq!(run.faults(2, 1, 8_000), [Step::Leave]);
     }
 
@@ -211,6 +224,15 @@ mod tests {
         }
         assert_eq!(run.looks, 0);
         assert_eq!(run.faults(1, 1_000, 2 * QUICK_NS), []);
+    }
+
+    #[test]
+    fn where_it_was_well_is_left_as_soon_as_it_no_longer_is() {
+        let mut run = Run::default();
+        assert!(!run.faults(1, 100_000, 8_000).is_empty(), "never tried");
+        assert!(run.policy.patience > 100 && run.policy.before_ns == 0);
+        assert_eq!(run.faults(1, 2 * BEFORE, 50_000), [Step::Go]);
+        assert_eq!(run.faults(1, FOLLOW * AFTER, 8_000), [Step::Go]);
     }
 
     #[test]
