@@ -798,7 +798,7 @@ fn what_is_not_mirrored_or_half_is_called_as_it_is() {
             ];
             for (name, bare, wrapper) in calls {
                 let layout = || {
-                    let room = Map::at_hint(0, 40, libc::PROT_NONE, 0);
+                    let room = Map::apart(40, libc::PROT_NONE);
                     let map = Map::at_hint(room.addr, 16, READ_WRITE, libc::MAP_FIXED);
                     (0..16).for_each(|page| map.write(page, page as u64 + 1));
                     // A hole, and something behind it.
@@ -867,7 +867,7 @@ struct Remapped {
 const LAYOUT: usize = 40;
 
 fn layout() -> Map {
-    let room = Map::at_hint(0, LAYOUT, libc::PROT_NONE, 0);
+    let room = Map::apart(LAYOUT, libc::PROT_NONE);
     let map = Map::at_hint(room.addr, 16, READ_WRITE, libc::MAP_FIXED);
     (0..16).for_each(|page| map.write(page, page as u64 + 1));
     // SAFETY: memory of the test's.

@@ -28,13 +28,21 @@ impl Map {
     /// If there is no room.
     #[must_use]
     pub fn new(pages: usize) -> Self {
-        // Far from where the kernel looks for room, so that a hole made in it stays one.
+        let map = Self::apart(pages, READ_WRITE);
+        (0..pages).for_each(|page| map.write(page, page as u64 + 1));
+        map
+    }
+
+    /// `pages` pages far from where the kernel looks for room, so that a hole made in them stays one.
+    ///
+    /// # Panics
+    /// If there is no room.
+    #[must_use]
+    pub fn apart(pages: usize, prot: i32) -> Self {
         const START: usize = 0x3456_0000_0000;
         static NEXT: AtomicUsize = AtomicUsize::new(START);
         let hint = NEXT.fetch_add((pages + 16) * PAGE, Ordering::Relaxed);
-        let map = Self::at_hint(hint, pages, READ_WRITE, 0);
-        (0..pages).for_each(|page| map.write(page, page as u64 + 1));
-        map
+        Self::at_hint(hint, pages, prot, 0)
     }
 
     /// `pages` pages at `addr` if `flags` say so.
