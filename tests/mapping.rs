@@ -113,13 +113,21 @@ impl Map {
     }
 }
 
+/// Names the test that a process was made for.
+const MARK: &str = "SVM_TEST_OWN_PROCESS";
+
+/// Whether this process was made by [`in_own_process`].
+#[must_use]
+pub fn is_own_process() -> bool {
+    std::env::var_os(MARK).is_some()
+}
+
 /// Runs `body` in a process of its own for each of `lacking`, which is disabled there (`SVM_DISABLE`): it is the test of that name,
 /// run again.
 ///
 /// # Panics
 /// If the body does, or the process dies; with what it printed.
 pub fn in_own_process(test: &str, lacking: &[&str], body: impl FnOnce()) {
-    const MARK: &str = "SVM_TEST_OWN_PROCESS";
     if std::env::var_os(MARK).is_some_and(|mark| mark == test) {
         return body();
     }
