@@ -189,7 +189,6 @@ fn through_the_thread_door_the_monitor_makes_the_calls() {
                 .granule(Granule::Page);
             let mut moved = Rig::new(1 << 20, &options);
             (0..3).for_each(|n| moved.fault(n * PAGE, Access::Write));
-            // At the second fault of a thread, and once in so many, the monitor asks what time it is, to see how quickly they come.
             (0..2).for_each(|n| moved.write(n * PAGE));
             step(|| moved.write(2 * PAGE));
             let mut shared = Rig::new(1 << 20, &options.clone().read_mostly(true));
@@ -198,11 +197,8 @@ fn through_the_thread_door_the_monitor_makes_the_calls() {
             step(|| shared.write(PAGE));
         },
         &[
-            &[("svm-monitor", &["read", "MOVE", "clock_gettime", "poll"])],
-            &[(
-                "svm-monitor",
-                &["read", "WRITEPROTECT", "clock_gettime", "poll"],
-            )],
+            &[("svm-monitor", &["read", "MOVE", "poll"])],
+            &[("svm-monitor", &["read", "WRITEPROTECT", "poll"])],
         ],
     );
 }
@@ -405,6 +401,12 @@ mod tracer {
                 step.iter().map(owned).collect()
             })
             .collect();
+        // The monitor asks what time it is once for a lease, and once in so many faults to see how quickly they come; after a pause, anew.
+        let is_counted = |who: &str, call: &str| who != "svm-monitor" || call != "clock_gettime";
+        let mut steps = steps;
+        for (who, calls) in steps.iter_mut().flatten() {
+            calls.retain(|call| is_counted(who, call));
+        }
         assert!(
             steps == expected,
             "{test}: what its steps asked of the kernel\n{steps:#?}\nand not\n{expected:#?}"

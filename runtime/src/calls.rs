@@ -7,17 +7,17 @@
 //! 1. Find the regions that the range meets; open a bracket of each one's hub over the pages concerned: all of them, or none.
 //! 2. Take the translations from every device, in place or not; then wait until no access through one is in flight.
 //! 3. Make the system call. It may wait for the reader of a userfaultfd, which needs the gate and never a bracket; so nothing
-//!    is held here but brackets, and whoever waits for a bracket waits outside the gate.
+//!    is held here but brackets and the turn, and whoever waits for those waits outside the gate.
 //! 4. The call has returned, so its events are read; and they were read with the gate closed, which opens when they are
 //!    applied. Once through the gate is enough.
 //! 5. Wait until nothing of the range is pending: the pages that a `madvise` discarded are gone when it has returned, which
 //!    the reader sees as soon as it looks; ring it up.
 //! 6. Close the brackets.
 //!
-//! Calls that vacate addresses are made one at a time, each waiting for its turn before it opens its brackets. The kernel tells of a change some time after it has made it, and what is
-//! vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was moved there since looks
-//! as if it were of that. (With bare calls this can happen; see the module `events`.) Where the kernel does not tell of everything, mirrors
-//! are registered in turn with them.
+//! Calls that vacate addresses are made in turn, one at a time, on memory that is mirrored. The kernel tells of a change some time after
+//! it has made it, and what is vacant it gives to the next who asks: an unmapping of which is read after the event of a mapping that was
+//! moved there since looks as if it were of that. (With bare calls this can happen; see the module `events`.) Where the kernel does not
+//! tell of everything, mirrors are registered in turn with them, and so are calls on memory that is not mirrored yet.
 //!
 //! # Without events
 //!
@@ -72,7 +72,7 @@ const PENDING_NS: u64 = 1_000_000_000;
 
 /// `munmap(2)`, for memory that may be mirrored.
 ///
-/// On memory that is not mirrored, whole or in part, it is the system call and nothing else. What is mirrored leaves its
+/// On memory that is not mirrored, whole or in part, it is the system call and, where the kernel tells of such, nothing else. What is mirrored leaves its
 /// mirror: when the function returns no device has a translation to it, and a device that touches it faults with
 /// [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something else is mapped there later. The rest of the mirror lives on.
 ///
@@ -376,30 +376,59 @@ impl Change {
 
     /// The same for a change that vacates addresses, or that makes pages pending itself: one at a time. Two of the former could make a
     /// moved mapping look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
-    /// Nobody waits for its turn with a bracket open: whose turn it is may need the slot.
     fn begin_alone<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
-        let mut change = Self::new();
-        change.keep_mirrors_out();
-        change.find_all(ranges);
-        if !change.parts.is_empty() {
-            change.wait_for_turn();
-        }
-        change.start(Some(Keep::Nothing));
-        change
+        Self::begin_in_turn(ranges, |_| true)
     }
 
     /// For discarding `range`: alone, if there is something of which the kernel does not tell.
     fn begin_to_discard(range: Option<PageRange>, unheard: impl Fn(&Part) -> bool) -> Self {
-        let mut change = Self::new();
-        if range.is_some() {
-            change.keep_mirrors_out();
+        Self::begin_in_turn([range], unheard)
+    }
+
+    /// Begins a change that is made in turn, if a part of it `needs` that.
+    ///
+    /// Whose turn it is waits for no access: the code that makes it may be waiting for its own turn. And who waits for its turn has
+    /// nothing that others wait for. So the accesses are waited for first, and the turn is taken only if it is free at that moment;
+    /// otherwise all is let go of, and begun anew when it was.
+    fn begin_in_turn<const N: usize>(
+        ranges: [Option<PageRange>; N],
+        needs: impl Fn(&Part) -> bool,
+    ) -> Self {
+        loop {
+            let mut change = Self::new();
+            change.find_all(ranges);
+            change.start(Some(Keep::Nothing));
+            let Some(space) = change.space else {
+                return change;
+            };
+            // Where the kernel does not tell of all that these calls do, nobody mirrors anything until this is over.
+            let is_deaf = space.is_hard_of_hearing() && ranges.iter().any(Option::is_some);
+            if !is_deaf && !change.parts.iter().any(&needs) {
+                return change;
+            }
+            change.alone = space.try_vacating();
+            if change.alone.is_none() {
+                drop(change);
+                drop(space.vacating());
+            } else if !is_deaf || change.is_all_of(ranges) {
+                return change;
+            }
+            // Otherwise something was mirrored since the look.
         }
-        change.find_all([range]);
-        if change.parts.iter().any(unheard) {
-            change.wait_for_turn();
-        }
-        change.start(Some(Keep::Nothing));
-        change
+    }
+
+    /// Whether a look would find the same parts.
+    fn is_all_of<const N: usize>(&self, ranges: [Option<PageRange>; N]) -> bool {
+        let mut now = Self::new();
+        now.find_all(ranges);
+        let known = |part: &Part| {
+            (
+                part.flight.region().id(),
+                part.published,
+                part.pages.clone(),
+            )
+        };
+        now.parts.iter().map(known).eq(self.parts.iter().map(known))
     }
 
     fn new() -> Self {
@@ -410,20 +439,6 @@ impl Change {
             brackets: Vec::new(),
             alone: None,
             _signals: space.map(|_| AsyncSignalsBlocked::new()),
-        }
-    }
-
-    /// Where the kernel does not tell of all that these calls do, nobody mirrors anything until this is over: what was mirrored
-    /// after the look would be changed unheard. Before the look, for who mirrors may wait for those that have looked.
-    fn keep_mirrors_out(&mut self) {
-        if self.space.is_some_and(AddressSpace::is_hard_of_hearing) {
-            self.wait_for_turn();
-        }
-    }
-
-    fn wait_for_turn(&mut self) {
-        if self.alone.is_none() {
-            self.alone = self.space.map(AddressSpace::vacating);
         }
     }
 

@@ -171,14 +171,46 @@ fn give_up(
 ) -> Result<(), Stall> {
     let id = device.id();
     let exclusive = mover.state.exclusive_to(id) & pages;
-    for run in exclusive.runs() {
-        let len = run.len() as u64;
-        mover.bring_home(device, run)?;
-        device.counters().to_host(cause, len, 0);
-    }
+    let came = exclusive
+        .runs()
+        .map(|run| bring_home(mover, device, run, cause))
+        .fold(Ok(()), Result::and);
     let duplicates = mover.state.frames(id) & (pages - exclusive);
     mover.state.revoked(id, duplicates);
-    mover.clear_junk(device, pages, scratch)
+    let cleared = mover.clear_junk(device, pages, scratch);
+    came.and(cleared)
+}
+
+/// Brings a run home. A page that is lost, or refused, keeps none of the others away; the first of them is the error's.
+fn bring_home(
+    mover: &mut Mover<'_>,
+    device: &dyn AnyMapped,
+    run: core::ops::Range<usize>,
+    cause: Cause,
+) -> Result<(), Stall> {
+    let (mut at, mut came) = (run.start, Ok(()));
+    while at < run.end {
+        let moved = mover.bring_home(device, at..run.end);
+        at = match moved {
+            Err(stall @ (Stall::Lost(page) | Stall::Refused(page) | Stall::Busy(page))) => {
+                if let Stall::Lost(_) = stall {
+                    mover.state.set_lost(page);
+                }
+                came = came.and(Err(stall));
+                page + 1
+            }
+            Err(stall) => {
+                came = came.and(Err(stall));
+                break;
+            }
+            Ok(()) => run.end,
+        };
+    }
+    let home = (PageMask::range(run) - mover.state.away()).count() as u64;
+    if home > 0 {
+        device.counters().to_host(cause, home, 0);
+    }
+    came
 }
 
 /// What becomes of stale window pages that the kernel will not part with, for somebody has them pinned: contents they are nobody's.
@@ -343,6 +375,14 @@ fn withdraw_block(device: &dyn AnyMapped, region: &Region, block: usize) -> Resu
         if wait_until_quiesced(space, region, holder, &inv, None) {
             return Ok(());
         }
+        // A span that pages were taken from sits on an empty window, which stays as long as it does: it is not waited for.
+        let gate = space.gate().enter();
+        let severed = region.lock_block(block).severed();
+        let others = Invalidation::new(block, pages - severed, Keep::Nothing);
+        if region.kind() != RegionKind::InPlace && device.quiesced(&others) {
+            return Ok(());
+        }
+        drop(gate);
         return Err(Error::new("close", ErrorKind::Timeout).at(region.addr_of(block, bounds.start)));
     }
 }

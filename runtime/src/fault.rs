@@ -338,6 +338,8 @@ fn classify(
         let Some(holder) = state.holder_of(page) else {
             return Class::ZeroFill;
         };
+        // What is lost is in nobody's way.
+        let near = (near - state.lost()) | PageMask::page(page);
         let run = (near & state.away() & state.frames(holder)).run_around(page);
         // While a launch goes on, a reader joins the readers (W1); otherwise moving is cheaper, and a write may follow.
         return if reads && region.in_use() {
@@ -516,7 +518,11 @@ fn act(
                 return Attempt::Done(Verdict::Resolved);
             }
             if let Err(Stall::Lost(_)) = moved {
-                state.set_lost(page);
+                state.set_lost(at);
+                if at != page {
+                    // It was in the way of this one, which is not lost: now it is left out.
+                    return Attempt::Again;
+                }
             }
             count(&region.counters().anomalies, 1);
             Attempt::Done(Verdict::NotOurs)

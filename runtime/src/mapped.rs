@@ -31,6 +31,8 @@ pub struct Mapped<D: Device> {
     edges: crate::edge::Edges,
     /// For opaque memory: where pages pass through.
     bounce: Option<Mutex<MapArray<u8>>>,
+    /// Per block, for opaque memory: some window page may still hold what was handed over through it.
+    leftovers: MapArray<AtomicU8>,
 }
 
 /// [`Mapped`] without the device's type: what the CPU's side needs of it.
@@ -48,6 +50,11 @@ pub(crate) trait AnyMapped: Listener<Invalidation> + Send + Sync {
     fn resume(&self);
     /// A block's worth of plain memory between host and device, if the device's memory is opaque; one user at a time.
     fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>>;
+    /// Whether the window of a block, which is locked, may still hold what was handed over through it, for the kernel would not empty
+    /// it just then.
+    fn has_leftovers(&self, block: usize) -> bool;
+    /// Remembers whether it may.
+    fn set_leftovers(&self, block: usize, are_there: bool);
     /// Copies `pages` (from the region's base) to opaque memory. `from` is readable and nobody writes there.
     fn copy_to_device(&self, pages: Range<usize>, from: usize);
     /// Copies `pages` from opaque memory into the bounce buffer.
@@ -99,6 +106,15 @@ impl<D: Device> AnyMapped for Mapped<D> {
 
     fn bounce(&self) -> Option<MutexGuard<'_, MapArray<u8>>> {
         self.bounce.as_ref().map(Mutex::lock)
+    }
+
+    fn has_leftovers(&self, block: usize) -> bool {
+        // Relaxed: ordered by the block's lock.
+        self.leftovers[block].load(Ordering::Relaxed) != 0
+    }
+
+    fn set_leftovers(&self, block: usize, are_there: bool) {
+        self.leftovers[block].store(u8::from(are_there), Ordering::Relaxed);
     }
 
     fn copy_to_device(&self, pages: Range<usize>, from: usize) {
@@ -176,6 +192,7 @@ impl<D: Device> Mapped<D> {
             counters: Counters::default(),
             touched: MapArray::zeroed(region.nr_blocks().max(1)).map_err(no_memory)?,
             edges: crate::edge::Edges::new(),
+            leftovers: MapArray::zeroed(region.nr_blocks().max(1)).map_err(no_memory)?,
             bounce,
         })
     }

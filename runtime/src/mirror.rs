@@ -230,6 +230,9 @@ impl Raw {
         };
         let registered = door.register(body, Role::Body);
         let same = registered.is_err() || mapped_runs(space, body) == mapped;
+        if registered.is_ok() && same {
+            fork::keep_from_children(space, body);
+        }
         drop(alone);
         match registered {
             // Unmapped, or mapped, by another thread between the look and the registration, of which no event tells: look again.
@@ -238,10 +241,7 @@ impl Raw {
                 withdraw();
                 Self::new(operation, addr, len_bytes, options)
             }
-            Ok(()) => {
-                fork::keep_from_children(space, body);
-                Ok(open(region))
-            }
+            Ok(()) => Ok(open(region)),
             Err(errno) => {
                 withdraw();
                 match errno {

@@ -380,32 +380,34 @@ impl<'a> Mover<'a> {
         for run in arrived.runs() {
             device.copy_to_device(self.based(&run), self.frame(device, run.start));
             if self.empty_window(device, run, scratch).is_err() {
-                device.window().set_has_leftovers();
+                device.set_leftovers(self.block, true);
             }
         }
     }
 
-    /// For opaque memory: empties the window at `run`, whose pages are about to come through it. What was left there by a hand-over
-    /// that could not empty it would be taken for them.
+    /// For opaque memory: empties the window of the block, which `run` is about to come through. What was left there by a hand-over
+    /// that could not empty it would be taken for what comes.
     fn clear_leftovers(
         &mut self,
         device: &dyn AnyMapped,
         run: Range<usize>,
         scratch: &mut Scratch,
     ) -> Movement {
-        if !device.window().has_leftovers() {
+        if !device.has_leftovers(self.block) {
             return Ok(());
         }
-        let mut at = run.start;
-        while at < run.end {
+        let body = self.region.body_mask(self.block).bounds().unwrap_or(run);
+        let mut at = body.start;
+        while at < body.end {
             count(&self.region.counters().scan_calls, 2);
-            at += AddressSpace::global().nr_empty(self.frame(device, at), run.end - at);
-            let left = AddressSpace::global().nr_populated(self.frame(device, at), run.end - at);
+            at += AddressSpace::global().nr_empty(self.frame(device, at), body.end - at);
+            let left = AddressSpace::global().nr_populated(self.frame(device, at), body.end - at);
             if left > 0 {
                 self.empty_window(device, at..at + left, scratch)?;
             }
             at += left;
         }
+        device.set_leftovers(self.block, false);
         Ok(())
     }
 
@@ -687,7 +689,7 @@ impl<'a> Mover<'a> {
 
     fn bring_home_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         let id = device.id();
-        self.copy_run(
+        let copied = self.copy_run(
             run,
             |m, page| m.frame(device, page),
             |m, page| m.host(page),
@@ -696,7 +698,14 @@ impl<'a> Mover<'a> {
                 state.copied_home(pages);
                 state.revoked(id, pages);
             },
-        )
+        );
+        match copied {
+            // Nothing there to copy.
+            Err(Stall::Refused(page)) if !self.is_populated(self.frame(device, page)) => {
+                Err(Stall::Lost(page))
+            }
+            other => other,
+        }
     }
 
     /// Gives the CPU a copy of `device`'s pages of `run`, write-protected from the first instant; both are holders.
@@ -801,7 +810,8 @@ impl<'a> Mover<'a> {
         filled
     }
 
-    /// Empties window pages of `device` whose contents are stale, or held elsewhere.
+    /// Empties window pages of `device` whose contents are stale, or held elsewhere. One that somebody has pinned keeps none of the
+    /// others; it is what the error names.
     pub(crate) fn discard(
         &mut self,
         device: &dyn AnyMapped,
@@ -820,18 +830,32 @@ impl<'a> Mover<'a> {
             self.state.emptied(id, PageMask::range(run));
             return Ok(());
         }
+        // Once for all of the run: each page has its place, whatever stops on the way.
         let base = scratch.take(run.len(), self.frame(device, run.start));
-        let start = run.start;
-        self.move_run(
-            run,
-            |m, page| m.frame(device, page),
-            |_, page| base + (page - start) * PAGE_SIZE,
-            |state, pages| state.emptied(id, pages),
-            |m, hole| {
-                m.state.emptied(id, PageMask::range(hole));
-                Ok(())
-            },
-        )
+        let (mut at, mut discarded) = (run.start, Ok(()));
+        while at < run.end {
+            let moved = self.move_run(
+                at..run.end,
+                |m, page| m.frame(device, page),
+                |_, page| base + (page - run.start) * PAGE_SIZE,
+                |state, pages| state.emptied(id, pages),
+                |m, hole| {
+                    m.state.emptied(id, PageMask::range(hole));
+                    Ok(())
+                },
+            );
+            match moved {
+                Err(Stall::Busy(page)) => {
+                    discarded = Err(Stall::Busy(page));
+                    at = page + 1;
+                }
+                other => {
+                    other?;
+                    break;
+                }
+            }
+        }
+        discarded
     }
 
     /// Throws the CPU's copy of `run` away; some device holds the pages.
@@ -1019,18 +1043,9 @@ impl Mover<'_> {
         let junk = self.state.junk(device.id()) & pages;
         let mut cleared = Ok(());
         for run in junk.runs() {
-            let mut at = run.start;
-            while at < run.end {
-                match self.discard(device, at..run.end, scratch) {
-                    Err(Stall::Busy(page)) => {
-                        cleared = Err(Stall::Busy(page));
-                        at = page + 1;
-                    }
-                    other => {
-                        other?;
-                        at = run.end;
-                    }
-                }
+            match self.discard(device, run, scratch) {
+                Err(Stall::Busy(page)) => cleared = Err(Stall::Busy(page)),
+                other => other?,
             }
         }
         cleared

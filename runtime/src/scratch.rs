@@ -56,7 +56,8 @@ impl Scratch {
         Ok(())
     }
 
-    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for.
+    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for; 0, where nothing can be
+    /// moved, if a round discards more than was made room for.
     pub(crate) fn take(&mut self, pages: usize, _like: usize) -> usize {
         let Some(area) = &mut self.areas[self.current] else {
             return 0;
@@ -65,11 +66,12 @@ impl Scratch {
             area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
         }
         let at = area.registered.start() + area.next * PAGE_SIZE;
+        let has_room = area.next + pages <= CAPACITY;
+        debug_assert!(has_room, "a round discarded more than it ensured");
+        if !has_room {
+            return 0;
+        }
         area.next += pages;
-        debug_assert!(
-            area.next <= CAPACITY,
-            "a round discarded more than it ensured"
-        );
         at
     }
 }

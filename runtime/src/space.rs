@@ -14,7 +14,7 @@
 
 use core::ops::{ControlFlow, Range};
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex as StdMutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::{DeviceId, MAX_DEVICES};
@@ -313,6 +313,15 @@ impl AddressSpace {
     /// while the kernel waits for a reader, which does not take it.
     pub(crate) fn vacating(&self) -> MutexGuard<'_, ()> {
         self.vacating.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`vacating`](Self::vacating), if nobody has it.
+    pub(crate) fn try_vacating(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.vacating.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// In the child of a fork: the space there is was the parent's. Async-signal-safe.

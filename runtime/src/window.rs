@@ -12,8 +12,6 @@
 //!
 //! Windows are `MADV_DONTFORK` for ever: a frame shared copy-on-write with a child could not move home (hazards F1).
 
-use core::sync::atomic::{AtomicBool, Ordering};
-
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PageRange};
 use crate::block::DeviceId;
 use crate::door::{Door, Role};
@@ -30,8 +28,6 @@ pub(crate) struct Window {
     registered: Option<PageRange>,
     door: &'static Door,
     device: DeviceId,
-    /// For opaque memory: some page may still hold what was handed over through it, for the kernel would not empty it just then.
-    leftovers: AtomicBool,
 }
 
 impl Window {
@@ -45,7 +41,6 @@ impl Window {
                 registered: None,
                 door,
                 device,
-                leftovers: AtomicBool::new(false),
             });
         }
         let failed = |errno| {
@@ -72,7 +67,6 @@ impl Window {
             registered: None,
             door,
             device,
-            leftovers: AtomicBool::new(false),
         };
         if let Some(body) = region.body() {
             let offset = base.wrapping_sub(region.base());
@@ -109,16 +103,6 @@ impl Window {
 
     pub(crate) fn device(&self) -> DeviceId {
         self.device
-    }
-
-    /// Remembers that some page was not emptied. Seen by whoever next holds the lock of its block.
-    pub(crate) fn set_has_leftovers(&self) {
-        // Relaxed: ordered by the block's lock.
-        self.leftovers.store(true, Ordering::Relaxed);
-    }
-
-    pub(crate) fn has_leftovers(&self) -> bool {
-        self.leftovers.load(Ordering::Relaxed)
     }
 }
 

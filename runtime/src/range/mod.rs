@@ -453,7 +453,13 @@ impl<D: Device> State<D> {
                 };
                 *stuck = Some((page, times));
                 unstick(region, info, page, stall, times).map_err(|kind| fault(page, kind))?;
-                Ok(Progress::Made)
+                // What does not help after so many times will not.
+                Ok(if times <= MAX_BROKEN {
+                    Progress::Made
+                } else {
+                    process::sched_yield();
+                    Progress::None
+                })
             }
             Outcome::NoFrames => Ok(Progress::None),
             Outcome::Fault(page, kind) => Err(fault(page, kind)),
@@ -479,15 +485,19 @@ impl Appetite {
         }
     }
 
-    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place. So a refusal brings the
-    /// fault nearer to its end: no device can go on refusing.
+    /// After a refusal: less. A page that the device has no memory for stays with the CPU, and is served in place; one that another
+    /// device has cannot be, and is asked for until there is memory, or the time is over.
     fn refused<D: Device>(&mut self, round: &Round<'_, D>) -> Progress {
         if *self == Self::Page {
-            let _gate = AddressSpace::global().gate().enter();
-            round
-                .region
-                .lock_block(round.block)
-                .set_unmovable(round.want);
+            {
+                let _gate = AddressSpace::global().gate().enter();
+                round
+                    .region
+                    .lock_block(round.block)
+                    .set_unmovable(round.want);
+            }
+            process::sched_yield();
+            return Progress::None;
         }
         *self = Self::Page;
         Progress::Made
@@ -534,6 +544,10 @@ fn count_round<D: Device>(mapped: &Mapped<D>, access: Access) {
     );
 }
 
+/// How often a sharing is broken for one page: where processes fork all the time it may be shared again before it has moved; one pinned
+/// for DMA stays as it is.
+const MAX_BROKEN: u32 = 8;
+
 /// The kernel refused to move `page`. First break a sharing with other processes (hazards M3); if it is refused again and again, look
 /// whether the mapping permits the access at all, and if so serve the page in place from now on.
 fn unstick<D: Device>(
@@ -555,8 +569,6 @@ fn unstick<D: Device>(
         process::sched_yield();
         return Ok(());
     };
-    // Where processes fork all the time a page may be shared again before it has moved; one pinned for DMA stays as it is.
-    const MAX_BROKEN: u32 = 8;
     if times < MAX_BROKEN && vma.writable && matches!(stall, Stall::Busy(_)) {
         // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
         let granule = region.granule() * crate::addr::PAGE_SIZE;

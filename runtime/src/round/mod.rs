@@ -478,10 +478,12 @@ impl<D: Device> Round<'_, D> {
             let holder = others()
                 .filter_map(|d| self.region.devices(gate)[d].as_deref())
                 .find(|d| mover.state.frames(d.id()).contains(at));
+            let holder = holder.filter(|_| !mover.state.lost().contains(at));
             let Some(holder) = holder else {
                 return Err(Stall::Lost(at));
             };
             let held = mover.state.frames(holder.id()) & PageMask::range(at..run.end);
+            let held = held - mover.state.lost();
             let part = at..held.run_around(at).end;
             match self.access {
                 Access::Read => mover.copy_between(holder, me, part.clone(), scratch)?,

@@ -24,7 +24,7 @@ use std::io;
 
 use bytemuck::Zeroable;
 
-use super::mmap::{Advice, MapArray, MapBox, advise};
+use super::mmap::{MapArray, MapBox};
 use crate::addr::PAGE_SIZE;
 
 /// Bytes of a stack; its lowest page is never needed, and stands between it and the next.
@@ -50,13 +50,10 @@ impl Stacks {
     /// # Errors
     /// `ENOMEM`.
     pub(super) fn new() -> io::Result<Self> {
-        let taken = MapBox::<Taken>::zeroed()?;
-        if let Some(pages) = MapBox::pages(&taken) {
-            // In a forked child nobody is in a handler.
-            advise(pages, Advice::WipeOnFork)?;
-        }
         Ok(Self {
-            taken: MapBox::leak(taken),
+            // A forked child has it as it was: the thread that forked may be on one of them, in somebody else's handler. What the others
+            // had taken stays taken.
+            taken: MapBox::leak(MapBox::<Taken>::zeroed()?),
             memory: MapArray::zeroed(NR_STACKS * STACK)?,
         })
     }
@@ -128,8 +125,10 @@ impl Stacks {
         // SAFETY: below the interrupted frames, and their red zone, the interrupted stack is free; a stack of ours is ours alone until its
         // bit is cleared. Both are aligned. `call` outlives the call and is what `run` expects.
         unsafe { call_on(end, run_of(&call), (&raw mut call).cast()) };
-        // Back on the alternate stack, which the kernel has to know before a signal comes that finds it taken by somebody else.
-        set_alternate(&alternate);
+        // Back on the alternate stack, which the kernel has to know before a signal comes that finds it taken by somebody else; unless it
+        // is one that the kernel forgets of for as long as a handler runs there, and arms again itself.
+        let disarmed = alternate.ss_flags & SS_AUTODISARM != 0;
+        set_alternate(if disarmed { &NO_STACK } else { &alternate });
         if let Some(index) = taken {
             self.give_back(index);
         }
@@ -181,7 +180,7 @@ struct Call<F, R> {
 
 extern "C" fn run<F: FnOnce() -> R, R>(call: *mut c_void) {
     let call: *mut Call<F, R> = call.cast();
-    // SAFETY: `with_room`, the only caller, passes such a `Call`, which nobody else uses meanwhile.
+    // SAFETY: `with_room` and `as_delivered`, the only callers, pass such a `Call`, which nobody else uses meanwhile.
     let call = unsafe { &mut *call };
     call.result = call.f.take().map(|f| f());
 }
@@ -190,6 +189,9 @@ extern "C" fn run<F: FnOnce() -> R, R>(call: *mut c_void) {
 fn run_of<F: FnOnce() -> R, R>(_call: &Call<F, R>) -> extern "C" fn(*mut c_void) {
     run::<F, R>
 }
+
+/// Linux's flag; `libc` has it not on all its targets.
+const SS_AUTODISARM: libc::c_int = 1 << 31;
 
 const NO_STACK: libc::stack_t = libc::stack_t {
     ss_sp: core::ptr::null_mut(),
