@@ -70,6 +70,14 @@ pub mod sync {
             Self(::std::sync::Mutex::new(value))
         }
 
+        /// The lock, if nobody has it.
+        ///
+        /// # Errors
+        /// As `std`'s.
+        pub fn try_lock(&self) -> TryLockResult<MutexGuard<'_, T>> {
+            self.0.try_lock()
+        }
+
         /// Waits for the lock. Who waits for ever is found by the bound on a schedule's steps.
         ///
         /// # Errors
