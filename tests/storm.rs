@@ -20,7 +20,7 @@
 //!   current at some time between its look at the record before and its look after: no older tag, and no younger one. A fault is
 //!   good if it is of the right kind, and if the record has changed meanwhile, or says that the page has left the mirror.
 //!
-//! Each kind of change is made at least once in a run of [`REASONABLE`] length, before chance decides; what was never tried is a failure.
+//! Each kind of change is made at least once in a run of two seconds or more, before chance decides; what was never tried is a failure.
 //! There is no `MADV_REMOVE` here, which is for shared memory, and that is served in place; the heap is grown and cut by children alone,
 //! for in this process it is malloc's.
 //!
