@@ -5,7 +5,6 @@ use std::fmt;
 use svm::DeviceFault;
 
 /// Why an operation of the accelerator failed.
-#[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
     /// The runtime refused: mirroring, mapping or moving pages.
@@ -105,6 +104,13 @@ impl fmt::Display for Error {
             ),
             Error::Thread(error) => write!(f, "a worker thread could not be started: {error}"),
         }
+    }
+}
+
+/// Like `Display`: it is what a `main` that returns an error shows.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 

@@ -708,6 +708,7 @@ impl<'s, T: Pod> Elements<'s, T> {
     }
 
     #[inline(always)]
+    #[track_caller]
     fn addr_of(&self, i: usize) -> usize {
         assert!(
             i < self.len,

@@ -78,6 +78,10 @@ pub(crate) mod sealed {
         pub(crate) view: usize,
     }
 
+    #[diagnostic::on_unimplemented(
+        message = "`{Self}` cannot be an argument of a launch",
+        note = "a launch takes views, `mirror.view()` or `mirror.view_mut()`, or an owned `Buffer`; one, or a tuple of up to six"
+    )]
     pub trait Operand {
         type Elements<'s>;
 
@@ -86,6 +90,10 @@ pub(crate) mod sealed {
         fn elements<'s>(handle: Handle<'s>) -> Self::Elements<'s>;
     }
 
+    #[diagnostic::on_unimplemented(
+        message = "`{Self}` cannot be an argument of a launch over slices",
+        note = "it takes `mirror.view()`, `mirror.view_mut()`, `indices()` or an owned `Buffer`; memory that is shared needs `run_items`"
+    )]
     pub trait SpanOperand: Operand {
         type Span<'s>;
 

@@ -836,3 +836,32 @@ fn three_mirrors_four_workers_and_cpu_writers() {
         }
     });
 }
+
+#[test]
+fn a_system_call_writes_to_pages_that_the_device_had() {
+    within_deadline(|| {
+        use std::io::Read;
+        let accel = accel(1);
+        let mut data = vec![7_u8; 100_000];
+        let mut mirror = svm::mirror(&mut data).expect("a mirror");
+        let mut zeros = std::fs::File::open("/dev/zero").expect("a file");
+        for pinned in [false, true] {
+            accel
+                .run(mirror.view_mut(), |chunk| chunk.fill(1))
+                .expect("the launch");
+            if pinned {
+                let mut elements = mirror.pin_mut(10_000..90_000).expect("all pages come home");
+                zeros
+                    .read_exact(&mut elements)
+                    .expect("they are there, and writable");
+            } else {
+                let refused = zeros.read_exact(mirror.as_mut_slice()).unwrap_err();
+                assert_eq!(refused.raw_os_error(), Some(14), "EFAULT: {refused}");
+            }
+        }
+        assert!(mirror.pin_mut(0..100_001).is_err(), "out of bounds");
+        mirror.close().expect("all pages come home");
+        assert!((10_000..90_000).all(|i| data[i] == 0));
+        assert!((0..10_000).chain(90_000..100_000).all(|i| data[i] == 1));
+    });
+}

@@ -107,7 +107,9 @@ pub use {
     error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result},
     mapped::{Mapped, MappedRef, RegionRef},
     mask::{PageMask, Runs},
-    mirror::{Mirror, MirrorRef, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with},
+    mirror::{
+        Mirror, MirrorRef, PinMut, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with,
+    },
     options::{Delivery, Granule, Options},
     page_bits::PageBits,
     pin::Pin,

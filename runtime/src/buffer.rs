@@ -7,7 +7,7 @@ use bytemuck::Pod;
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE};
 use crate::error::{Error, ErrorKind, Result};
-use crate::mirror::{Mirror, mirror_raw_typed};
+use crate::mirror::{Mirror, PinMut, mirror_raw_typed};
 use crate::options::{Granule, Options};
 use crate::pin::Pin;
 use crate::share::Shared;
@@ -144,6 +144,14 @@ impl<T: Pod> Buffer<T> {
     /// As there.
     pub fn pin(&self, elements: impl RangeBounds<usize>) -> Result<Pin<'_>> {
         self.mirror.pin(elements)
+    }
+
+    /// As [`Mirror::pin_mut`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn pin_mut(&mut self, elements: impl RangeBounds<usize>) -> Result<PinMut<'_, T>> {
+        self.mirror.pin_mut(elements)
     }
 
     /// What was done with this memory so far.

@@ -142,9 +142,14 @@ impl Error {
     }
 }
 
+/// Like `Display`: it is what a `main` that returns an error shows. The parts are `{:#?}`.
 impl fmt::Debug for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&self.0, f)
+        if f.alternate() {
+            fmt::Debug::fmt(&self.0, f)
+        } else {
+            fmt::Display::fmt(self, f)
+        }
     }
 }
 

@@ -159,7 +159,9 @@ pub use edge::UseGuard;
 pub use error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 pub use mapped::{Mapped, MappedRef, RegionRef};
 pub use mask::{PageMask, Runs};
-pub use mirror::{Mirror, MirrorRef, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with};
+pub use mirror::{
+    Mirror, MirrorRef, PinMut, mirror, mirror_raw, mirror_ref, mirror_ref_with, mirror_with,
+};
 pub use options::{Delivery, Granule, Options};
 pub use page_bits::PageBits;
 pub use pin::Pin;

@@ -35,7 +35,7 @@
 
 use core::fmt;
 use core::marker::PhantomData;
-use core::ops::{ControlFlow, RangeBounds};
+use core::ops::{Bound, ControlFlow, Deref, DerefMut, Range, RangeBounds};
 use core::ptr::NonNull;
 
 use bytemuck::Pod;
@@ -558,18 +558,73 @@ impl<'a, T: Pod> Mirror<'a, T> {
         self.raw.region().set_read_mostly(yes);
     }
 
-    /// Brings the pages of `elements` home and keeps them there while the guard lives, so that system calls can use them.
+    /// Brings the pages of `elements` home and keeps them there while the guard lives, so that system calls can read them.
+    ///
+    /// ```
+    /// # use std::io::Write;
+    /// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+    /// # let mut data = vec![1u8; 100_000];
+    /// let mirror = svm::mirror(&mut data)?;
+    /// let pin = mirror.pin(..1000)?;
+    /// std::io::sink().write_all(&mirror.as_slice()[..1000]).expect("a sink takes everything");
+    /// drop(pin);
+    /// # Ok::<(), svm::Error>(())
+    /// ```
     ///
     /// # Errors
     /// The range is out of bounds, or a page could not be brought home.
     pub fn pin(&self, elements: impl RangeBounds<usize>) -> Result<Pin<'_>> {
+        let bounds = self.bounds(&elements)?;
         pin::pin(
             self.raw.region(),
             self.ptr.as_ptr().addr(),
             size_of::<T>(),
-            self.len,
-            elements,
+            bounds,
         )
+    }
+
+    /// [`pin`](Self::pin) for system calls that write: the guard is the elements.
+    ///
+    /// ```
+    /// # use std::io::Read;
+    /// # if !svm::Capabilities::probe().is_usable() { return Ok(()) }
+    /// # let mut data = vec![1u8; 100_000];
+    /// let mut mirror = svm::mirror(&mut data)?;
+    /// std::io::repeat(7).read_exact(&mut mirror.pin_mut(..1000)?).expect("there is no end of sevens");
+    /// assert_eq!(mirror.as_slice()[999..1001], [7, 1]);
+    /// # Ok::<(), svm::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`pin`](Self::pin).
+    pub fn pin_mut(&mut self, elements: impl RangeBounds<usize>) -> Result<PinMut<'_, T>> {
+        let bounds = self.bounds(&elements)?;
+        // SAFETY: within the mirror, by the check above.
+        let start = unsafe { self.ptr.add(bounds.start) };
+        let slice = NonNull::slice_from_raw_parts(start, bounds.len());
+        Ok(PinMut {
+            _pin: self.pin(bounds)?,
+            slice,
+            _borrow: PhantomData,
+        })
+    }
+
+    fn bounds(&self, elements: &impl RangeBounds<usize>) -> Result<Range<usize>> {
+        let start = match elements.start_bound() {
+            Bound::Included(&n) => n,
+            Bound::Excluded(&n) => n.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match elements.end_bound() {
+            Bound::Included(&n) => n.saturating_add(1),
+            Bound::Excluded(&n) => n,
+            Bound::Unbounded => self.len,
+        };
+        if start > end || end > self.len {
+            let addr = self.ptr.as_ptr().addr();
+            return Err(Error::invalid("pin", "the range is out of bounds").at(addr));
+        }
+        Ok(start..end)
     }
 
     /// What was done with this memory so far.
@@ -597,12 +652,53 @@ impl<'a, T: Pod> Mirror<'a, T> {
     }
 }
 
+impl<T: Pod> Drop for Mirror<'_, T> {
+    /// What there is to do [`Raw`] does. But that knows of no lifetime, and a type that drops nothing itself is done with its borrow at
+    /// its last use: the memory could be freed, or mirrored anew, while this one lives on to the end of its scope.
+    fn drop(&mut self) {}
+}
+
 impl<T: Pod> fmt::Debug for Mirror<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mirror")
             .field("region", self.raw.region())
             .field("len", &self.len)
             .finish()
+    }
+}
+
+/// Elements that are home and stay home while it lives. Made by [`Mirror::pin_mut`].
+pub struct PinMut<'a, T: Pod> {
+    _pin: Pin<'a>,
+    slice: NonNull<[T]>,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: it is an exclusive borrow of the elements, and a pin, which any thread may end.
+unsafe impl<T: Pod + Send> Send for PinMut<'_, T> {}
+// SAFETY: `&PinMut` gives `&[T]` and nothing more.
+unsafe impl<T: Pod + Sync> Sync for PinMut<'_, T> {}
+
+impl<T: Pod> Deref for PinMut<'_, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: elements of the mirror, which is borrowed exclusively for as long, so no kernel can run on it.
+        unsafe { self.slice.as_ref() }
+    }
+}
+
+impl<T: Pod> DerefMut for PinMut<'_, T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`.
+        unsafe { self.slice.as_mut() }
+    }
+}
+
+impl<T: Pod> fmt::Debug for PinMut<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PinMut")
+            .field("len", &self.slice.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -656,6 +752,11 @@ impl<T: Pod> MirrorRef<'_, T> {
     pub fn close(mut self) -> Result<()> {
         self.raw.close()
     }
+}
+
+impl<T: Pod> Drop for MirrorRef<'_, T> {
+    /// For the borrow's sake, as a [`Mirror`]'s.
+    fn drop(&mut self) {}
 }
 
 impl<T: Pod> fmt::Debug for MirrorRef<'_, T> {

@@ -4,7 +4,7 @@
 //! un-protects what is shared and populates what nobody has touched, so that the kernel can read and write all of it.
 
 use core::fmt;
-use core::ops::{Bound, Range, RangeBounds};
+use core::ops::Range;
 
 use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::{BlockState, DeviceSet};
@@ -30,26 +30,14 @@ pub struct Pin<'a> {
     pages: Range<usize>,
 }
 
+/// Pins `elements`, which are in bounds, of `element_size` bytes each, the first of them at `addr`.
 pub(crate) fn pin<'a>(
     region: &'a MapArc<Region>,
     addr: usize,
     element_size: usize,
-    len: usize,
-    elements: impl RangeBounds<usize>,
+    elements: Range<usize>,
 ) -> Result<Pin<'a>> {
-    let start = match elements.start_bound() {
-        Bound::Included(&n) => n,
-        Bound::Excluded(&n) => n.saturating_add(1),
-        Bound::Unbounded => 0,
-    };
-    let end = match elements.end_bound() {
-        Bound::Included(&n) => n.saturating_add(1),
-        Bound::Excluded(&n) => n,
-        Bound::Unbounded => len,
-    };
-    if start > end || end > len {
-        return Err(Error::invalid("pin", "the range is out of bounds").at(addr));
-    }
+    let (start, end) = (elements.start, elements.end);
     let none = Pin {
         region,
         pages: 0..0,

@@ -71,7 +71,7 @@ pub(crate) struct Pagerank {
 /// `run saxpy`, `run list`.
 #[derive(Debug, Args)]
 pub(crate) struct Array {
-    /// How many elements [default: 4194304 for saxpy, 65536 for list]
+    /// How many elements [default: 4194304 for saxpy, which takes 4096 or more, 65536 for list]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) n: Option<u32>,
     #[command(flatten)]

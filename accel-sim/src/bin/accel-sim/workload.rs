@@ -122,7 +122,13 @@ fn converged(found: &Ranking<&[f64]>, settings: &PageRank) -> Check {
 pub(crate) fn saxpy(args: &Array) -> anyhow::Result<Summary> {
     /// Two arrays of `f32`, and the oracle's own of both.
     const PER_ELEMENT: u64 = 16;
+    /// Fewer need not fill a page, and only whole pages move: nothing would be shown.
+    const LEAST: u32 = 4096;
     let n = args.n.unwrap_or(1 << 22);
+    if n < LEAST {
+        let why = format!("--n {n}: {LEAST} elements or more, so that there are pages that move");
+        return Err(input::Error::Vacuous { why }.into());
+    }
     array_fits_memory(n, PER_ELEMENT)?;
     let mut time = Time::default();
     let setup = setup(&args.common);
