@@ -653,8 +653,8 @@ impl<'a, T: Pod> Mirror<'a, T> {
 }
 
 impl<T: Pod> Drop for Mirror<'_, T> {
-    /// What there is to do [`Raw`] does. But that knows of no lifetime, and a type that drops nothing itself is done with its borrow at
-    /// its last use: the memory could be freed, or mirrored anew, while this one lives on to the end of its scope.
+    // What there is to do `Raw` does. But that knows of no lifetime, and a type that drops nothing itself is done with its borrow at its
+    // last use: the memory could be freed, or mirrored anew, while this one lives on to the end of its scope.
     fn drop(&mut self) {}
 }
 
@@ -755,7 +755,7 @@ impl<T: Pod> MirrorRef<'_, T> {
 }
 
 impl<T: Pod> Drop for MirrorRef<'_, T> {
-    /// For the borrow's sake, as a [`Mirror`]'s.
+    // For the borrow's sake, as a `Mirror`'s.
     fn drop(&mut self) {}
 }
 
