@@ -396,39 +396,26 @@ impl Change {
     ) -> Self {
         loop {
             let mut change = Self::new();
+            // Where the kernel does not tell of all that these calls do, nobody mirrors anything until this is over, from before the
+            // look: there the turn is taken first.
+            if let Some(space) = change.space.filter(|space| space.is_hard_of_hearing()) {
+                change.alone = Some(space.vacating());
+            }
             change.find_all(ranges);
             change.start(Some(Keep::Nothing));
             let Some(space) = change.space else {
                 return change;
             };
-            // Where the kernel does not tell of all that these calls do, nobody mirrors anything until this is over.
-            let is_deaf = space.is_hard_of_hearing() && ranges.iter().any(Option::is_some);
-            if !is_deaf && !change.parts.iter().any(&needs) {
+            if change.alone.is_some() || !change.parts.iter().any(&needs) {
                 return change;
             }
             change.alone = space.try_vacating();
-            if change.alone.is_none() {
-                drop(change);
-                drop(space.vacating());
-            } else if !is_deaf || change.is_all_of(ranges) {
+            if change.alone.is_some() {
                 return change;
             }
-            // Otherwise something was mirrored since the look.
+            drop(change);
+            drop(space.vacating());
         }
-    }
-
-    /// Whether a look would find the same parts.
-    fn is_all_of<const N: usize>(&self, ranges: [Option<PageRange>; N]) -> bool {
-        let mut now = Self::new();
-        now.find_all(ranges);
-        let known = |part: &Part| {
-            (
-                part.flight.region().id(),
-                part.published,
-                part.pages.clone(),
-            )
-        };
-        now.parts.iter().map(known).eq(self.parts.iter().map(known))
     }
 
     fn new() -> Self {
