@@ -94,6 +94,19 @@ enum Settled {
     Again,
 }
 
+/// Where a call over several pages met the border of a mapping.
+enum Border {
+    /// After so many of them.
+    At(usize),
+    /// One side is not mapped.
+    Unmapped,
+    /// Nowhere any more, or it was no border: `mprotect` splits a mapping, and joins it again, at any time.
+    Gone,
+}
+
+/// How often a call is made again after a border that is not there.
+const MAX_GONE: u32 = 8;
+
 /// How often one page may answer "again" before it is refused: a bug is reported, not looped on (hazards M2).
 const MAX_AGAIN: u32 = 64;
 
@@ -181,8 +194,10 @@ impl<'a> Mover<'a> {
                 Stop::Busy => return Err(Stall::Busy(at)),
                 Stop::NoMemory => return Err(Stall::NoMemory),
                 Stop::Invalid => match self.border(src, dst, limit - at) {
-                    Some(pages) => limit = at + pages,
-                    None => return Err(Stall::Refused(at)),
+                    Border::At(pages) => limit = at + pages,
+                    // As a rule it is for something else that it says so: protected, locked.
+                    Border::Gone if again == 0 => {}
+                    Border::Gone | Border::Unmapped => return Err(Stall::Refused(at)),
                 },
                 Stop::Fault | Stop::Other(_) => return Err(Stall::Refused(at)),
             }
@@ -195,12 +210,17 @@ impl<'a> Mover<'a> {
         Ok(())
     }
 
-    /// How many of `pages` pages lie before the next border of a mapping on either side, if that is not all of them.
-    fn border(&self, source: usize, destination: usize, pages: usize) -> Option<usize> {
+    /// Where the mappings of either side end that a call over `pages` pages has refused.
+    fn border(&self, source: usize, destination: usize, pages: usize) -> Border {
         let space = AddressSpace::global();
         let left = |addr: usize| Some((space.mapping_end(addr)? - addr) / PAGE_SIZE);
-        let clipped = left(source)?.min(left(destination)?);
-        (clipped < pages).then_some(clipped)
+        match left(source).zip(left(destination)) {
+            None => Border::Unmapped,
+            Some((source, destination)) if source.min(destination) < pages => {
+                Border::At(source.min(destination))
+            }
+            Some(_) => Border::Gone,
+        }
     }
 
     /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
@@ -308,7 +328,8 @@ impl<'a> Mover<'a> {
                 }
                 Stop::NoMemory => return Err(Stall::NoMemory),
                 Stop::NotPresent => match self.border(src, dst, limit - at) {
-                    Some(pages) if pages > 0 => limit = at + pages,
+                    Border::At(pages) if pages > 0 => limit = at + pages,
+                    Border::Gone if again < MAX_GONE => {}
                     // Unmapped just now: the call had looked for a change before, and nobody has heard of it.
                     _ if self
                         .region

@@ -193,7 +193,8 @@ mod on {
         Changing,
         /// EAGAIN after the first page.
         Part,
-        /// EEXIST or ENOENT of a page that did move, as Linux 6.18 says at times. Of a copy: as `Fair`.
+        /// EEXIST or ENOENT of a page that did move, as Linux 6.18 says at times. Of a copy: ENOENT, for a border of mappings that has gone
+        /// when one looks for it.
         Stale,
     }
 
@@ -232,6 +233,7 @@ mod on {
                     Stop::Exists
                 })
             }
+            (Mood::Stale, Call::Copy) => nothing(Stop::NotPresent),
             _ => whole(len),
         }
     }

@@ -7,7 +7,7 @@ use svm::point::Point;
 use svm::{Access, Delivery, DeviceFaultKind, Interrupted};
 
 use crate::director::{Actor, Director, Part, Settled};
-use crate::random::set_late_zaps;
+use crate::random::{set_late_zaps, set_passing_border};
 use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, options};
 
 const DEVICE: Actor = Actor::Nr(0);
@@ -574,6 +574,41 @@ fn a_page_is_discarded_while_its_round_waits_for_another() {
             assert_eq!(taken, 0, "pages went to the device before the zap");
         });
         drop((worker, held));
+        mirror.close().unwrap();
+    }
+}
+
+/// M5: a call must not cross a border of mappings, and says so if it did. But `mprotect` splits a mapping and joins it again at any time:
+/// who looks for the border may find none, and then nothing is wrong with the pages.
+///
+/// ```text
+/// CPU reads page 0                  another thread
+///                                   mprotect(page 1, PROT_READ)
+/// COPY home: ENOENT
+///                                   mprotect(page 1, PROT_READ | PROT_WRITE)
+/// looks for the border: there is none
+/// COPY home: there it is
+/// ```
+#[test]
+fn a_border_of_mappings_that_has_gone_is_no_refusal() {
+    let _watchdog = crate::watch("the ladder of the border");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let _director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(delivery));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        worker
+            .access(Shape::Round, SUBJECT, Op::Write { word: 0, value: 2 }, None)
+            .unwrap();
+        let mapped = device.map(mirror.view().region()).unwrap();
+        // SAFETY: the memory outlives the guard, and has no edges.
+        let in_use = unsafe { mapped.begin_use(Access::Read) }.unwrap();
+        // While it is in use a load of the CPU copies.
+        set_passing_border();
+        assert_eq!(memory.load(SUBJECT), [2, 1, 1]);
+        drop((worker, in_use));
+        assert_eq!(mirror.stats().anomalies, 0);
         mirror.close().unwrap();
     }
 }

@@ -213,11 +213,23 @@ pub(crate) fn set_changing(nth: u64) {
     CHANGING.store(nth, SeqCst);
 }
 
+/// Whether the next copy meets a border of mappings that has gone a moment later.
+static BORDER: AtomicBool = AtomicBool::new(false);
+
+/// Has the next copy meet such a border.
+pub(crate) fn set_passing_border() {
+    svm::point::set_mood(mood);
+    BORDER.store(true, SeqCst);
+}
+
 /// The kernel as its documentation allows it to be: changing now and then, half-way or at once, late with its zaps, and with the
 /// stale errors of Linux 6.18.
 fn mood(call: Call) -> Mood {
     if call == Call::Zap && LATE_ZAPS.load(SeqCst) {
         return Mood::Changing;
+    }
+    if call == Call::Copy && BORDER.swap(false, SeqCst) {
+        return Mood::Stale;
     }
     let nth = CHANGING.load(SeqCst);
     if nth != 0 && call != Call::Zap {
@@ -239,7 +251,7 @@ fn mood(call: Call) -> Mood {
     match (call, draw) {
         (Call::Zap, 0..8) | (_, 0..2) => Mood::Changing,
         (_, 2..4) => Mood::Part,
-        (Call::Move, 4..6) => Mood::Stale,
+        (Call::Move | Call::Copy, 4..6) => Mood::Stale,
         _ => Mood::Fair,
     }
 }
