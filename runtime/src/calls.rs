@@ -72,9 +72,10 @@ const PENDING_NS: u64 = 1_000_000_000;
 
 /// `munmap(2)`, for memory that may be mirrored.
 ///
-/// On memory that is not mirrored, whole or in part, it is the system call and, where the kernel tells of such, nothing else. What is mirrored leaves its
-/// mirror: when the function returns no device has a translation to it, and a device that touches it faults with
-/// [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something else is mapped there later. The rest of the mirror lives on.
+/// On memory that is not mirrored it is the system call and nothing else; where the kernel does not tell of unmapping it takes its turn
+/// with other such calls. What is mirrored leaves its mirror: when the function returns no device has a translation to it, and a device
+/// that touches it faults with [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something else is mapped there later. The rest
+/// of the mirror lives on.
 ///
 /// ```
 /// # #[cfg(target_os = "linux")] {
@@ -102,7 +103,7 @@ const PENDING_NS: u64 = 1_000_000_000;
 pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
     let addr = ptr.expose_provenance();
     let range = pages(addr, len_bytes);
-    let change = Change::begin_alone([range]);
+    let change = Change::begin_in_turn([range], |_| true);
     let home = change.hold_home()?;
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::munmap(addr, len_bytes) };
@@ -117,10 +118,10 @@ pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
 /// `mremap(2)`, for memory that may be mirrored. `new_addr` is used where `flags` say so (`MREMAP_FIXED`, or with
 /// `MREMAP_DONTUNMAP`); gives the address of the mapping.
 ///
-/// On memory that is not mirrored it is the system call and nothing else. A mirrored mapping that moves takes its contents
-/// along: pages that a device had come home at the new address. But it is out of the devices' reach there, until it is
-/// mirrored anew: a device that touches the old addresses faults. What `MREMAP_FIXED` replaces, or what is cut off, is unmapped
-/// as by [`munmap`]. With `MREMAP_DONTUNMAP` the old range stays, as zeros.
+/// Memory that is not mirrored it treats as [`munmap`] does. A mirrored mapping that moves takes its contents along: pages that a
+/// device had come home at the new address. But it is out of the devices' reach there, until it is mirrored anew: a device that touches
+/// the old addresses faults. What `MREMAP_FIXED` replaces, or what is cut off, is unmapped as by [`munmap`]. With `MREMAP_DONTUNMAP`
+/// the old range stays, as zeros.
 ///
 /// ```
 /// # #[cfg(target_os = "linux")] {
@@ -159,7 +160,7 @@ pub unsafe fn mremap(
     let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
     // One that overlaps the other the kernel refuses, and nothing happens to either.
     let replaced = replaced.filter(|there| old.is_none_or(|old| !old.overlaps(*there)));
-    let change = Change::begin_alone([old, replaced]);
+    let change = Change::begin_in_turn([old, replaced], |_| true);
     let home = change.hold_home()?;
     let was_held = home.as_ref().is_some_and(|home| !home.heard);
     // SAFETY: by the caller's contract.
@@ -190,9 +191,9 @@ pub unsafe fn mremap(
 
 /// `madvise(2)`, for memory that may be mirrored. `advice` is the system's number.
 ///
-/// On memory that is not mirrored it is the system call and nothing else. Advice that discards (`MADV_DONTNEED`,
-/// `MADV_DONTNEED_LOCKED`, `MADV_FREE`, `MADV_REMOVE`) discards what devices hold as well: when the function returns neither the CPU
-/// nor a device finds anything of the old contents, but zeros. `MADV_FREE` on mirrored memory, which permits the kernel to discard
+/// Memory that is not mirrored it treats as [`munmap`] does. Advice that discards (`MADV_DONTNEED`, `MADV_DONTNEED_LOCKED`, `MADV_FREE`,
+/// `MADV_REMOVE`) discards what devices hold as well: when the function returns neither the CPU nor a device finds anything of the old
+/// contents, but zeros. `MADV_FREE` on mirrored memory, which permits the kernel to discard
 /// at any time from then on, does so at once. `MADV_GUARD_INSTALL` discards in the same way; devices are not to touch guards.
 /// Other advice changes no contents, and reaches the kernel as it is.
 ///
@@ -231,7 +232,7 @@ pub unsafe fn madvise(ptr: *mut u8, len_bytes: usize, advice: i32) -> Result<()>
         part.published.is_some()
             && (advice == MADV_GUARD_INSTALL || !part.flight.region().door().hears_of_removal())
     };
-    let change = Change::begin_to_discard(range, unheard);
+    let change = Change::begin_in_turn([range], unheard);
     let outcome = match range {
         // SAFETY: by the caller's contract.
         Some(range) if change.parts.iter().any(unheard) => unsafe {
@@ -308,7 +309,7 @@ struct Change {
     parts: Vec<Part>,
     /// One of each region that a part is of.
     brackets: Vec<Bracket<Flight>>,
-    /// Held by those that are made one at a time; taken before the brackets, which others wait for.
+    /// Held by those that are made one at a time: see [`begin_in_turn`](Self::begin_in_turn) for when it is taken.
     alone: Option<std::sync::MutexGuard<'static, ()>>,
     _signals: Option<AsyncSignalsBlocked>,
 }
@@ -374,18 +375,9 @@ impl Change {
         change
     }
 
-    /// The same for a change that vacates addresses, or that makes pages pending itself: one at a time. Two of the former could make a
-    /// moved mapping look like the one that was there before it, and two of the latter could each wait for pages that the other holds.
-    fn begin_alone<const N: usize>(ranges: [Option<PageRange>; N]) -> Self {
-        Self::begin_in_turn(ranges, |_| true)
-    }
-
-    /// For discarding `range`: alone, if there is something of which the kernel does not tell.
-    fn begin_to_discard(range: Option<PageRange>, unheard: impl Fn(&Part) -> bool) -> Self {
-        Self::begin_in_turn([range], unheard)
-    }
-
-    /// Begins a change that is made in turn, if a part of it `needs` that.
+    /// Begins a change of which nothing may stay with the devices, and which is made in turn if a part of it `needs` that. What vacates
+    /// addresses does: two of those could make a moved mapping look like the one that was there before it. So does what makes pages
+    /// pending itself: two of those could each wait for pages that the other holds.
     ///
     /// Whose turn it is waits for no access: the code that makes it may be waiting for its own turn. And who waits for its turn has
     /// nothing that others wait for. So the accesses are waited for first, and the turn is taken only if it is free at that moment;
