@@ -71,7 +71,7 @@ runtime! {
     mask "../src/mask.rs"
     mirror "../src/mirror.rs"
     monitor "../src/monitor.rs"
-    movement "../src/movement.rs"
+    movement "../src/movement/mod.rs"
     near "../src/near.rs"
     notifier "../src/notifier/mod.rs"
     options "../src/options.rs"

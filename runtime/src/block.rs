@@ -59,6 +59,12 @@ impl DeviceId {
     }
 }
 
+impl core::fmt::Display for DeviceId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(f, "device {}", self.0)
+    }
+}
+
 /// A set of devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub(crate) struct DeviceSet(u8);

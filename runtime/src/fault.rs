@@ -24,7 +24,7 @@ use crate::device::{Invalidation, Keep};
 use crate::error::Access;
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
-use crate::movement::{Mover, Stall, granule_around};
+use crate::movement::{Mover, Stall};
 use crate::notifier::{self, Bracket, Interval};
 use crate::overrun;
 use crate::region::{Region, RegionKind};
@@ -331,7 +331,7 @@ fn classify(
     let near = if displaced {
         PageMask::page(page)
     } else {
-        granule_around(page, region.granule()) & (body - state.gone())
+        PageMask::group_around(page, region.granule()) & (body - state.gone())
     };
     let reads = fault.access == Some(Access::Read);
     if state.away().contains(page) {

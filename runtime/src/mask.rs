@@ -121,15 +121,31 @@ impl PageMask {
         self.0.get(word).copied().unwrap_or(0)
     }
 
-    /// Every page of each aligned group of `group` pages of which some page is in the set. `group` is a power of two up to 64.
+    /// The aligned group of `group` pages around `page`. `group` is a power of two up to a block.
     #[inline]
-    pub(crate) fn grown_within_words(mut self, group: usize) -> Self {
-        debug_assert!(group.is_power_of_two() && group <= 64);
+    pub(crate) fn group_around(page: usize, group: usize) -> Self {
+        debug_assert!(group.is_power_of_two() && group <= PAGES_PER_BLOCK);
+        let start = page & !(group - 1);
+        Self::range(start..start + group)
+    }
+
+    /// Every page of each aligned group of `group` pages of which some page is in the set. `group` is a power of two up to a block.
+    #[inline]
+    pub(crate) fn grown(mut self, group: usize) -> Self {
+        debug_assert!(group.is_power_of_two() && group <= PAGES_PER_BLOCK);
         if group == 1 {
             return self;
         }
-        for word in &mut self.0 {
-            *word = grow_word(*word, group);
+        if group <= 64 {
+            for word in &mut self.0 {
+                *word = grow_word(*word, group);
+            }
+            return self;
+        }
+        let mut next = 0;
+        while let Some(page) = self.first_from(next) {
+            self |= Self::group_around(page, group);
+            next = (page | (group - 1)) + 1;
         }
         self
     }
@@ -344,11 +360,17 @@ mod tests {
                 .unwrap_or(page..page);
             assert_eq!(mask.run_around(page), run, "page {page}");
         }
-        for group in [1, 2, 4, 8, 16, 32, 64] {
-            let grown = mask.grown_within_words(group);
+        let sparse = PageMask::page(200) | PageMask::page(511);
+        let groups = (0..=9).map(|n| 1 << n);
+        for (mask, group) in groups.flat_map(|group| [(mask, group), (sparse, group)]) {
+            let grown = mask.grown(group);
             for page in 0..512 {
                 let start = page & !(group - 1);
                 let any = (start..start + group).any(|p| mask.contains(p));
+                assert_eq!(
+                    PageMask::group_around(page, group),
+                    PageMask::range(start..start + group)
+                );
                 assert_eq!(grown.contains(page), any, "group {group} page {page}");
             }
         }
@@ -379,7 +401,7 @@ mod tests {
                 assert_eq!(mask.as_word(), expected, "{start}..{end}");
                 if let Some((word, bits)) = expected {
                     assert_eq!(PageMask::of_word(word, bits), mask);
-                    let grown = mask.grown_within_words(16);
+                    let grown = mask.grown(16);
                     assert_eq!(PageMask::of_word(word, grow_word(bits, 16)), grown);
                 }
             }

@@ -22,7 +22,7 @@ use crate::error::{Access, DeviceFaultKind};
 use crate::fault::{Flight, invalidate};
 use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
-use crate::movement::{Mover, Stall, granules_of};
+use crate::movement::{Mover, Stall};
 use crate::notifier::RangeKey;
 use crate::overrun::{self, Shot};
 use crate::region::{Region, RegionKind};
@@ -331,7 +331,7 @@ impl<D: Device> Round<'_, D> {
         if self.alone {
             return PageMask::EMPTY;
         }
-        let granules = granules_of(self.want, self.granule());
+        let granules = self.want.grown(self.granule());
         if self.region.is_whole(self.block) {
             granules
         } else {

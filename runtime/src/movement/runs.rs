@@ -1,0 +1,253 @@
+//! One run of pages by one system call, as often as it takes: [`move_run`](Mover::move_run), [`copy_run`](Mover::copy_run).
+//!
+//! # Outcomes of the kernel (kernel-facts section 4)
+//! On Linux 6.18 `UFFDIO_MOVE` can report EEXIST or ENOENT of a page that it *did* move. Every such answer is therefore
+//! checked against both ends before anything is decided; see [`Mover::settle`].
+
+use core::ops::Range;
+
+use super::{Movement, Mover, Stall};
+use crate::addr::PAGE_SIZE;
+use crate::block::BlockState;
+use crate::mask::PageMask;
+use crate::space::AddressSpace;
+use crate::stats::count;
+use crate::sync::mutation::{Mutation, mutated};
+use crate::sys::uffd::{Moved, Protect, Stop};
+
+/// What both ends of a movement hold at one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Ends {
+    source: bool,
+    destination: bool,
+}
+
+/// What to do about a page at which a movement stopped.
+enum Settled {
+    /// The page had moved; go on behind it.
+    Moved,
+    /// The source is empty.
+    Hole,
+    /// Something else is in the way at the destination.
+    Blocked,
+    /// Both ends look as they should; the same call may work now.
+    Again,
+}
+
+/// Where a call over several pages met the border of a mapping.
+enum Border {
+    /// After so many of them.
+    At(usize),
+    /// One side is not mapped.
+    Unmapped,
+    /// Nowhere any more, or it was no border: `mprotect` splits a mapping, and joins it again, at any time.
+    Gone,
+}
+
+/// How often one page may answer "again" before it is refused: a bug is reported, not looped on (hazards M2).
+const MAX_AGAIN: u32 = 64;
+
+/// How often a call is made again after a border that is not there.
+const MAX_GONE: u32 = 8;
+
+impl Mover<'_> {
+    /// `UFFDIO_MOVE` of `run` between two places that are linear in the page index; `moved` records each part.
+    pub(super) fn move_run(
+        &mut self,
+        run: Range<usize>,
+        source: impl Fn(&Self, usize) -> usize,
+        destination: impl Fn(&Self, usize) -> usize,
+        mut moved: impl FnMut(&mut BlockState, PageMask),
+        mut hole: impl FnMut(&mut Self, Range<usize>) -> Movement,
+    ) -> Movement {
+        let mut at = run.start;
+        let mut again = 0;
+        // A move must not cross the border of a mapping (hazards M5): up to here it does not, as far as we know.
+        let mut limit = run.end;
+        while at < run.end {
+            if at >= limit {
+                limit = run.end;
+            }
+            let (src, dst) = (source(self, at), destination(self, at));
+            count(&self.region.counters().move_calls, 1);
+            let Moved { bytes, stop } =
+                self.region
+                    .door()
+                    .move_pages(dst, src, (limit - at) * PAGE_SIZE);
+            let n = bytes / PAGE_SIZE;
+            if n > 0 {
+                moved(self.state, PageMask::range(at..at + n));
+                at += n;
+                again = 0;
+            }
+            if at == run.end {
+                break;
+            }
+            match stop {
+                Stop::Complete => {}
+                Stop::Exists | Stop::NotPresent => {
+                    match self.settle(stop, source(self, at), destination(self, at)) {
+                        Settled::Moved => {
+                            self.asleep = true;
+                            moved(self.state, PageMask::page(at));
+                            at += 1;
+                        }
+                        Settled::Hole => {
+                            let len = self.hole_len(source(self, at), run.end - at);
+                            hole(self, at..at + len)?;
+                            at += len;
+                        }
+                        Settled::Blocked => return Err(Stall::Refused(at)),
+                        Settled::Again => {}
+                    }
+                }
+                Stop::Changing => {
+                    count(&self.region.counters().changing_outcomes, 1);
+                    return Err(Stall::Changing);
+                }
+                Stop::Busy => return Err(Stall::Busy(at)),
+                Stop::NoMemory => return Err(Stall::NoMemory),
+                Stop::Invalid => match self.border(src, dst, limit - at) {
+                    Border::At(pages) => limit = at + pages,
+                    // As a rule it is for something else that it says so: protected, locked.
+                    Border::Gone if again == 0 => {}
+                    Border::Gone | Border::Unmapped => return Err(Stall::Refused(at)),
+                },
+                Stop::Fault | Stop::Other(_) => return Err(Stall::Refused(at)),
+            }
+            again += 1;
+            if again > MAX_AGAIN {
+                count(&self.region.counters().anomalies, 1);
+                return Err(Stall::Refused(at));
+            }
+        }
+        Ok(())
+    }
+
+    /// `UFFDIO_COPY` of `run`; `copied` records each part, `exists` decides about a page that is populated already.
+    pub(super) fn copy_run(
+        &mut self,
+        run: Range<usize>,
+        source: impl Fn(&Self, usize) -> usize,
+        destination: impl Fn(&Self, usize) -> usize,
+        mode: Protect,
+        mut copied: impl FnMut(&mut BlockState, PageMask),
+    ) -> Movement {
+        let mut at = run.start;
+        let mut again = 0;
+        // A copy must not cross the border of a mapping either; it says ENOENT.
+        let mut limit = run.end;
+        while at < run.end {
+            if at >= limit {
+                limit = run.end;
+            }
+            let (src, dst) = (source(self, at), destination(self, at));
+            count(&self.region.counters().copy_calls, 1);
+            let Moved { bytes, stop } =
+                self.region
+                    .door()
+                    .copy(dst, src, (limit - at) * PAGE_SIZE, mode);
+            let n = bytes / PAGE_SIZE;
+            if n > 0 {
+                copied(self.state, PageMask::range(at..at + n));
+                at += n;
+                again = 0;
+            }
+            if at == run.end {
+                break;
+            }
+            match stop {
+                Stop::Complete => {}
+                // A marker (write-protect, poison, guard) on an empty entry says EEXIST too (hazards M2): clear it and
+                // try again; a page that is really there is somebody's contents and must not be taken for ours.
+                Stop::Exists if !self.is_present(dst) => {
+                    let _ = self.region.door().unprotect(dst, PAGE_SIZE);
+                }
+                Stop::Changing => {
+                    count(&self.region.counters().changing_outcomes, 1);
+                    return Err(Stall::Changing);
+                }
+                Stop::NoMemory => return Err(Stall::NoMemory),
+                Stop::NotPresent => match self.border(src, dst, limit - at) {
+                    Border::At(pages) if pages > 0 => limit = at + pages,
+                    Border::Gone if again < MAX_GONE => {}
+                    // Unmapped just now: the call had looked for a change before, and nobody has heard of it.
+                    _ if self
+                        .region
+                        .door()
+                        .is_changing(AddressSpace::global().zeros()) =>
+                    {
+                        return Err(Stall::Changing);
+                    }
+                    _ => return Err(Stall::Refused(at)),
+                },
+                Stop::Exists | Stop::Busy | Stop::Invalid | Stop::Fault | Stop::Other(_) => {
+                    return Err(Stall::Refused(at));
+                }
+            }
+            again += 1;
+            if again > MAX_AGAIN {
+                count(&self.region.counters().anomalies, 1);
+                return Err(Stall::Refused(at));
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the mappings of either side end that a call over `pages` pages has refused.
+    fn border(&self, source: usize, destination: usize, pages: usize) -> Border {
+        let space = AddressSpace::global();
+        let left = |addr: usize| Some((space.mapping_end(addr)? - addr) / PAGE_SIZE);
+        match left(source).zip(left(destination)) {
+            None => Border::Unmapped,
+            Some((source, destination)) if source.min(destination) < pages => {
+                Border::At(source.min(destination))
+            }
+            Some(_) => Border::Gone,
+        }
+    }
+
+    /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
+    fn settle(&self, stop: Stop, source: usize, destination: usize) -> Settled {
+        let ends = Ends {
+            source: self.is_populated(source),
+            destination: self.is_populated(destination),
+        };
+        if mutated(Mutation::MoveErrorBelieved) {
+            return if stop == Stop::NotPresent {
+                Settled::Hole
+            } else {
+                Settled::Blocked
+            };
+        }
+        match (stop, ends) {
+            (
+                _,
+                Ends {
+                    source: false,
+                    destination: true,
+                },
+            ) => Settled::Moved,
+            (
+                Stop::NotPresent,
+                Ends {
+                    source: false,
+                    destination: false,
+                },
+            ) => Settled::Hole,
+            (
+                Stop::Exists,
+                Ends {
+                    destination: true, ..
+                },
+            ) => Settled::Blocked,
+            _ => Settled::Again,
+        }
+    }
+
+    /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.
+    pub(super) fn hole_len(&self, addr: usize, max: usize) -> usize {
+        count(&self.region.counters().scan_calls, 1);
+        AddressSpace::global().nr_empty(addr, max).max(1)
+    }
+}
