@@ -604,6 +604,62 @@ fn an_element_kernel_faults_once_a_granule_and_hits_from_then_on() {
     });
 }
 
+/// Each adds one to every byte, in slices.
+fn add_one(workers: usize, memory_bytes: Option<usize>, data: &mut Buffer<u8>) {
+    let mut options = accel_sim::Options::new().workers(workers);
+    options.memory_bytes = memory_bytes;
+    let accel = accel_sim::Accelerator::with_options(options).unwrap();
+    accel
+        .run(data.view_mut(), |data| {
+            data.iter_mut().for_each(|x| *x += 1);
+        })
+        .unwrap();
+}
+
+#[test]
+fn slices_move_by_blocks_however_many_workers_share_them() {
+    alone("slices", || {
+        const BLOCK: usize = 2 << 20;
+        let mut data = filled(4 * BLOCK, &Options::new());
+        let base = data.as_slice().as_ptr().addr();
+        let blocks = ((base + 4 * BLOCK).div_ceil(BLOCK) - base / BLOCK) as u64;
+        for workers in [1, 2, 64] {
+            let launch = taken(&mut data, |data| add_one(workers, None, data));
+            assert_eq!((launch.retries, launch.anomalies), (0, 0), "{launch:?}");
+            assert_eq!(launch.device_write_faults, blocks, "{launch:?}");
+            assert_eq!(launch.to_device_runs, blocks, "{launch:?}");
+            assert_eq!(launch.to_device_pages() as usize * PAGE, 4 * BLOCK);
+            assert!(data.as_slice().iter().all(|&x| x == data.as_slice()[0]));
+            data.as_mut_slice().fill(1);
+        }
+    });
+}
+
+/// Where the views do not all have room, what one brings along would drive out what another is about to use.
+#[test]
+fn slices_in_little_memory_move_once() {
+    alone("slices in little memory", || {
+        const LEN: usize = 4 << 20;
+        const MEMORY: usize = 3 << 20;
+        let mut sums = filled(LEN, &Options::new());
+        let mut addends = filled(LEN, &Options::new());
+        // One worker: several may drive out each other's pages before they are used.
+        let options = accel_sim::Options::new().workers(1).memory_bytes(MEMORY);
+        let accel = accel_sim::Accelerator::with_options(options).unwrap();
+        let launch = taken(&mut sums, |sums| {
+            accel
+                .run((sums.view_mut(), addends.view_mut()), |(sums, addends)| {
+                    for (x, y) in sums.iter_mut().zip(addends) {
+                        *x += *y;
+                    }
+                })
+                .unwrap();
+        });
+        assert_eq!(launch.to_device_pages() as usize * PAGE, LEN, "{launch:?}");
+        assert!(sums.as_slice().iter().all(|&x| x == 2));
+    });
+}
+
 /// Workers that fault on one page at the same time: one fetches it, and the others, who have waited for their turn, find it there.
 #[test]
 fn far_faults_of_many_workers_on_one_page_are_one_round() {

@@ -39,6 +39,7 @@ pub(crate) struct Chunks {
     lead: Extent,
     chunk_bytes: usize,
     nr_items: usize,
+    all_fit: bool,
 }
 
 /// Device memory too small for the spans that the workers hold at once.
@@ -59,6 +60,7 @@ impl Chunks {
                 lead,
                 chunk_bytes: BLOCK_SIZE,
                 nr_items: usize::from(lead.len > 0),
+                all_fit: false,
             });
         }
         // Four items a worker even out what faults and preemption disturb.
@@ -76,11 +78,19 @@ impl Chunks {
             }
         }
         let nr_items = (lead.addr + total).div_ceil(chunk_bytes) - lead.addr / chunk_bytes;
+        let room = budget.memory_bytes.map(|bytes| bytes / 2);
         Ok(Chunks {
             lead,
             chunk_bytes,
             nr_items,
+            all_fit: room.is_none_or(|room| held_bytes(views, lead, total) <= room),
         })
+    }
+
+    /// Whether all views have room in half of the device's memory, so that what is fetched for a later item is still there when its
+    /// turn comes.
+    pub(crate) fn all_fit(&self) -> bool {
+        self.all_fit
     }
 
     pub(crate) fn nr_items(&self) -> usize {

@@ -4,7 +4,9 @@
 //!
 //! 1. Publish the spans of all views, and check that all their pages have translations. If one has not: withdraw all, fault in
 //!    what is missing, and start over. An item holds nothing while it waits, so two of them never wait for each other; each
-//!    attempt earns its pages a longer stay.
+//!    attempt earns its pages a longer stay. The first attempt fetches what the items after it will need along with it, as far as
+//!    it lies in the same block: so many workers with small items make no more far faults than one with large ones. It does so only if
+//!    the device has room for all of the launch's views.
 //! 2. With all spans open, every page of them stays until they are closed. A span whose pages are all in the window is a slice
 //!    of the window; one whose pages are all in place is a slice of host memory. One with some of each is *bounced*: its bytes
 //!    are gathered into a buffer, which the kernel works on, and scattered back if the view is mutable.
@@ -92,6 +94,8 @@ struct Want<'a> {
     addr: usize,
     len_bytes: usize,
     pages: Range<usize>,
+    /// Where the pages end that a far fault may bring along: the view's, or the span's own.
+    until: usize,
 }
 
 impl<'a> Want<'a> {
@@ -100,6 +104,7 @@ impl<'a> Want<'a> {
         operands: &'a Operands,
         operand: &'a Operand,
         elements: &Range<usize>,
+        all_fit: bool,
     ) -> Option<Want<'a>> {
         let len_bytes = elements.len() * operand.size;
         if len_bytes == 0 {
@@ -107,12 +112,19 @@ impl<'a> Want<'a> {
         }
         let space = operands.space(operand);
         let addr = operand.addr + elements.start * operand.size;
+        let pages = space.pages(addr, len_bytes);
+        let until = if all_fit {
+            space.pages(operand.addr, operand.len_bytes).end
+        } else {
+            pages.end
+        };
         Some(Want {
             operand,
             space,
             addr,
             len_bytes,
-            pages: space.pages(addr, len_bytes),
+            pages,
+            until,
         })
     }
 
@@ -157,7 +169,7 @@ where
         }
         let mut wants = [const { None }; MAX_VIEWS];
         for (want, operand) in wants.iter_mut().zip(self.operands.views.iter().flatten()) {
-            *want = Want::new(&self.operands, operand, &elements);
+            *want = Want::new(&self.operands, operand, &elements, self.chunks.all_fit());
         }
         let bounce = &mut *worker.bounce().borrow_mut();
         let opened = open(worker, launch, &wants, bounce)?;
@@ -286,7 +298,9 @@ fn open<'a>(
                         DeviceFaultKind::Stuck,
                     ));
                 }
-                worker.fetch(want.space, missing..want.pages.end, rights, attempt)?;
+                // The first time the view's next items' pages along with ours: one move for as many of them as lie in the block.
+                let until = if attempt == 0 { want.until } else { 0 };
+                worker.fetch(want.space, missing..want.pages.end, until, rights, attempt)?;
                 // On to the next block; what was lost again meanwhile is the next attempt's.
                 from = (missing / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK;
                 if from >= want.pages.end {
@@ -491,7 +505,7 @@ fn with_page(
                 DeviceFaultKind::Stuck,
             ));
         }
-        worker.fetch(want.space, page.clone(), rights, attempt)?;
+        worker.fetch(want.space, page.clone(), page.end, rights, attempt)?;
     }
     unreachable!("the loop ends by returning")
 }

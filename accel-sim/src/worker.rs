@@ -247,27 +247,44 @@ impl Worker {
         &self.shared.counters[self.index]
     }
 
-    /// A far fault: gets translations for `pages`, or for those of them in the first one's block.
+    /// A far fault: gets translations for `pages`, or for those of them in the first one's block; and along with them, where that
+    /// meets no difficulty, for what follows up to page `until` of that block.
     ///
     /// The caller has nothing published (hazards W1). On return the pages were there for a moment; whoever needs them checks again.
     pub(crate) fn fetch(
         &self,
         region: &Space,
         pages: Range<usize>,
+        until: usize,
         rights: Rights,
         attempt: u32,
     ) -> Result<(), DeviceFault> {
         let block = pages.start / PAGES_PER_BLOCK;
-        let pages = region.body_of(&(pages.start..pages.end.min((block + 1) * PAGES_PER_BLOCK)));
+        let in_block =
+            |end: usize| region.body_of(&(pages.start..end.min((block + 1) * PAGES_PER_BLOCK)));
+        let (needed, along) = (in_block(pages.end), in_block(until.max(pages.end)));
         let turn = (region.addr_of(block * PAGES_PER_BLOCK) / BLOCK_SIZE) % NR_TURNS;
         let _turn = self.shared.turns[turn]
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        if region.nr_missing(&pages, rights) == 0 {
+        if region.nr_missing(&needed, rights) == 0 {
             self.counters().coalesced();
             return Ok(());
         }
         self.counters().far_fault();
+        if along != needed && self.fault_in(region, along, rights, attempt).is_ok() {
+            return Ok(());
+        }
+        self.fault_in(region, needed, rights, attempt)
+    }
+
+    fn fault_in(
+        &self,
+        region: &Space,
+        pages: Range<usize>,
+        rights: Rights,
+        attempt: u32,
+    ) -> Result<(), DeviceFault> {
         let table = region.mapped().table();
         self.range.borrow_mut().fault_in(
             region.mapped(),

@@ -641,6 +641,51 @@ fn detached_launches_hand_their_buffers_back() {
     });
 }
 
+/// What a fault brings along is a convenience: where it cannot be had, the items before it are worked on all the same.
+#[test]
+fn a_page_that_may_not_be_read_ends_the_item_that_needs_it() {
+    const PAGE: usize = 4096;
+    within_deadline(|| {
+        for is_write in [false, true] {
+            let accel = accel(1);
+            // Items of 256 KiB, whose borders are at multiples of it, one after the other.
+            let mut data = Buffer::<u64>::zeroed((1 << 20) / 8).expect("a buffer");
+            data.as_mut_slice().fill(1);
+            let base = data.as_slice().as_ptr().addr();
+            let forbidden = base + (1 << 20) - PAGE;
+            let last_item = forbidden & !((256 << 10) - 1);
+            let protect = |prot| {
+                let at = std::ptr::with_exposed_provenance_mut(forbidden);
+                // SAFETY: a page of the buffer's own, which nobody touches until it may be touched again.
+                unsafe { svm::mprotect(at, PAGE, prot) }.expect("a page of ours");
+            };
+            protect(libc::PROT_NONE);
+            let done = std::sync::atomic::AtomicUsize::new(0);
+            let error = if is_write {
+                accel.run(data.view_mut(), |part| {
+                    done.fetch_add(part.len(), Ordering::Relaxed);
+                    part.fill(2);
+                })
+            } else {
+                accel.run(data.view(), |part| {
+                    done.fetch_add(part.len(), Ordering::Relaxed);
+                    assert!(part.iter().all(|&x| x == 1));
+                })
+            };
+            let error = error.expect_err("a page that may not be touched");
+            let fault = error.device_fault().expect("a device fault");
+            let expected = (forbidden, DeviceFaultKind::NoAccess);
+            assert_eq!((fault.addr, fault.kind), expected);
+            let done = done.into_inner();
+            assert_eq!(done, (last_item - base) / 8, "all items but the last");
+            protect(libc::PROT_READ | libc::PROT_WRITE);
+            let (first, rest) = data.as_slice().split_at(done);
+            let written = if is_write { 2 } else { 1 };
+            assert!(first.iter().all(|&x| x == written) && rest.iter().all(|&x| x == 1));
+        }
+    });
+}
+
 #[test]
 fn a_working_set_larger_than_the_device() {
     within_deadline(|| {
