@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use svm::{
     Access, AttachOptions, Attachment, Device, DeviceFault, DeviceLock, Error, Invalidation, Keep,
-    MapInfo, MappedRef, PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread, WouldBlock,
+    MapInfo, MappedRef, Mirror, PageBits, PageMask, RegionRef, UseGuard, Valid, WorkerThread,
+    WouldBlock,
 };
 
 /// How long an operation may take without progress, unless the test says otherwise.
@@ -497,4 +498,21 @@ impl Session<'_> {
     pub fn finish(self) -> Result<(), Error> {
         self.use_guard.finish()
     }
+}
+
+/// Makes `n` pages of a mirror accessible, from its page `first` on, without accessing them.
+///
+/// # Panics
+/// If that ends in a device fault.
+pub fn fault_in(
+    device: &TestDevice,
+    mirror: &Mirror<'_, u8>,
+    first: usize,
+    n: usize,
+    access: Access,
+) {
+    let view = mirror.view();
+    device
+        .fault_in(view.region(), view.addr() + first * PAGE, n * PAGE, access)
+        .unwrap();
 }

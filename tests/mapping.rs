@@ -1,11 +1,14 @@
 //! [`Map`]: an anonymous mapping that a test mirrors by address, and changes by system calls; and tests in processes of their
-//! own.
+//! own, with all options.
 
 use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
-use svm::{Mirror, Options};
+use svm::{Delivery, Granule, Mirror, Options};
+
+use crate::{Watchdog, usable};
 
 const PAGE: usize = 4096;
 
@@ -113,12 +116,23 @@ impl Map {
     }
 }
 
+/// The error number of a wrapper's refusal; 0 if there is none.
+///
+/// # Panics
+/// If it is an error without a number.
+#[must_use]
+pub fn errno(result: svm::Result<()>) -> i32 {
+    match result {
+        Ok(()) => 0,
+        Err(error) => error.os_error().unwrap(),
+    }
+}
+
 /// Names the test that a process was made for.
 const MARK: &str = "SVM_TEST_OWN_PROCESS";
 
 /// Whether this process was made by [`in_own_process`].
-#[must_use]
-pub fn is_own_process() -> bool {
+fn is_own_process() -> bool {
     std::env::var_os(MARK).is_some()
 }
 
@@ -150,4 +164,47 @@ fn run_again(mark: &str, test: &str, lacking: &str) {
         "{test} without {lacking:?}: {}\n{said}",
         output.status
     );
+}
+
+/// What a kernel may lack that changes how calls are made on mirrored memory.
+const LACKING: [&str; 4] = [
+    "",
+    "move",
+    "events",
+    "move,events,pagemap_scan,procmap_query",
+];
+
+/// Runs `test` through both doors, with each granule and policy, and again where the kernel lacks something.
+///
+/// # Panics
+/// As [`in_own_process`].
+pub fn each(name: &'static str, test: impl Fn(&Options)) {
+    each_of(&[Granule::Page, Granule::Big, Granule::Huge], name, test);
+}
+
+/// The same with these granules alone.
+///
+/// # Panics
+/// As [`in_own_process`].
+pub fn each_of(granules: &[Granule], name: &'static str, test: impl Fn(&Options)) {
+    // What runs the others waits for all of them, one after the other.
+    let seconds = if is_own_process() { 50 } else { 220 };
+    let _watchdog = Watchdog::with_timeout(name, Duration::from_secs(seconds));
+    if !usable() {
+        return;
+    }
+    in_own_process(name, &LACKING, || {
+        for delivery in [Delivery::Inline, Delivery::Thread] {
+            for &granule in granules {
+                for read_mostly in [false, true] {
+                    test(
+                        &Options::new()
+                            .delivery(delivery)
+                            .granule(granule)
+                            .read_mostly(read_mostly),
+                    );
+                }
+            }
+        }
+    });
 }
