@@ -1,6 +1,7 @@
 //! [`Idle`]: a device that holds no translation, so that a test decides by itself what it faults in and when it lets go.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -18,8 +19,21 @@ pub struct Idle {
     lock: DeviceLock,
     /// Bit *b*: an access to block *b* never ends, as of a kernel that hangs in a span.
     pub stuck: AtomicU64,
+    /// How often it says that an access goes on, before none does.
+    pub busy: AtomicU64,
     /// Pauses less resumptions: 0 or 1, or somebody was forgotten.
     pub pauses: AtomicI64,
+    /// What it has seen so far.
+    pub seen: Arc<Seen>,
+}
+
+/// Of how many pages a device was told, and how often it was asked whether it is done. A test keeps it when the device is gone.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Pages.
+    pub told: AtomicU64,
+    /// Questions.
+    pub asked: AtomicU64,
 }
 
 // SAFETY: it has no translations. A test that accesses a window itself does so where nothing takes the page from it.
@@ -36,11 +50,15 @@ unsafe impl Device for Idle {
 
     fn invalidate(&self, (): &(), inv: &Invalidation) -> Result<(), WouldBlock> {
         let _guard = self.lock.lock_for(inv.blocking())?;
+        let nr_pages = inv.pages().count() as u64;
+        self.seen.told.fetch_add(nr_pages, Ordering::SeqCst);
         Ok(())
     }
 
     fn quiesced(&self, (): &(), inv: &Invalidation) -> bool {
-        self.stuck.load(Ordering::SeqCst) >> inv.block() & 1 == 0
+        let asked = self.seen.asked.fetch_add(1, Ordering::SeqCst);
+        let is_stuck = self.stuck.load(Ordering::SeqCst) >> inv.block() & 1 == 1;
+        !is_stuck && asked >= self.busy.load(Ordering::SeqCst)
     }
 
     fn pause(&self) {

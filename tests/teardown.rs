@@ -3,14 +3,11 @@
 #![cfg(target_os = "linux")]
 
 use std::ptr;
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
-use svm::{
-    Access, AttachOptions, Buffer, Delivery, Device, DeviceFaultKind, DeviceLock, Error, ErrorKind,
-    Invalidation, MapInfo, MappedRef, Options, WouldBlock,
-};
+use svm::{Access, Buffer, Delivery, DeviceFaultKind, ErrorKind, MappedRef, Options};
 use tests::idle::{Idle, fault_in};
 use tests::mapping::{self, READ_WRITE};
 use tests::{TestDevice, Watchdog, usable};
@@ -33,43 +30,6 @@ fn first_page(mapped: &MappedRef<Idle>) -> usize {
     (region.addr().next_multiple_of(PAGE) - region.base()) / PAGE
 }
 
-/// A device that makes no access, and pretends that one goes on until it was asked often enough.
-#[derive(Default)]
-struct InPlace {
-    lock: DeviceLock,
-    seen: Arc<Seen>,
-}
-
-/// Of how many pages it was told, and how often it was asked whether it is done.
-#[derive(Default)]
-struct Seen {
-    told: AtomicU64,
-    asked: AtomicU64,
-}
-
-// SAFETY: it makes no access.
-unsafe impl Device for InPlace {
-    type Table = ();
-
-    fn map(&self, _: &MapInfo) -> Result<(), Error> {
-        Ok(())
-    }
-
-    fn lock(&self) -> &DeviceLock {
-        &self.lock
-    }
-
-    fn invalidate(&self, (): &(), inv: &Invalidation) -> Result<(), WouldBlock> {
-        let nr_pages = inv.pages().count() as u64;
-        self.seen.told.fetch_add(nr_pages, Ordering::SeqCst);
-        Ok(())
-    }
-
-    fn quiesced(&self, (): &(), _: &Invalidation) -> bool {
-        self.seen.asked.fetch_add(1, Ordering::SeqCst) > 20
-    }
-}
-
 /// Memory that devices use where it lies has nothing that would have to come home. They are told all the same, and waited for, before
 /// its mirror is closed or they are detached: nobody would tell them of a change any more.
 #[test]
@@ -78,7 +38,8 @@ fn translations_in_place_end_with_the_mirror_and_with_the_device() {
         for detach in [false, true] {
             let map = mapping::Map::at_hint(0, 4, READ_WRITE, libc::MAP_SHARED);
             let mirror = map.mirror(options);
-            let device = svm::attach(InPlace::default(), AttachOptions::new()).unwrap();
+            let device = Idle::attach().unwrap();
+            device.device().busy.store(21, Ordering::SeqCst);
             let mapped = device.map(mirror.view().region()).unwrap();
             assert!(mapped.region().is_in_place());
             let first = (map.addr - mapped.region().base()) / PAGE;

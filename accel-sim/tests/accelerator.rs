@@ -1,7 +1,8 @@
 //! The accelerator on real memory: launches of each kind, their failures, and what memory is like afterwards.
 
+mod common;
+
 use std::cmp::Ordering as Cmp;
-use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, mpsc};
@@ -11,30 +12,7 @@ use accel_sim::{Accelerator, Error, Options, indices};
 use bytemuck::{Pod, Zeroable};
 use svm::{Access, Buffer, DeviceFaultKind, Ptr};
 
-/// Runs `test` with a watchdog: a hang is a failure with a name, not a stuck run.
-fn within_deadline(test: impl FnOnce() + Send + 'static) {
-    let (done, watch) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        test();
-        let _ = done.send(());
-    });
-    if let Err(mpsc::RecvTimeoutError::Timeout) = watch.recv_timeout(Duration::from_secs(60)) {
-        // Not by a macro: the harness would keep it.
-        let _ = writeln!(
-            std::io::stderr(),
-            "{:?}: no end within 60 s",
-            std::thread::current().name()
-        );
-        std::process::abort();
-    }
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn accel(workers: usize) -> Accelerator {
-    Accelerator::with_options(Options::new().workers(workers)).expect("an accelerator")
-}
+use crate::common::{accel, within_deadline};
 
 #[test]
 fn saxpy_over_slices_of_every_alignment() {

@@ -1,6 +1,7 @@
 //! What a launch uses lives until it is over: launches begun by kernels, operands that are owned, handles that end in odd places.
 
-use std::io::Write;
+mod common;
+
 use std::panic::panic_any;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -9,30 +10,7 @@ use std::time::Duration;
 use accel_sim::{Accelerator, Error, Options, indices};
 use svm::Buffer;
 
-/// Runs `test` with a watchdog: a hang is a failure with a name, not a stuck run.
-fn within_deadline(test: impl FnOnce() + Send + 'static) {
-    let (done, watch) = mpsc::channel();
-    let thread = std::thread::spawn(move || {
-        test();
-        let _ = done.send(());
-    });
-    if let Err(mpsc::RecvTimeoutError::Timeout) = watch.recv_timeout(Duration::from_secs(60)) {
-        // Not by a macro: the harness would keep it.
-        let _ = writeln!(
-            std::io::stderr(),
-            "{:?}: no end within 60 s",
-            std::thread::current().name()
-        );
-        std::process::abort();
-    }
-    if let Err(panic) = thread.join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn accel(workers: usize) -> Accelerator {
-    Accelerator::with_options(Options::new().workers(workers)).expect("an accelerator")
-}
+use crate::common::{accel, within_deadline};
 
 /// The second launch is made by a thread that the first one's kernel has started: the scope's own thread never sees it.
 #[test]
