@@ -27,6 +27,7 @@ use crate::mask::PageMask;
 use crate::mirror::{Mirror, mirror_raw};
 use crate::options::{Delivery, Granule, Options};
 use crate::page_bits::PageBits;
+use crate::pin::Meanwhile;
 use crate::region::Region;
 use crate::round::Valid;
 use crate::space::AddressSpace;
@@ -491,7 +492,7 @@ impl World {
     /// Pins pages, works on them as a system call would, and lets them go.
     pub(crate) fn with_pinned(&self, pages: std::ops::Range<usize>) {
         let bytes = self.range(&pages);
-        let pinned = crate::pin::with_pinned(&self.region, bytes, || {
+        let pinned = crate::pin::with_pinned(&self.region, bytes, Meanwhile::InPlace, || {
             for page in pages.clone() {
                 // The kernel's own access: it does not fault.
                 kernel::touch(self.place(page), true, |_, contents| {

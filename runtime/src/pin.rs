@@ -2,6 +2,9 @@
 //!
 //! A pin marks its pages first, so that from then on devices access them in place; then it brings home what is away,
 //! un-protects what is shared and populates what nobody has touched, so that the kernel can read and write all of it.
+//!
+//! The runtime pins pages for its own ends, too ([`with_pinned`]). Then devices wait: the application, which knows nothing of it, may
+//! unmap the memory at any time, and the kernel tells of that when a translation in place leads nowhere already.
 
 use core::fmt;
 use core::ops::Range;
@@ -28,6 +31,13 @@ pub struct Pin<'a> {
     region: &'a MapArc<Region>,
     /// Page indices from the region's base; empty if nothing can move anyway.
     pages: Range<usize>,
+}
+
+/// What devices do that want a page that is pinned.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Meanwhile {
+    InPlace,
+    Wait,
 }
 
 /// Pins `elements`, which are in bounds, of `element_size` bytes each, the first of them at `addr`.
@@ -61,7 +71,7 @@ pub(crate) fn pin<'a>(
     // From here on dropping the guard takes back whatever was done.
     let pin = Pin { region, pages };
     for (block, mask) in blocks(&pin.pages) {
-        pin_block(region, block, mask)?;
+        pin_block(region, block, mask, Meanwhile::InPlace)?;
     }
     Ok(pin)
 }
@@ -79,9 +89,9 @@ fn blocks(pages: &Range<usize>) -> impl Iterator<Item = (usize, PageMask)> + use
     })
 }
 
-fn pin_block(region: &Region, block: usize, pages: PageMask) -> Result<()> {
+fn pin_block(region: &Region, block: usize, pages: PageMask, devices: Meanwhile) -> Result<()> {
     loop {
-        match try_pin_block(region, block, pages) {
+        match try_pin_block(region, block, pages, devices) {
             Ok(true) => return Ok(()),
             Ok(false) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
@@ -93,7 +103,12 @@ fn pin_block(region: &Region, block: usize, pages: PageMask) -> Result<()> {
     }
 }
 
-fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool, Stall> {
+fn try_pin_block(
+    region: &Region,
+    block: usize,
+    pages: PageMask,
+    devices: Meanwhile,
+) -> Result<bool, Stall> {
     let space = AddressSpace::global();
     let gate = space.gate().enter();
     let mut state = region.lock_block(block);
@@ -124,9 +139,10 @@ fn try_pin_block(region: &Region, block: usize, pages: PageMask) -> Result<bool,
         if pages.intersects(&(state.gone() | state.pending())) {
             return Ok(false);
         }
-        return finish_pin(region, &gate, block, &mut state, pages).inspect(|_| drop(bracket));
+        return finish_pin(region, &gate, block, &mut state, pages, devices)
+            .inspect(|_| drop(bracket));
     }
-    finish_pin(region, &gate, block, &mut state, pages).inspect(|_| drop(bracket))
+    finish_pin(region, &gate, block, &mut state, pages, devices).inspect(|_| drop(bracket))
 }
 
 /// Brings the pages home, un-protects them and populates them. Their holders are excluded, the bracket is open.
@@ -136,6 +152,7 @@ fn finish_pin(
     block: usize,
     state: &mut BlockState,
     pages: PageMask,
+    devices: Meanwhile,
 ) -> Result<bool, Stall> {
     let mut mover = Mover::new(region, block, state);
     loop {
@@ -156,22 +173,31 @@ fn finish_pin(
     for run in pages.runs() {
         mover.populate_host(run)?;
     }
-    mover.state.end_pinning(pages);
+    if devices == Meanwhile::InPlace {
+        mover.state.end_pinning(pages);
+    }
     Ok(true)
 }
 
-/// Runs `f` while `pages`, of the body, are pinned.
+/// Runs `f` while `pages`, of the body, are pinned. One at a time where devices wait, for as long as one holds they do.
 pub(crate) fn with_pinned<R>(
     region: &Region,
     pages: PageRange,
+    devices: Meanwhile,
     f: impl FnOnce() -> R,
 ) -> Result<R> {
+    let _one = (devices == Meanwhile::Wait).then(|| region.pins_of_ours().lock());
     let pages =
         (pages.start() - region.base()) / PAGE_SIZE..(pages.end() - region.base()) / PAGE_SIZE;
     region.add_pin(pages.clone());
-    let pinned = blocks(&pages).try_for_each(|(block, mask)| pin_block(region, block, mask));
-    let result = pinned.map(|()| f());
+    let pin = |(block, mask)| pin_block(region, block, mask, devices);
+    let result = blocks(&pages).try_for_each(pin).map(|()| f());
     unpin(region, &pages);
+    for (block, mask) in blocks(&pages) {
+        // Those that the application has pinned are in place again.
+        let _gate = AddressSpace::global().gate().enter();
+        region.lock_block(block).end_pinning(mask);
+    }
     result
 }
 
@@ -189,6 +215,8 @@ impl Drop for Pin<'_> {
             return;
         }
         let _signals = AsyncSignalsBlocked::new();
+        // Not in the middle of one of ours, in which the pages would go on to be in place.
+        let _none = self.region.pins_of_ours().lock();
         unpin(self.region, &self.pages);
     }
 }

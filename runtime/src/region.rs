@@ -64,6 +64,8 @@ pub(crate) struct Region {
     /// The device whose launches write the edges' copies, and how many of them there are.
     edge_writers: Mutex<(Option<DeviceId>, u32)>,
     pins: Mutex<Pins>,
+    /// Held while the runtime pins pages for its own ends, and to unpin what the application has pinned.
+    pins_of_ours: Mutex<()>,
     has_displacements: AtomicBool,
     /// In the order in which they came: where two overlap the later one is right.
     displacements: Mutex<MapSlice<Displacement>>,
@@ -121,6 +123,7 @@ impl Region {
             has_severed: AtomicBool::new(false),
             edge_writers: Mutex::new((None, 0)),
             pins: Mutex::new(Pins::default()),
+            pins_of_ours: Mutex::new(()),
             has_displacements: AtomicBool::new(false),
             displacements: Mutex::new(MapSlice::empty()),
             counters: Counters::default(),
@@ -366,6 +369,10 @@ impl Region {
         while self.in_flight.load(Ordering::Acquire) != 0 {
             std::thread::sleep(Duration::from_micros(20));
         }
+    }
+
+    pub(crate) fn pins_of_ours(&self) -> &Mutex<()> {
+        &self.pins_of_ours
     }
 
     /// Records a pin of the pages `pages` (from the base). The caller marks the blocks.

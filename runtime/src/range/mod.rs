@@ -28,7 +28,7 @@ use core::fmt;
 use core::ops::{Deref, Range as Pages};
 use core::time::Duration;
 
-use crate::addr::{PAGES_PER_BLOCK, PageRange};
+use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::attachment::Attached;
 use crate::device::{Device, DeviceGuard};
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
@@ -37,7 +37,7 @@ use crate::mapped::{AnyMapped, Mapped, MappedRef};
 use crate::mask::PageMask;
 use crate::movement::Stall;
 use crate::notifier::{BeginError, Hub, NoMemory, Subscription, Token};
-use crate::pin;
+use crate::pin::{self, Meanwhile};
 use crate::region::{Region, RegionKind};
 use crate::round::{Outcome, Round, Valid};
 use crate::scratch::Scratch;
@@ -229,7 +229,7 @@ impl<D: Device> State<D> {
         let region = mapped.shared_region();
         check_pages(region, &pages, Access::Read)?;
         let pages = pages.start..pages.end.max(pages.start);
-        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        let addr = region.base() + pages.start * PAGE_SIZE;
         if self.attached.is_forked() || region.door().is_disowned() {
             let kind = DeviceFaultKind::Forked;
             return Err(DeviceFault::new(addr, Access::Read, kind));
@@ -269,7 +269,7 @@ impl<D: Device> State<D> {
     ) -> Result<(), DeviceFault> {
         let block = pages.start / PAGES_PER_BLOCK;
         let region = mapped.shared_region();
-        let addr = region.base() + pages.start * crate::addr::PAGE_SIZE;
+        let addr = region.base() + pages.start * PAGE_SIZE;
         let fault = |kind| DeviceFault::new(addr, access, kind);
         if self.attached.is_forked() || region.door().is_disowned() {
             return Err(fault(DeviceFaultKind::Forked));
@@ -570,21 +570,28 @@ fn unstick<D: Device>(
         return Ok(());
     };
     if times < MAX_BROKEN && vma.writable && matches!(stall, Stall::Busy(_)) {
-        // The neighbours were shared by the same fork, most likely: all at once, not one fault each.
-        let granule = region.granule() * crate::addr::PAGE_SIZE;
-        let body = region.body().and_then(|body| {
-            PageRange::containing(addr & !(granule - 1), granule)?.intersect(body)
-        });
-        if let Some(pages) = body.and_then(|p| p.intersect(vma.range)) {
+        // The neighbours were shared by the same fork, most likely: all at once, not one fault each. Unless one of them is gone.
+        let granule = region.granule() * PAGE_SIZE;
+        let around = PageRange::containing(addr & !(granule - 1), granule);
+        let page = PageRange::containing(addr, 1);
+        let is_broken = [around, page].into_iter().flatten().any(|pages| {
+            let ours = pages
+                .intersect(vma.range)
+                .and_then(|p| p.intersect(region.body()?));
             // Pinned meanwhile: home and un-protected, or the write that breaks the sharing would itself fault.
-            if pin::with_pinned(region, pages, || {
-                drop(mmap::advise(pages, Advice::PopulateWrite));
+            ours.is_some_and(|pages| {
+                let populate = || drop(mmap::advise(pages, Advice::PopulateWrite));
+                pin::with_pinned(region, pages, Meanwhile::Wait, populate).is_ok()
             })
-            .is_err()
-            {
-                process::sched_yield();
-            }
+        });
+        if !is_broken {
+            process::sched_yield();
         }
+        return Ok(());
+    }
+    if times == 0 || AddressSpace::global().is_changing() {
+        // Refused while a mapping was changing, perhaps.
+        process::sched_yield();
         return Ok(());
     }
     let mark = || {
@@ -596,7 +603,7 @@ fn unstick<D: Device>(
     // The CPU's alone and un-protected before devices use it there: a store in place to a page that is still shared would
     // fault, and wait for the very worker that made it.
     let own = PageRange::containing(addr, 1).and_then(|p| p.intersect(region.body()?));
-    if own.is_none_or(|pages| pin::with_pinned(region, pages, mark).is_err()) {
+    if own.is_none_or(|pages| pin::with_pinned(region, pages, Meanwhile::Wait, mark).is_err()) {
         mark();
     }
     Ok(())
@@ -608,7 +615,7 @@ fn check_pages(region: &Region, pages: &Pages<usize>, access: Access) -> Result<
     if pages.start.max(pages.end) <= end {
         return Ok(());
     }
-    let addr = region.base() + pages.start.min(end) * crate::addr::PAGE_SIZE;
+    let addr = region.base() + pages.start.min(end) * PAGE_SIZE;
     Err(DeviceFault::new(addr, access, DeviceFaultKind::OutOfViews))
 }
 
@@ -619,7 +626,7 @@ fn covered_by_granules(region: &Region, pages: &Pages<usize>) -> Pages<usize> {
 }
 
 fn interval_of(region: &Region, pages: &Pages<usize>) -> crate::notifier::Interval {
-    let at = |page: usize| (region.base() + page * crate::addr::PAGE_SIZE) as u64;
+    let at = |page: usize| (region.base() + page * PAGE_SIZE) as u64;
     crate::notifier::Interval::new(at(pages.start), at(pages.end))
 }
 
@@ -632,9 +639,8 @@ impl<D: Device> Update<'_, D> {
     pub fn fault(&mut self, access: Access) -> Result<(), DeviceFault> {
         let mapped = self.mapped.clone();
         let region = mapped.shared_region();
-        let fault = |page: usize, kind| {
-            DeviceFault::new(region.base() + page * crate::addr::PAGE_SIZE, access, kind)
-        };
+        let fault =
+            |page: usize, kind| DeviceFault::new(region.base() + page * PAGE_SIZE, access, kind);
         if self.is_forked() {
             return Err(fault(self.pages.start, DeviceFaultKind::Forked));
         }
