@@ -8,7 +8,7 @@
 use std::io::{Read, Write};
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use accel_sim::{Accelerator, ElementsMut};
@@ -16,6 +16,7 @@ use svm::{
     Access, AttachOptions, Delivery, Device, DeviceLock, ErrorKind, Granule, Invalidation, MapInfo,
     Options, WouldBlock,
 };
+use tests::mapping::READ_WRITE;
 use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
 
 const PAGE: usize = 4096;
@@ -661,6 +662,21 @@ extern "C" fn make_late_use() {
     }
 }
 
+/// Has `prepare` called in the middle of each fork: between our preparation, whose handler is installed later, and the fork.
+fn at_fork_before_ours(prepare: extern "C" fn()) {
+    unsafe extern "C" {
+        fn pthread_atfork(
+            prepare: Option<extern "C" fn()>,
+            parent: Option<extern "C" fn()>,
+            child: Option<extern "C" fn()>,
+        ) -> libc::c_int;
+    }
+    // Those that prepare run in reverse order.
+    // SAFETY: a function of that type.
+    let outcome = unsafe { pthread_atfork(Some(prepare), None, None) };
+    assert_eq!(outcome, 0);
+}
+
 /// A process's first use of the runtime, between the preparation of a fork and the fork.
 #[test]
 fn a_first_use_in_the_middle_of_a_fork() {
@@ -672,17 +688,7 @@ fn a_first_use_in_the_middle_of_a_fork() {
         return tests::skip("no userfaultfd");
     }
     in_own_process(name, &[""], || {
-        unsafe extern "C" {
-            fn pthread_atfork(
-                prepare: Option<extern "C" fn()>,
-                parent: Option<extern "C" fn()>,
-                child: Option<extern "C" fn()>,
-            ) -> libc::c_int;
-        }
-        // Before ours are installed, for those that prepare run in reverse order.
-        // SAFETY: a function of that type.
-        let outcome = unsafe { pthread_atfork(Some(make_late_use), None, None) };
-        assert_eq!(outcome, 0);
+        at_fork_before_ours(make_late_use);
         let _first = filled(&Options::new());
         // In a child our handlers are there, and there is nothing yet.
         assert!(in_child(|| {
@@ -699,6 +705,158 @@ fn a_first_use_in_the_middle_of_a_fork() {
             grandchild && right(buffer.as_slice())
         }));
     });
+}
+
+/// While one device's fault breaks the sharing of pages with a child, the others wait: memory that nobody has pinned may be unmapped at any
+/// moment, and a translation in place would lead nowhere before anybody has heard of it.
+#[test]
+fn sharing_is_broken_with_no_device_in_place() {
+    each("broken sharing", |options| {
+        let buffer = filled(options);
+        let devices = [TestDevice::new().unwrap(), TestDevice::new().unwrap()];
+        for _ in 0..4 {
+            // It has the pages, too, until it is told to go.
+            let (mut here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+            let child = spawn_child(|| {
+                let mut there = there;
+                there.read(&mut [0]).is_ok()
+            });
+            let view = buffer.view();
+            let (region, addr) = (view.region(), view.addr());
+            std::thread::scope(|scope| {
+                for device in &devices {
+                    scope.spawn(move || {
+                        for page in 0..32 {
+                            device
+                                .fault_in(region, addr + page * PAGE, 1, Access::Read)
+                                .unwrap();
+                        }
+                    });
+                }
+            });
+            here.write_all(&[1]).unwrap();
+            assert_eq!(wait_for(child), 0);
+        }
+        assert_eq!(buffer.stats().in_place_pages, 0, "{options:?}");
+        assert!(buffer.as_slice().iter().zip(0..).all(|(&x, i)| x == i));
+    });
+}
+
+/// A page that has gone keeps nothing else from being parted from a child: in place the others would be in a bare `munmap`'s way.
+#[test]
+fn sharing_is_broken_beside_a_page_that_is_gone() {
+    each("gone beside", |options| {
+        let map = Map::new(32);
+        let mut mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        let (mut here, there) = std::os::unix::net::UnixStream::pair().unwrap();
+        // Of the same mapping still, but not the mirror's: what was there has moved.
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+        // SAFETY: a page of the test's.
+        let moved = unsafe { libc::mremap(map.at(5).cast(), PAGE, PAGE, flags, 0_usize) };
+        assert_ne!(moved, libc::MAP_FAILED);
+        let child = spawn_child(|| {
+            let mut there = there;
+            there.read(&mut [0]).is_ok()
+        });
+        let view = mirror.view_mut();
+        for page in [4, 6] {
+            device
+                .fault_in(view.region(), map.at(page).addr(), 1, Access::Write)
+                .unwrap();
+        }
+        here.write_all(&[1]).unwrap();
+        assert_eq!(wait_for(child), 0);
+        assert_eq!(mirror.stats().in_place_pages, 0, "{options:?}");
+        mirror.close().unwrap();
+        assert_eq!([4, 6].map(|page| map.read(page)), [5, 7]);
+    });
+}
+
+/// Pages of the memory that is looked at between the preparation of a fork and the fork: where it is, and how many, or none.
+static GROWN: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+
+extern "C" fn use_what_has_grown() {
+    let [at, pages] = [0, 1].map(|i| GROWN[i].load(Ordering::SeqCst));
+    if pages == 0 {
+        return;
+    }
+    let map = Map { addr: at, pages };
+    assert_eq!(map.read(pages - 1), 0);
+    map.write(pages - 2, 7);
+    // It is one mapping, so it can be moved by one call.
+    let room = Map::apart(pages, libc::PROT_NONE);
+    for (from, to) in [(at, room.addr), (room.addr, at)] {
+        let [from, to] = [from, to].map(std::ptr::with_exposed_provenance_mut);
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: memory of the test's, and room of its own.
+        let moved = unsafe { libc::mremap(from, pages * PAGE, pages * PAGE, flags, to) };
+        assert_eq!(moved, to, "{}", std::io::Error::last_os_error());
+    }
+}
+
+/// Memory that a mirrored mapping has grown by belongs with it, also while a fork is under way: of such growth the kernel tells nobody.
+#[test]
+fn what_has_grown_is_inherited_with_what_it_grew_from() {
+    let name = "what_has_grown_is_inherited_with_what_it_grew_from";
+    in_own_process(name, &["", "procmap_query"], || {
+        at_fork_before_ours(use_what_has_grown);
+        each("grown", |options| {
+            for is_left_behind in [false, true] {
+                grow_and_fork(options, is_left_behind);
+            }
+        });
+    });
+}
+
+fn grow_and_fork(options: &Options, is_left_behind: bool) {
+    const PAGES: usize = 16;
+    let reserved = Map::apart(4 * PAGES, libc::PROT_NONE);
+    let map = Map::at_hint(reserved.addr, PAGES, READ_WRITE, libc::MAP_FIXED);
+    (0..PAGES).for_each(|page| map.write(page, page as u64 + 1));
+    let mut mirror = map.mirror(options);
+    let device = TestDevice::new().unwrap();
+    let view = mirror.view_mut();
+    device
+        .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+        .unwrap();
+    let remap = |old: usize, new: usize, flags: i32, to: usize| {
+        let [from, to] = [map.addr, to].map(std::ptr::with_exposed_provenance_mut);
+        // SAFETY: memory of the test's, and room of its own.
+        let now = unsafe { libc::mremap(from, old * PAGE, new * PAGE, flags, to) };
+        assert_ne!(now, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        now.expose_provenance()
+    };
+    const MOVE: i32 = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    let room = Map::apart(2 * PAGES, libc::PROT_NONE);
+    let addr = if is_left_behind {
+        let elsewhere = Map::apart(PAGES, libc::PROT_NONE);
+        remap(PAGES, PAGES, MOVE | libc::MREMAP_DONTUNMAP, elsewhere.addr);
+        remap(PAGES, 2 * PAGES, MOVE, room.addr)
+    } else {
+        // SAFETY: what was reserved.
+        let outcome = unsafe { libc::munmap(map.at(PAGES).cast(), 3 * PAGES * PAGE) };
+        assert_eq!(outcome, 0);
+        remap(PAGES, 2 * PAGES, 0, 0)
+    };
+    let pages = 2 * PAGES;
+    let grown = Map { addr, pages };
+    GROWN[0].store(addr, Ordering::SeqCst);
+    GROWN[1].store(grown.pages, Ordering::SeqCst);
+    let is_right = || {
+        let word = |page| match page {
+            _ if page < PAGES && !is_left_behind => page as u64 + 1,
+            _ if page == pages - 2 => 7,
+            _ => 0,
+        };
+        (0..pages).all(|page| grown.read(page) == word(page))
+    };
+    assert!(in_child(is_right));
+    GROWN[1].store(0, Ordering::SeqCst);
+    mirror.close().unwrap();
+    // What was never touched while it was mirrored is memory like any other.
+    assert!(is_right());
+    assert!(in_child(is_right));
 }
 
 const FIRST_USE: &str = "SVM_TEST_FORK_AT_FIRST_USE";

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use svm::{Access, Delivery, Options};
 use tests::idle::{Idle, fault_in};
-use tests::{TestDevice, Watchdog, usable};
+use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
 
 const PAGE: usize = 4096;
 
@@ -134,6 +134,41 @@ fn memory_that_grew_in_place_is_memory() {
             assert_eq!(read(at, page), if page < 16 { page as u64 + 1 } else { 9 });
         });
         unmap(at, 32);
+    });
+}
+
+/// What is protected in the middle of what has grown is a mapping of its own, and so is what lies behind that.
+#[test]
+fn memory_that_grew_and_is_protected_in_part_is_memory() {
+    let name = "memory_that_grew_and_is_protected_in_part_is_memory";
+    in_own_process(name, &["", "procmap_query"], || {
+        both_doors("grown and protected", |options| {
+            let reserved = Map::apart(64, libc::PROT_NONE);
+            let at = reserved.addr;
+            unmap(at + 16 * PAGE, 48);
+            assert_eq!(map_at(at, 16, READ_WRITE, libc::MAP_FIXED).addr(), at);
+            let device = TestDevice::new().unwrap();
+            let mirror = mirrored(at, 16, &device, options);
+            remap(at, 16, 32, None);
+            let protect = |prot: i32| {
+                let middle = ptr::with_exposed_provenance_mut(at + 20 * PAGE);
+                // SAFETY: memory of the test's.
+                let outcome = unsafe { libc::mprotect(middle, 4 * PAGE, prot) };
+                assert_eq!(outcome, 0);
+            };
+            protect(libc::PROT_NONE);
+            for page in (16..20).chain(24..28) {
+                assert_eq!(read(at, page), 0);
+                write(at, page, 9);
+            }
+            protect(READ_WRITE);
+            mirror.close().unwrap();
+            (16..32).for_each(|page| {
+                let is_written = (16..20).contains(&page) || (24..28).contains(&page);
+                assert_eq!(read(at, page), if is_written { 9 } else { 0 });
+            });
+            unmap(at, 32);
+        });
     });
 }
 

@@ -163,8 +163,12 @@ pub unsafe fn mremap(
     let change = Change::begin_in_turn([old, replaced], |_| true);
     let home = change.hold_home()?;
     let was_held = home.as_ref().is_some_and(|home| !home.heard);
+    // While a thread forks, memory that is one mapping may be two for a moment, which the system would not move.
+    let ours = change.space.filter(|_| !change.parts.is_empty());
+    let bracket = ours.map(AddressSpace::fork_bracket);
     // SAFETY: by the caller's contract.
     let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
+    drop(bracket);
     change.let_go(home, |part| match outcome {
         Err(_) => Fate::Unknown,
         _ if replaced.is_some_and(|replaced| replaced.overlaps(part)) => Fate::gone(replaced),

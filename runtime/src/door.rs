@@ -6,7 +6,7 @@
 
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use crate::addr::{PAGE_SIZE, PageRange};
+use crate::addr::{PAGE_SIZE, PageRange, page_floor};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::sys::event::Doorbell;
@@ -253,6 +253,19 @@ impl Door {
             unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
         };
         meddled!(Move, len, whole)
+    }
+
+    /// Whether the page at `addr` is registered with this door's descriptor: alone of all calls MOVE asks that, and it asks before it
+    /// looks at pages. Where there is none the answer is no; where a mapping is changing, yes, for who goes on to fill the page is told
+    /// so again. `zeros` is an empty page, or one of zeros, which may move there.
+    pub(crate) fn owns(&self, addr: usize, zeros: usize) -> bool {
+        let page = PageRange::from_pages(page_floor(addr), 1);
+        let Some(page) = page.filter(|_| self.has_move()) else {
+            return false;
+        };
+        // SAFETY: the page is asked about by who has faulted on it, so it is missing, and reads as zeros once it is there.
+        let moved = unsafe { self.uffd.move_pages(page, zeros, self.wakes()) };
+        !matches!(moved.stop, Stop::Invalid)
     }
 
     /// Fills `len` bytes of missing pages with copies.

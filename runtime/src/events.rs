@@ -287,13 +287,15 @@ pub(crate) fn apply(
             ) else {
                 return;
             };
-            let mut owner = None;
             for_each_part(space, closed, range, |place, part| {
                 let to = part.start() - from + to;
                 give_up(space, closed, place, part, What::Displaced(to), pending);
-                owner.get_or_insert_with(|| place.region.clone());
             });
-            let tail = owner.and_then(|region| grown_tail(space, closed, to, len, region));
+            let is_last = |place: &&Place| {
+                !matches!(place.kind, PlaceKind::Window(_)) && place.range.overlaps(range)
+            };
+            let last = space.places(closed).iter().rfind(is_last);
+            let tail = last.and_then(|place| grown_tail(space, closed, target, &place.region));
             let follow = |place: &Place| match place.kind {
                 PlaceKind::Window(_) => [None, None],
                 _ => match place.range.intersect(range) {
@@ -329,26 +331,18 @@ fn followed(place: &Place, part: PageRange, to: usize) -> [Option<Place>; 2] {
     [moved, Some(left_behind)]
 }
 
-/// The memory behind `len` bytes at `to` that belongs to the same mapping and is not published.
+/// The memory behind `target` that belongs to the same mapping and is not published.
 fn grown_tail(
     space: &AddressSpace,
     closed: &Closed<'_>,
-    to: usize,
-    len: usize,
-    region: MapArc<Region>,
+    target: PageRange,
+    region: &MapArc<Region>,
 ) -> Option<Place> {
-    let end = space.vma(to)?.range.end();
-    let next = space
-        .places(closed)
-        .iter()
-        .map(|p| p.range.start())
-        .filter(|&s| s >= to + len)
-        .min();
-    let range = PageRange::new(to + len, end.min(next.unwrap_or(end)))?;
+    let whole = space.with_grown(closed, target);
     Some(Place {
-        range,
+        range: PageRange::new(target.end(), whole.end())?,
         kind: PlaceKind::Tail,
-        region,
+        region: region.clone(),
     })
 }
 

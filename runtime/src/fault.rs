@@ -211,6 +211,10 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
             return Attempt::Again;
         }
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
+        // Or when the kernel has got to telling: no message yet, but a change.
+        if stranger && space.is_changing() {
+            return Attempt::Again;
+        }
         // Memory that has grown in place, of which the kernel tells nobody: the new part is registered like the old.
         if stranger && let Some(region) = space.grown(&gate, fault.addr) {
             return zero_fill_tail(space, &gate, region, fault);
@@ -338,8 +342,6 @@ fn classify(
         let Some(holder) = state.holder_of(page) else {
             return Class::ZeroFill;
         };
-        // What is lost is in nobody's way.
-        let near = (near - state.lost()) | PageMask::page(page);
         let run = (near & state.away() & state.frames(holder)).run_around(page);
         // While a launch goes on, a reader joins the readers (W1); otherwise moving is cheaper, and a write may follow.
         return if reads && region.in_use() {

@@ -13,12 +13,13 @@
 //!    the next mirror starts an address space of the child's own.
 
 use core::sync::atomic::{AtomicBool, Ordering, fence};
+use std::time::{Duration, Instant};
 
 use crate::addr::PageRange;
 use crate::evict::{self, Stale};
 use crate::region::Region;
 use crate::scratch::Scratch;
-use crate::space::{AddressSpace, PlaceKind};
+use crate::space::{AddressSpace, Inside, Place, PlaceKind};
 use crate::stats::Cause;
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
@@ -43,52 +44,94 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
         let gate = space.gate().enter();
         let places = space.places(&gate);
         if places.len() <= count {
-            let bodies = places
-                .iter()
-                .filter(|p| !matches!(p.kind, PlaceKind::Window(_)));
-            regions.extend(bodies.map(|p| p.region.clone()));
+            regions.extend(bodies(space, &gate).map(|place| place.region.clone()));
             return regions;
         }
     }
 }
 
+/// How long memory may go on moving ahead of those who go through the bodies.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Gives the advice for all bodies, but those of the regions `except`, by number.
 fn advise_bodies(space: &AddressSpace, advice: Advice, except: &[u64]) {
-    let mut next = 0;
+    let begun = Instant::now();
+    loop {
+        let before = space.nr_changes();
+        let was_changing = advise_each(space, advice, except);
+        // What moved meanwhile, from where we had not been yet to where we had, is not advised: once more.
+        let has_moved = was_changing || space.nr_changes() != before;
+        if !has_moved || begun.elapsed() > PATIENCE {
+            return;
+        }
+        space.settle();
+    }
+}
+
+/// Goes through the bodies once, and says whether the kernel was changing mappings meanwhile.
+fn advise_each(space: &AddressSpace, advice: Advice, except: &[u64]) -> bool {
+    let (mut next, mut was_changing) = (0, false);
     loop {
         // Inside the gate: who unmaps part of it waits until that is heard of, and does not map there anew what would then be
         // kept from children for ever. One at a time, for `madvise` takes the mmap lock.
         let gate = space.gate().enter();
-        let bodies = space.places(&gate).iter().filter(|p| {
-            !matches!(p.kind, PlaceKind::Window(_)) && !except.contains(&p.region.id())
-        });
-        let range = bodies
-            .map(|p| p.range)
-            .filter(|r| r.start() >= next)
-            .min_by_key(|r| r.start());
-        let Some(range) = range else { return };
+        let Some(run) = next_run(space, &gate, next, except) else {
+            return was_changing;
+        };
         // Where part of it was unmapped meanwhile there is nothing to inherit.
-        let _ = mmap::advise(range, advice);
+        let _ = mmap::advise(run, advice);
+        // Inside the gate, too, where nobody reads of what is changing.
+        let is_changing = space.is_changing();
         drop(gate);
-        if advice == Advice::DontFork && space.is_changing() {
-            give_back(space, range);
+        if advice == Advice::DontFork && is_changing {
+            give_back(space, run);
         }
-        next = range.end();
+        was_changing |= is_changing;
+        next = run.end();
     }
 }
 
+/// From `from` on the next bodies without a gap between them, and what has grown behind them. All by one call, for no moment passes in
+/// it: memory that is one mapping stays one, so that the application may move it, and whose faults are ours shows (see
+/// [`AddressSpace::grown`]).
+fn next_run(
+    space: &AddressSpace,
+    gate: &impl Inside,
+    from: usize,
+    except: &[u64],
+) -> Option<PageRange> {
+    let bodies = bodies(space, gate)
+        .filter(|place| place.range.start() >= from && !except.contains(&place.region.id()))
+        .map(|place| space.with_grown(gate, place.range));
+    let mut run: Option<PageRange> = None;
+    for body in bodies {
+        run = match run {
+            None => Some(body),
+            Some(run) if run.end() == body.start() => PageRange::new(run.start(), body.end()),
+            Some(_) => break,
+        };
+    }
+    run
+}
+
+/// What children inherit, in the order of addresses.
+fn bodies<'g>(space: &'g AddressSpace, gate: &'g impl Inside) -> impl Iterator<Item = &'g Place> {
+    space
+        .places(gate)
+        .iter()
+        .filter(|place| !matches!(place.kind, PlaceKind::Window(_)))
+}
+
 /// Mapped over by `MAP_FIXED` when it was advised, but not heard of yet, part of `range` may have been somebody else's memory
-/// already: what is no place once all is heard of is inherited like any other.
+/// already: what is nobody's body once all is heard of is inherited like any other.
 fn give_back(space: &AddressSpace, range: PageRange) {
     space.settle();
     let mut from = range.start();
     while from < range.end() {
         let gate = space.gate().enter();
-        let bodies = space
-            .places(&gate)
-            .iter()
-            .filter(|p| !matches!(p.kind, PlaceKind::Window(_)) && p.range.end() > from);
-        let next = bodies.map(|p| p.range).min_by_key(|r| r.start());
+        let next = bodies(space, &gate)
+            .map(|place| space.with_grown(&gate, place.range))
+            .find(|body| body.end() > from);
         let start = next.map_or(range.end(), PageRange::start).min(range.end());
         if let Some(other) = PageRange::new(from, start) {
             let _ = mmap::advise(other, Advice::DoFork);
@@ -160,11 +203,12 @@ extern "C" fn parent() {
 pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
     let _bracket = space.fork_bracket();
     if AddressSpace::forking().load(Ordering::SeqCst) == 0 {
-        // Inside the gate, as in `advise_bodies`. Advice: where it fails a child of a raw clone reads zeros, as it would without us.
+        // Inside the gate, as in `advise_each`. Advice: where it fails a child of a raw clone reads zeros, as it would without us.
         let gate = space.gate().enter();
         let _ = mmap::advise(body, Advice::DontFork);
+        let is_changing = space.is_changing();
         drop(gate);
-        if space.is_changing() {
+        if is_changing {
             give_back(space, body);
         }
     }

@@ -421,10 +421,22 @@ fn restore(region: &Region, pages: PageRange) {
 /// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now. Inside the gate:
 /// what is unmapped meanwhile stays vacant until that is heard of.
 fn unregister_what_is_left(region: &Region, body: PageRange) {
-    let gate = AddressSpace::global().gate().enter();
-    for place in AddressSpace::global().places(&gate) {
-        if place.kind == PlaceKind::Tail && place.region.id() == region.id() {
-            restore(region, place.range);
+    let space = AddressSpace::global();
+    // What has grown behind it is looked up by the mappings, which are to be those that we know.
+    space.settle();
+    let gate = space.gate().enter();
+    for place in space.places(&gate) {
+        let is_window = matches!(place.kind, PlaceKind::Window(_));
+        if is_window || place.region.id() != region.id() {
+            continue;
+        }
+        let grown = space.with_grown(&gate, place.range);
+        let start = match place.kind {
+            PlaceKind::Tail => grown.start(),
+            _ => place.range.end(),
+        };
+        if let Some(tail) = PageRange::new(start, grown.end()) {
+            restore(region, tail);
         }
     }
     let gone = |block: usize| region.lock_block(block).gone();
@@ -434,7 +446,7 @@ fn unregister_what_is_left(region: &Region, body: PageRange) {
     }
     drop(gate);
     for block in 0..region.nr_blocks() {
-        let _gate = AddressSpace::global().gate().enter();
+        let _gate = space.gate().enter();
         let (left, displaced) = {
             let state = region.lock_block(block);
             (region.body_mask(block) - state.gone(), state.displaced())

@@ -417,7 +417,7 @@ impl AddressSpace {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
         let thread = (thread as u64).wrapping_mul(ODD);
         // Relaxed: a thread asks for its own misses only, and a change that is seen late costs one more try.
-        let changes = self.nr_changes.load(Ordering::Relaxed);
+        let changes = self.nr_changes();
         let miss = (thread ^ addr as u64)
             .wrapping_add(changes)
             .wrapping_mul(ODD)
@@ -450,17 +450,38 @@ impl AddressSpace {
             .any(|door| door.has_events() && door.is_changing(self.zeros()))
     }
 
+    /// How often `places` was replaced.
+    pub(crate) fn nr_changes(&self) -> u64 {
+        // Relaxed: whoever compares two of them has entered the gate between, which orders what was published.
+        self.nr_changes.load(Ordering::Relaxed)
+    }
+
     /// The region whose memory `addr` has become part of, if it lies in no place itself: the kernel joins mappings, and lets one
-    /// grow, only where all of it is registered with the same userfaultfd.
+    /// grow, only where all of it is registered with the same userfaultfd. What was protected in part since is several mappings; whether
+    /// those behind the first are registered so, too, the kernel is asked.
     pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
-        let mapping = self.vma(addr)?.range;
-        let inside = |place: &&Place| {
-            !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range)
-        };
-        self.places(gate)
-            .iter()
-            .find(inside)
-            .map(|place| &*place.region)
+        const MAX_MAPPINGS: usize = 16;
+        let mut mapping = self.vma(addr)?.range;
+        for nr_before in 0..MAX_MAPPINGS {
+            let inside = |place: &&Place| {
+                !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range)
+            };
+            if let Some(place) = self.places(gate).iter().find(inside) {
+                let is_ours = nr_before == 0 || place.region.door().owns(addr, self.zeros());
+                return is_ours.then_some(&*place.region);
+            }
+            mapping = self.vma(mapping.start().checked_sub(PAGE_SIZE)?)?.range;
+        }
+        None
+    }
+
+    /// `range`, of a place, with what has grown behind it in the same mapping, of which the kernel tells nobody.
+    pub(crate) fn with_grown(&self, gate: &impl Inside, range: PageRange) -> PageRange {
+        let mapped = self.vma(range.end() - PAGE_SIZE);
+        let end = mapped.map_or(range.end(), |vma| vma.range.end());
+        let starts = self.places(gate).iter().map(|place| place.range.start());
+        let next = starts.filter(|&start| start >= range.end()).min();
+        PageRange::new(range.start(), end.min(next.unwrap_or(end))).unwrap_or(range)
     }
 
     /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but
