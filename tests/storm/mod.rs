@@ -173,11 +173,15 @@ struct Run {
 }
 
 impl Run {
+    fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Relaxed)
+    }
+
     fn goes_on(&self) -> bool {
         let now = Instant::now();
         let has_time = now < self.ends
             || (now < self.ends + GRACE && self.config.time >= REASONABLE && self.untried() > 0);
-        !self.failed.load(Ordering::Relaxed) && has_time
+        !self.has_failed() && has_time
     }
 
     /// How many kinds that could be were not tried yet.
