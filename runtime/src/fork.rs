@@ -55,13 +55,13 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Gives the advice for all bodies, but those of the regions `except`, by number.
 fn advise_bodies(space: &AddressSpace, advice: Advice, except: &[u64]) {
-    let begun = Instant::now();
+    let deadline = Instant::now() + PATIENCE;
     loop {
         let before = space.nr_changes();
         let was_changing = advise_each(space, advice, except);
         // What moved meanwhile, from where we had not been yet to where we had, is not advised: once more.
         let has_moved = was_changing || space.nr_changes() != before;
-        if !has_moved || begun.elapsed() > PATIENCE {
+        if !has_moved || Instant::now() > deadline {
             return;
         }
         space.settle();
