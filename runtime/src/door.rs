@@ -7,6 +7,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::addr::{PAGE_SIZE, PageRange, page_floor};
+use crate::copiers::{Copier, Copiers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
 use crate::sys::event::Doorbell;
@@ -23,6 +24,7 @@ pub(crate) struct Door {
     disowned: AtomicBool,
     /// Has the reader look again at what is pending.
     doorbell: Doorbell,
+    copiers: Copiers,
 }
 
 /// What a range is registered for.
@@ -124,6 +126,7 @@ impl Door {
             doorbell: Doorbell::new().map_err(failed)?,
             pid: std::process::id(),
             disowned: AtomicBool::new(false),
+            copiers: Copiers::new(),
         })
     }
 
@@ -291,6 +294,24 @@ impl Door {
         // SAFETY: `crate::movement`, the only caller, copies over stale pages of windows, which nobody refers to.
         let copied = unsafe { process::copy_from_self(self.pid, dst, src, len) };
         copied.unwrap_or(0) & !(crate::addr::PAGE_SIZE - 1)
+    }
+
+    /// Before a copy from `pages` of the application, of one block, which is locked: `Err` if it must be tried later. See
+    /// [`crate::copiers`].
+    pub(crate) fn begin_copy_from(
+        &self,
+        pages: Option<PageRange>,
+    ) -> core::result::Result<Option<Copier<'_>>, Stop> {
+        match pages.filter(|_| self.is_transparent()) {
+            Some(pages) => self.copiers.begin(pages).map(Some).ok_or(Stop::Changing),
+            None => Ok(None),
+        }
+    }
+
+    /// Has copies go on that wait for somebody to bring a page which has left.
+    pub(crate) fn let_copiers_go_on(&self, is_there: impl Fn(usize) -> bool) {
+        self.copiers
+            .let_go_on(is_there, |page| self.unregister(page));
     }
 
     /// Fills `len` bytes of missing pages with the shared page of zeros.

@@ -102,6 +102,7 @@ mod block;
 mod buffer;
 mod calls;
 pub mod capabilities;
+mod copiers;
 mod device;
 mod door;
 mod edge;

@@ -170,6 +170,15 @@ impl Orphaned {
     }
 }
 
+/// Who waits for the gate calls it: see [`crate::copiers`].
+fn let_copiers_go_on() {
+    if let Some(space) = AddressSpace::existing() {
+        for door in space.doors.iter().filter_map(OnceLock::get) {
+            door.let_copiers_go_on(|page| space.is_populated(page));
+        }
+    }
+}
+
 impl AddressSpace {
     fn new() -> std::io::Result<Self> {
         // Without membarrier(2) both halves of the asymmetric fence are full ones, and nothing else changes.
@@ -177,7 +186,7 @@ impl AddressSpace {
         // First, for it says best what is wrong on a system that is not Linux.
         let pagemap = Pagemap::open()?;
         Ok(Self {
-            gate: Gate::new(),
+            gate: Gate::nudging(let_copiers_go_on),
             places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
             in_place: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
             doors: [const { OnceLock::new() }; 2],

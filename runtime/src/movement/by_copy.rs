@@ -8,7 +8,7 @@
 use core::ops::Range;
 
 use super::{Movement, Mover, Stall};
-use crate::addr::PAGE_SIZE;
+use crate::addr::{PAGE_SIZE, PageRange};
 use crate::error::Access;
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
@@ -172,6 +172,11 @@ impl Mover<'_> {
             Stop::Changing => return Err(Stall::Changing),
             _ => return Err(Stall::Refused(run.start)),
         }
+        let _noted = self
+            .region
+            .door()
+            .begin_copy_from(PageRange::new(at, at + len))
+            .map_err(|_| Stall::Changing)?;
         self.copy_run(
             run,
             |m, page| m.host(page),

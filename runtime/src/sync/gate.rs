@@ -44,7 +44,8 @@
 //!
 //! # Liveness
 //!
-//! Sections do not sleep, so counts reach zero; the closer sleeps on an event count that the last leaver wakes (leaver:
+//! Sections do not sleep, so counts reach zero, but for one kind: a system call of a section may wait for whoever closes the gate. It is
+//! known when it does ([`Gate::nudging`]), and got out of it while the gate is waited for. The closer sleeps on an event count that the last leaver wakes (leaver:
 //! count, then look for a waiting closer; closer: say that it waits, then look at the counts). A newcomer that finds the
 //! gate closed sleeps on `state`, which opening changes. A stream of newcomers cannot keep a closer out: they back out.
 //!
@@ -56,6 +57,7 @@ use super::shim::atomic::Ordering::{Relaxed, Release, SeqCst};
 use super::shim::{Backoff, fence_for_model, point};
 use super::{Deadline, Futex, Mutex, MutexGuard, WaitQueue};
 use core::marker::PhantomData;
+use core::time::Duration;
 use crossbeam_utils::CachePadded;
 
 const CLOSED: u32 = 1;
@@ -78,7 +80,12 @@ pub struct Gate {
     drained: WaitQueue,
     /// 1 while somebody waits for sections to leave.
     draining: AtomicU32,
+    /// What is done each time that this has taken [`PATIENCE`].
+    nudge: Option<fn()>,
 }
+
+/// Longer than sections take, and short for who waits.
+const PATIENCE: Duration = Duration::from_millis(5);
 
 /// How many sections are inside, by the phase they were entered in.
 #[derive(Debug)]
@@ -132,6 +139,17 @@ impl Gate {
             exclusive: Mutex::new(()),
             drained: WaitQueue::new(),
             draining: AtomicU32::new(0),
+            nudge: None,
+        }
+    }
+
+    /// A gate that calls `nudge` again and again while it is waited for that sections leave: it gets those out of a system call that would
+    /// not end before that. It may be called at any time, enters no section, and waits for nobody inside.
+    #[cfg(not(svm_loom))]
+    pub const fn nudging(nudge: fn()) -> Self {
+        Self {
+            nudge: Some(nudge),
+            ..Self::new()
         }
     }
 
@@ -148,6 +166,7 @@ impl Gate {
             exclusive: Mutex::new(()),
             drained: WaitQueue::new(),
             draining: AtomicU32::new(0),
+            nudge: None,
         }
     }
 
@@ -294,7 +313,13 @@ impl Gate {
             let mut backoff = Backoff::default();
             while !is_empty() {
                 if backoff.spin() {
-                    self.drained.wait_until(Deadline::NEVER, is_empty);
+                    let deadline = self
+                        .nudge
+                        .map_or(Deadline::NEVER, |_| Deadline::after(PATIENCE));
+                    let is_over = self.drained.wait_until(deadline, is_empty);
+                    if let Some(nudge) = self.nudge.filter(|_| !is_over) {
+                        nudge();
+                    }
                 }
             }
         }
