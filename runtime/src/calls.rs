@@ -154,42 +154,84 @@ pub unsafe fn mremap(
     flags: i32,
     new_addr: *mut u8,
 ) -> Result<*mut u8> {
+    const TRIES: u32 = 20;
+    const PAUSE_NS: u64 = 200_000;
     let (addr, target) = (ptr.expose_provenance(), new_addr.expose_provenance());
-    let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
-    // All of the old range: whether it moves nobody knows before the call.
-    let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
-    // One that overlaps the other the kernel refuses, and nothing happens to either.
-    let replaced = replaced.filter(|there| old.is_none_or(|old| !old.overlaps(*there)));
-    let change = Change::begin_in_turn([old, replaced], |_| true);
-    let home = change.hold_home()?;
-    let was_held = home.as_ref().is_some_and(|home| !home.heard);
-    // While a thread forks, memory that is one mapping may be two for a moment, which the system would not move.
-    let ours = change.space.filter(|_| !change.parts.is_empty());
-    let bracket = ours.map(AddressSpace::fork_bracket);
-    // SAFETY: by the caller's contract.
-    let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
-    drop(bracket);
-    change.let_go(home, |part| match outcome {
-        Err(_) => Fate::Unknown,
-        _ if replaced.is_some_and(|replaced| replaced.overlaps(part)) => Fate::gone(replaced),
-        Ok(now) if now != addr && flags & MREMAP_DONTUNMAP != 0 => Fate::Emptied,
-        Ok(now) if now != addr => Fate::gone(old),
-        // Cut off, if anything.
-        Ok(_) => match (old, new) {
-            (Some(old), Some(new)) => Fate::gone(PageRange::new(new.end(), old.end())),
-            _ => Fate::Unchanged,
-        },
-    });
-    if let Ok(now) = outcome
-        && let Some(there) = pages(now, new_len_bytes).filter(|_| was_held && now != addr)
-    {
-        // No memory of ours any more, so nobody would have children inherit it.
-        let _ = mmap::advise(there, Advice::DoFork);
+    let call = RemapCall {
+        addr,
+        old_len_bytes,
+        new_len_bytes,
+        flags,
+        target,
+    };
+    let mut tries = 0;
+    loop {
+        // SAFETY: by the caller's contract.
+        let (outcome, is_mirrored) = unsafe { call.make() }?;
+        match outcome {
+            Ok(now) => return Ok(core::ptr::with_exposed_provenance_mut(now)),
+            // While a thread forks, memory that is one mapping may be two for a moment, which the system does not move.
+            Err(e) if is_mirrored && e.raw_os_error() == Some(libc::EFAULT) && tries < TRIES => {
+                tries += 1;
+                clock::sleep_until(clock::monotonic_ns() + PAUSE_NS);
+            }
+            Err(e) => return Err(refused("mremap", addr, &e)),
+        }
     }
-    change.end();
-    match outcome {
-        Ok(now) => Ok(core::ptr::with_exposed_provenance_mut(now)),
-        Err(e) => Err(refused("mremap", addr, &e)),
+}
+
+/// The arguments of an `mremap`.
+struct RemapCall {
+    addr: usize,
+    old_len_bytes: usize,
+    new_len_bytes: usize,
+    flags: i32,
+    target: usize,
+}
+
+impl RemapCall {
+    /// Makes it once: what the system says, and whether anything was mirrored there.
+    ///
+    /// # Safety
+    /// As [`mremap`].
+    unsafe fn make(&self) -> Result<(std::io::Result<usize>, bool)> {
+        let Self {
+            addr,
+            old_len_bytes,
+            new_len_bytes,
+            flags,
+            target,
+        } = *self;
+        let (old, new) = (pages(addr, old_len_bytes), pages(addr, new_len_bytes));
+        // All of the old range: whether it moves nobody knows before the call.
+        let replaced = pages(target, new_len_bytes).filter(|_| flags & MREMAP_FIXED != 0);
+        // One that overlaps the other the kernel refuses, and nothing happens to either.
+        let replaced = replaced.filter(|there| old.is_none_or(|old| !old.overlaps(*there)));
+        let change = Change::begin_in_turn([old, replaced], |_| true);
+        let home = change.hold_home()?;
+        let was_held = home.as_ref().is_some_and(|home| !home.heard);
+        let is_mirrored = !change.parts.is_empty();
+        // SAFETY: by the caller's contract.
+        let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
+        change.let_go(home, |part| match outcome {
+            Err(_) => Fate::Unknown,
+            _ if replaced.is_some_and(|replaced| replaced.overlaps(part)) => Fate::gone(replaced),
+            Ok(now) if now != addr && flags & MREMAP_DONTUNMAP != 0 => Fate::Emptied,
+            Ok(now) if now != addr => Fate::gone(old),
+            // Cut off, if anything.
+            Ok(_) => match (old, new) {
+                (Some(old), Some(new)) => Fate::gone(PageRange::new(new.end(), old.end())),
+                _ => Fate::Unchanged,
+            },
+        });
+        if let Ok(now) = outcome
+            && let Some(there) = pages(now, new_len_bytes).filter(|_| was_held && now != addr)
+        {
+            // No memory of ours any more, so nobody would have children inherit it.
+            let _ = mmap::advise(there, Advice::DoFork);
+        }
+        change.end();
+        Ok((outcome, is_mirrored))
     }
 }
 
