@@ -773,6 +773,41 @@ fn sharing_is_broken_beside_a_page_that_is_gone() {
     });
 }
 
+/// A child starts its threads though another thread of the parent was starting one at the fork, and had what `std` locks for that.
+#[test]
+fn a_child_has_a_monitor_whatever_the_parents_threads_were_at() {
+    let _watchdog = Watchdog::new("threads that start");
+    if !usable() {
+        return;
+    }
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    std::thread::spawn(|| {}).join().unwrap();
+                }
+            });
+        }
+        for round in 0..2_000 {
+            assert!(in_child(|| {
+                svm::spawn_thread("starts", || {}).unwrap().join();
+                true
+            }));
+            if round % 20 == 0 {
+                let delivery = [Delivery::Inline, Delivery::Thread][round / 20 % 2];
+                assert!(in_child(|| {
+                    let accel = Accelerator::with_options(accel_sim::Options::new().workers(1));
+                    let mut buffer = filled(&Options::new().delivery(delivery));
+                    let done = accel.unwrap().run(buffer.view_mut(), |x| x.fill(7));
+                    done.is_ok() && buffer.as_slice().iter().all(|&x| x == 7)
+                }));
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+}
+
 /// Pages of the memory that is looked at between the preparation of a fork and the fork: where it is, and how many, or none.
 static GROWN: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 

@@ -363,9 +363,7 @@ impl Drop for Accelerator {
         };
         if self.shared.is_current() {
             // A kernel's captures held the last handle, and one of the workers, which nobody can wait for there, drops them.
-            let _ = std::thread::Builder::new()
-                .name("accel-end".into())
-                .spawn(move || relief.end());
+            let _ = svm::spawn_thread("accel-end", move || relief.end());
             return;
         }
         relief.end();

@@ -23,10 +23,11 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+
+use svm::ThreadHandle;
 
 use crate::launch::Launch;
 use crate::worker::Shared;
@@ -36,7 +37,7 @@ use crate::worker::Shared;
 pub(crate) struct Relief {
     shared: Arc<Shared>,
     dismissed: Arc<AtomicBool>,
-    thread: JoinHandle<()>,
+    thread: ThreadHandle,
 }
 
 impl Relief {
@@ -44,9 +45,7 @@ impl Relief {
     pub(crate) fn start(shared: &Arc<Shared>, queue: Receiver<Arc<Launch>>) -> io::Result<Relief> {
         let dismissed = Arc::new(AtomicBool::new(false));
         let (crew, over) = (shared.clone(), dismissed.clone());
-        let thread = std::thread::Builder::new()
-            .name("accel-relief".into())
-            .spawn(move || stand_by(&crew, &over, &queue))?;
+        let thread = svm::spawn_thread("accel-relief", move || stand_by(&crew, &over, &queue))?;
         Ok(Relief {
             shared: shared.clone(),
             dismissed,
@@ -61,7 +60,7 @@ impl Relief {
         self.dismissed.store(true, Ordering::Release);
         self.shared.attachment.device().ring();
         // What a kernel captured may panic when it is dropped; that is caught where it is dropped.
-        let _ = self.thread.join();
+        self.thread.join();
     }
 }
 

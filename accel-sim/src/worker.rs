@@ -6,12 +6,11 @@
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use svm::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
-use svm::{Attachment, DeviceFault};
+use svm::{Attachment, DeviceFault, ThreadHandle};
 
 use crate::device::Sim;
 use crate::error::Error;
@@ -103,11 +102,9 @@ impl Shared {
         let (shared, queue) = (self.clone(), queue.clone());
         // Held over the start: a thread that is lost at once is not replaced before it is known.
         let mut crew = self.crew();
-        let thread = std::thread::Builder::new()
-            .name(format!("accel-{i}"))
-            // The worker's own cells never leave its thread.
-            .spawn(move || Worker::new(i, shared, range).run(&queue))
-            .map_err(Error::Thread)?;
+        // The worker's own cells never leave its thread.
+        let work = move || Worker::new(i, shared, range).run(&queue);
+        let thread = svm::spawn_thread(&format!("accel-{i}"), work).map_err(Error::Thread)?;
         if crew.threads.len() <= i {
             crew.threads.resize_with(i + 1, || None);
         }
@@ -131,7 +128,7 @@ impl Shared {
         drop(crew);
         for thread in threads.into_iter().flatten() {
             // A worker catches what its kernels panic with.
-            let _ = thread.join();
+            thread.join();
         }
     }
 
@@ -151,7 +148,7 @@ struct Crew {
     /// Workers that have not ended, whatever has become of their threads.
     at_work: usize,
     /// Of each worker the newest.
-    threads: Vec<Option<JoinHandle<()>>>,
+    threads: Vec<Option<ThreadHandle>>,
 }
 
 thread_local! {
@@ -272,10 +269,15 @@ impl Worker {
             return Ok(());
         }
         self.counters().far_fault();
-        if along != needed && self.fault_in(region, along, rights, attempt).is_ok() {
+        // Those along with them as long as it gets on: nobody waits for them.
+        if along != needed
+            && self
+                .fault_in(region, along, rights, attempt, Duration::ZERO)
+                .is_ok()
+        {
             return Ok(());
         }
-        self.fault_in(region, needed, rights, attempt)
+        self.fault_in(region, needed, rights, attempt, self.shared.fault_timeout)
     }
 
     fn fault_in(
@@ -284,6 +286,7 @@ impl Worker {
         pages: Range<usize>,
         rights: Rights,
         attempt: u32,
+        timeout: Duration,
     ) -> Result<(), DeviceFault> {
         let table = region.mapped().table();
         self.range.borrow_mut().fault_in(
@@ -291,7 +294,7 @@ impl Worker {
             pages,
             access_of(rights),
             attempt,
-            self.shared.fault_timeout,
+            timeout,
             |valid, device| table.install(valid, device),
         )
     }

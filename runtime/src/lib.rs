@@ -174,5 +174,6 @@ pub use snapshot::{PageSnapshot, snapshot};
 pub use stats::{Cause, Stats};
 pub use view::{SharedView, View, ViewMut};
 pub use worker::{
-    WorkerThread, barriers_are_asymmetric, heavy_barrier, light_barrier, worker_thread,
+    ThreadHandle, WorkerThread, barriers_are_asymmetric, heavy_barrier, light_barrier,
+    spawn_thread, worker_thread,
 };

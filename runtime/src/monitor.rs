@@ -10,6 +10,7 @@
 //!
 //! Where it runs matters more than what it does: see [`crate::near`].
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use crate::sys::clock;
 use crate::sys::event::{Event, EventBuffer};
 use crate::sys::process;
 use crate::sys::signal::{self, AsyncSignalsBlocked};
+use crate::sys::thread;
 
 /// Faults that can be put aside. It is more than there are threads to fault, as a rule; what comes beyond it is sent back to fault
 /// anew. The monitor never stops reading: what the faults aside wait for may be an event, and faults are read before events.
@@ -52,30 +54,25 @@ pub(crate) fn spawn(
     // Room for all that can be outstanding: the reader does not call malloc while somebody waits for it.
     let aside = VecDeque::with_capacity(ASIDE);
     let pending = PendingList::new().map_err(failed)?;
-    std::thread::Builder::new()
-        .name(
-            if door.delivery() == Delivery::Thread {
-                "svm-monitor"
-            } else {
-                "svm-events"
-            }
-            .into(),
-        )
-        .spawn(move || {
-            // The monitor holds runtime locks all the time: no asynchronous handler may ever run on it.
-            let _signals = AsyncSignalsBlocked::new();
-            let _bomb = AbortOnEnd;
-            Reader {
-                space,
-                door,
-                aside,
-                pending,
-                near: Near::default(),
-            }
-            .run();
-        })
-        .map(drop)
-        .map_err(failed)
+    let name = match door.delivery() {
+        Delivery::Thread => "svm-monitor",
+        Delivery::Inline => "svm-events",
+    };
+    thread::spawn(name, move || {
+        // The monitor holds runtime locks all the time: no asynchronous handler may ever run on it.
+        let _signals = AsyncSignalsBlocked::new();
+        let _bomb = AbortOnEnd;
+        Reader {
+            space,
+            door,
+            aside,
+            pending,
+            near: Near::default(),
+        }
+        .run();
+    })
+    .map(drop)
+    .map_err(failed)
 }
 
 /// If the monitor dies, every thread that faults would wait for ever: better a loud end (design rule 2).
@@ -162,10 +159,13 @@ impl Reader {
                 access: Some(access),
                 protection: Some(wp),
                 thread: tid as usize,
+                door: Some(self.door),
+                kept_since_ns: Cell::new(0),
             };
+            let thread = fault.thread;
             let attempt = fault::begin(self.space, &fault, First::Yes);
             self.settle(fault, attempt);
-            self.near.note(fault.thread);
+            self.near.note(thread);
         }
     }
 

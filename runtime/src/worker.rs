@@ -5,6 +5,7 @@ use core::fmt;
 use crate::device::ThreadId;
 use crate::sys::membarrier;
 use crate::sys::signal::{self, AsyncSignalsBlocked};
+use crate::sys::thread::{self, Thread};
 
 /// Masks asynchronous signals on this thread while it lives.
 ///
@@ -29,6 +30,38 @@ pub fn worker_thread() -> WorkerThread {
     WorkerThread {
         _signals: AsyncSignalsBlocked::new(),
     }
+}
+
+/// A thread that [`spawn_thread`] has started. Dropped, it is left to itself.
+#[derive(Debug)]
+pub struct ThreadHandle(Thread);
+
+impl ThreadHandle {
+    /// Waits until the thread has ended, also if by a panic.
+    pub fn join(self) {
+        self.0.join();
+    }
+}
+
+/// Starts a thread of a device, as [`std::thread::Builder`] does, and also in a forked child: there a thread of `std`'s may hang for
+/// ever as it starts, for a lock that another thread of the parent had at the fork.
+///
+/// ```
+/// let worker = svm::spawn_thread("worker", || assert_eq!(1 + 1, 2))?;
+/// worker.join();
+/// # Ok::<(), std::io::Error>(())
+/// ```
+///
+/// # Errors
+/// The system's, if there is no thread to be had; `name` contains a zero byte.
+///
+/// # Panics
+/// As [`std::thread::Builder::spawn`], if `name` contains a zero byte.
+pub fn spawn_thread(
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> std::io::Result<ThreadHandle> {
+    thread::spawn(name, body).map(ThreadHandle)
 }
 
 /// A barrier on every running thread of the process, paid for by the caller alone.

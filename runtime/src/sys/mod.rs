@@ -9,6 +9,7 @@
 //! | [`calls`] | munmap, mremap, madvise, mprotect for an application |
 //! | [`mmap`] | address-space reservations; memory of our own that malloc never sees |
 //! | [`sched`] | which CPUs a thread may run on, and which it ran on |
+//! | [`thread`] | threads of our own, also in a forked child |
 //! | [`futex`], [`membarrier`], [`clock`], [`process`] | waiting, fences, time, and the rest |
 //!
 //! # The fault-path law
@@ -46,6 +47,7 @@ pub(crate) mod signal;
 mod stack;
 #[cfg(test)]
 pub(crate) mod testing;
+pub(crate) mod thread;
 pub(crate) mod uffd;
 
 use std::io;

@@ -125,6 +125,27 @@ pub(crate) mod sched {
     }
 }
 
+pub(crate) mod thread {
+    use std::io;
+    use std::thread::JoinHandle;
+
+    #[derive(Debug)]
+    pub(crate) struct Thread(JoinHandle<()>);
+
+    pub(crate) fn enter_child() {}
+
+    pub(crate) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<Thread> {
+        let thread = std::thread::Builder::new().name(name.into());
+        thread.spawn(body).map(Thread)
+    }
+
+    impl Thread {
+        pub(crate) fn join(self) {
+            let _ = self.0.join();
+        }
+    }
+}
+
 pub(crate) mod process {
     use std::{fmt, io};
 
