@@ -903,51 +903,57 @@ fn what_another_fork_handler_touches_is_served() {
 /// the middle of the copy is missing, and where the monitor serves the kernel's accesses, too, the copy is such an access.
 #[test]
 fn a_page_that_leaves_as_it_is_copied_holds_nobody_up() {
+    // Others count calls, which a mapping that changes makes more of.
+    in_own_process(
+        "a_page_that_leaves_as_it_is_copied_holds_nobody_up",
+        &[""],
+        || both_doors("leaves as it is copied", leave_as_it_is_copied),
+    );
+}
+
+fn leave_as_it_is_copied(options: &Options) {
     const PAGES: usize = 512;
-    both_doors("leaves as it is copied", |options| {
-        let device = TestDevice::new().unwrap();
-        for round in 0..200 {
-            let map = Map::new(PAGES);
-            let mirror = map.mirror(&options.clone().granule(Granule::Huge));
-            // What may not be written is copied, not moved.
-            let protect = |prot| {
-                // SAFETY: memory of the test's.
-                let outcome = unsafe { libc::mprotect(map.at(0).cast(), PAGES * PAGE, prot) };
-                assert_eq!(outcome, 0);
-            };
-            protect(libc::PROT_READ);
-            let started = AtomicBool::new(false);
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    while !started.load(Ordering::Acquire) {
-                        std::hint::spin_loop();
-                    }
-                    (0..round * 100).for_each(|_| std::hint::spin_loop());
-                    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
-                    let half = PAGES / 2 * PAGE;
-                    // SAFETY: memory of the test's, which it does not touch there any more.
-                    let moved = unsafe {
-                        libc::mremap(map.at(PAGES / 2).cast(), half, half, flags, 0_usize)
-                    };
-                    assert_ne!(moved, libc::MAP_FAILED);
-                    // SAFETY: the test is done with it.
-                    assert_eq!(unsafe { libc::munmap(moved, half) }, 0);
-                });
-                started.store(true, Ordering::Release);
-                let view = mirror.view();
-                for page in [0, PAGES - 1] {
-                    let at = map.at(page).addr();
-                    if let Err(error) = device.fault_in(view.region(), at, 1, Access::Read) {
-                        let kind = error.device_fault().map(|fault| fault.kind);
-                        assert_eq!(kind, Some(DeviceFaultKind::Unmapped), "{error}");
-                    }
+    let device = TestDevice::new().unwrap();
+    for round in 0..200 {
+        let map = Map::new(PAGES);
+        let mirror = map.mirror(&options.clone().granule(Granule::Huge));
+        // What may not be written is copied, not moved.
+        let protect = |prot| {
+            // SAFETY: memory of the test's.
+            let outcome = unsafe { libc::mprotect(map.at(0).cast(), PAGES * PAGE, prot) };
+            assert_eq!(outcome, 0);
+        };
+        protect(libc::PROT_READ);
+        let started = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !started.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
                 }
+                (0..round * 100).for_each(|_| std::hint::spin_loop());
+                let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP;
+                let half = PAGES / 2 * PAGE;
+                // SAFETY: memory of the test's, which it does not touch there any more.
+                let moved =
+                    unsafe { libc::mremap(map.at(PAGES / 2).cast(), half, half, flags, 0_usize) };
+                assert_ne!(moved, libc::MAP_FAILED);
+                // SAFETY: the test is done with it.
+                assert_eq!(unsafe { libc::munmap(moved, half) }, 0);
             });
-            assert_eq!(mirror.stats().anomalies, 0);
-            mirror.close().unwrap();
-            protect(READ_WRITE);
-            assert_eq!(map.read(0), 1);
-            map.unmap();
-        }
-    });
+            started.store(true, Ordering::Release);
+            let view = mirror.view();
+            for page in [0, PAGES - 1] {
+                let at = map.at(page).addr();
+                if let Err(error) = device.fault_in(view.region(), at, 1, Access::Read) {
+                    let kind = error.device_fault().map(|fault| fault.kind);
+                    assert_eq!(kind, Some(DeviceFaultKind::Unmapped), "{error}");
+                }
+            }
+        });
+        assert_eq!(mirror.stats().anomalies, 0);
+        mirror.close().unwrap();
+        protect(READ_WRITE);
+        assert_eq!(map.read(0), 1);
+        map.unmap();
+    }
 }

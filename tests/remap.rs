@@ -161,14 +161,45 @@ fn memory_that_grew_and_is_protected_in_part_is_memory() {
                 assert_eq!(read(at, page), 0);
                 write(at, page, 9);
             }
-            protect(READ_WRITE);
             mirror.close().unwrap();
+            assert_eq!(read(at, 29), 0);
+            protect(READ_WRITE);
             (16..32).for_each(|page| {
                 let is_written = (16..20).contains(&page) || (24..28).contains(&page);
                 assert_eq!(read(at, page), if is_written { 9 } else { 0 });
             });
             unmap(at, 32);
         });
+    });
+}
+
+/// A page of it is touched for the first time while the mirror ends: before it is unregistered, or after.
+#[test]
+fn memory_that_grew_is_memory_while_its_mirror_ends() {
+    both_doors("grown and ending", |options| {
+        let device = TestDevice::new().unwrap();
+        for round in 0..300 {
+            let reserved = Map::apart(64, libc::PROT_NONE);
+            let at = reserved.addr;
+            unmap(at + 16 * PAGE, 48);
+            assert_eq!(map_at(at, 16, READ_WRITE, libc::MAP_FIXED).addr(), at);
+            let mirror = mirrored(at, 16, &device, options);
+            remap(at, 16, 32, None);
+            let touched = AtomicUsize::new(0);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    for page in 16..32 {
+                        touched.store(page, Ordering::Release);
+                        assert_eq!(read(at, page), 0);
+                    }
+                });
+                while touched.load(Ordering::Acquire) < 16 + round % 16 {
+                    std::hint::spin_loop();
+                }
+                mirror.close().unwrap();
+            });
+            unmap(at, 32);
+        }
     });
 }
 

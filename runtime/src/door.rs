@@ -258,17 +258,16 @@ impl Door {
         meddled!(Move, len, whole)
     }
 
-    /// Whether the page at `addr` is registered with this door's descriptor: alone of all calls MOVE asks that, and it asks before it
-    /// looks at pages. Where there is none the answer is no; where a mapping is changing, yes, for who goes on to fill the page is told
-    /// so again. `zeros` is an empty page, or one of zeros, which may move there.
-    pub(crate) fn owns(&self, addr: usize, zeros: usize) -> bool {
+    /// Asks whether the page at `addr` is registered with this door's descriptor, which of all calls MOVE alone looks at: `Invalid` if not, or
+    /// where there is no MOVE, or where it refuses the mapping for another reason (not writable, locked). `zeros` is an empty page, or one
+    /// of zeros, which may move there.
+    pub(crate) fn ask(&self, addr: usize, zeros: usize) -> Stop {
         let page = PageRange::from_pages(page_floor(addr), 1);
         let Some(page) = page.filter(|_| self.has_move()) else {
-            return false;
+            return Stop::Invalid;
         };
-        // SAFETY: the page is asked about by who has faulted on it, so it is missing, and reads as zeros once it is there.
-        let moved = unsafe { self.uffd.move_pages(page, zeros, self.wakes()) };
-        !matches!(moved.stop, Stop::Invalid)
+        // SAFETY: one that is there the kernel leaves as it is; one that is missing, in no place of ours, reads as zeros.
+        unsafe { self.uffd.move_pages(page, zeros, self.wakes()) }.stop
     }
 
     /// Fills `len` bytes of missing pages with copies.
@@ -280,8 +279,8 @@ impl Door {
                     stop: Stop::Invalid,
                 };
             };
-            // SAFETY: `crate::movement`, the only caller, fills pages of bodies and windows, which are registered with this
-            // door's descriptor, and which `register` answers for.
+            // SAFETY: `crate::movement` fills pages of bodies and windows, and `crate::fault` those of what has grown behind bodies: they
+            // are registered with this door's descriptor, and `register` answers for them.
             unsafe { self.uffd.copy(dst, src, protect, self.wakes()) }
         };
         meddled!(Copy, len, whole)

@@ -338,7 +338,7 @@ fn grown_tail(
     target: PageRange,
     region: &MapArc<Region>,
 ) -> Option<Place> {
-    let whole = space.with_grown(closed, target);
+    let whole = space.with_grown(closed, target, region);
     Some(Place {
         range: PageRange::new(target.end(), whole.end())?,
         kind: PlaceKind::Tail,

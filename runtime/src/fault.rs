@@ -16,11 +16,13 @@
 //! 6. One system call changes the page table ([`crate::movement`]).
 //! 7. Close the bracket, unlock, leave the gate.
 
+use core::cell::Cell;
 use core::ops::Range;
 
 use crate::addr::{PAGE_SIZE, page_floor};
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
+use crate::door::Door;
 use crate::error::Access;
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
@@ -36,7 +38,7 @@ use crate::sys::uffd::{Protect, Stop};
 use crate::sys::{clock, process};
 
 /// What the hardware or the kernel said about a CPU fault.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct CpuFault {
     pub(crate) addr: usize,
     /// A load or a store, where that is known.
@@ -45,6 +47,22 @@ pub(crate) struct CpuFault {
     pub(crate) protection: Option<bool>,
     /// Identity of the faulting thread while it lives.
     pub(crate) thread: usize,
+    /// The door that told of it: then the page is registered with that.
+    pub(crate) door: Option<&'static Door>,
+    /// Since when it is kept for a mapping that is changing; 0 if it is not.
+    pub(crate) kept_since_ns: Cell<u64>,
+}
+
+impl CpuFault {
+    /// Whether it is to be kept while mappings change. Not for ever: others may go on changing theirs.
+    fn has_patience(&self) -> bool {
+        const PATIENCE_NS: u64 = 1_000_000_000;
+        let now = clock::monotonic_ns();
+        if self.kept_since_ns.get() == 0 {
+            self.kept_since_ns.set(now);
+        }
+        now - self.kept_since_ns.get() < PATIENCE_NS
+    }
 }
 
 /// What became of a fault.
@@ -207,19 +225,22 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     let gate = space.gate().enter();
     let Some(place) = space.lookup(&gate, fault.addr) else {
         // Told of a change that nobody has applied yet, look again when it is; that was no miss.
-        if space.has_unread_events() {
+        if space.has_unread_events() && fault.has_patience() {
             return Attempt::Again;
         }
         let stranger = space.has_missed_before(&gate, fault.addr, fault.thread);
         // Or when the kernel has got to telling: no message yet, but a change.
-        if stranger && space.is_changing() {
+        if stranger && space.is_changing() && fault.has_patience() {
             return Attempt::Again;
         }
         // Memory that has grown in place, of which the kernel tells nobody: the new part is registered like the old.
-        if stranger && let Some(region) = space.grown(&gate, fault.addr) {
-            return zero_fill_tail(space, &gate, region, fault);
+        let door = || Some(space.grown(&gate, fault.addr)?.door());
+        if stranger && let Some(door) = fault.door.or_else(door) {
+            return zero_fill_tail(space, &gate, door, fault);
         }
-        return Attempt::Done(if stranger {
+        // Unregistered since the fault, perhaps, by the end of its mirror: once more.
+        let refused = stranger && space.was_refused_before(&gate, fault.addr, fault.thread);
+        return Attempt::Done(if refused {
             Verdict::NotOurs
         } else {
             Verdict::Resolved
@@ -229,7 +250,7 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
     let (block, page) = match place.kind {
         PlaceKind::Body => region.locate(fault.addr),
         PlaceKind::Moved(from) => region.locate(fault.addr - place.range.start() + from),
-        PlaceKind::Tail => return zero_fill_tail(space, &gate, region, fault),
+        PlaceKind::Tail => return zero_fill_tail(space, &gate, region.door(), fault),
         PlaceKind::Window(_) => return Attempt::Done(Verdict::Window),
     };
     let mut state = region.lock_block(block);
@@ -300,17 +321,15 @@ pub(crate) fn begin(space: &AddressSpace, fault: &CpuFault, first: First) -> Att
 fn zero_fill_tail(
     space: &AddressSpace,
     gate: &impl Inside,
-    region: &Region,
+    door: &Door,
     fault: &CpuFault,
 ) -> Attempt {
     let page = page_floor(fault.addr);
-    let filled = region
-        .door()
-        .copy(page, space.zeros(), PAGE_SIZE, Protect::No);
+    let filled = door.copy(page, space.zeros(), PAGE_SIZE, Protect::No);
     Attempt::Done(match filled.stop {
         Stop::Changing => return Attempt::Again,
         Stop::Complete | Stop::Exists => Verdict::Resolved,
-        _ if space.has_missed_before(gate, fault.addr, fault.thread) => Verdict::NotOurs,
+        _ if space.was_refused_before(gate, fault.addr, fault.thread) => Verdict::NotOurs,
         _ => Verdict::Resolved,
     })
 }

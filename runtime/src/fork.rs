@@ -25,6 +25,7 @@ use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::process;
 use crate::sys::signal::AsyncSignalsBlocked;
+use crate::sys::thread;
 
 /// Has libc call the three handlers around every fork of this process, once. One caller at a time. (In the child of a fork that came
 /// in between they may be called twice, which is once too often and does no harm.)
@@ -44,7 +45,7 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
         let gate = space.gate().enter();
         let places = space.places(&gate);
         if places.len() <= count {
-            regions.extend(bodies(space, &gate).map(|place| place.region.clone()));
+            regions.extend(bodies(places).map(|place| place.region.clone()));
             return regions;
         }
     }
@@ -58,35 +59,39 @@ fn advise_bodies(space: &AddressSpace, advice: Advice, except: &[u64]) {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let before = space.nr_changes();
-        let was_changing = advise_each(space, advice, except);
-        // What moved meanwhile, from where we had not been yet to where we had, is not advised: once more.
-        let has_moved = was_changing || space.nr_changes() != before;
-        if !has_moved || Instant::now() > deadline {
+        let in_doubt = advise_each(space, advice, except);
+        if in_doubt.is_empty() && space.nr_changes() == before {
             return;
         }
         space.settle();
+        if advice == Advice::DontFork {
+            in_doubt.iter().for_each(|&run| give_back(space, run));
+        }
+        if Instant::now() > deadline {
+            return;
+        }
+        // What moved meanwhile, from where we had not been yet to where we had, is not advised: once more.
     }
 }
 
-/// Goes through the bodies once, and says whether the kernel was changing mappings meanwhile.
-fn advise_each(space: &AddressSpace, advice: Advice, except: &[u64]) -> bool {
-    let (mut next, mut was_changing) = (0, false);
+/// Goes through the bodies once. Those that the kernel may have been changing when they were advised are in doubt.
+fn advise_each(space: &AddressSpace, advice: Advice, except: &[u64]) -> Vec<PageRange> {
+    let (mut next, mut in_doubt) = (0, Vec::new());
     loop {
         // Inside the gate: who unmaps part of it waits until that is heard of, and does not map there anew what would then be
         // kept from children for ever. One at a time, for `madvise` takes the mmap lock.
         let gate = space.gate().enter();
         let Some(run) = next_run(space, &gate, next, except) else {
-            return was_changing;
+            return in_doubt;
         };
         // Where part of it was unmapped meanwhile there is nothing to inherit.
         let _ = mmap::advise(run, advice);
         // Inside the gate, too, where nobody reads of what is changing.
         let is_changing = space.is_changing();
         drop(gate);
-        if advice == Advice::DontFork && is_changing {
-            give_back(space, run);
+        if is_changing {
+            in_doubt.push(run);
         }
-        was_changing |= is_changing;
         next = run.end();
     }
 }
@@ -100,38 +105,42 @@ fn next_run(
     from: usize,
     except: &[u64],
 ) -> Option<PageRange> {
-    let bodies = bodies(space, gate)
-        .filter(|place| place.range.start() >= from && !except.contains(&place.region.id()))
-        .map(|place| space.with_grown(gate, place.range));
+    let places = space.places(gate);
+    let first = places.partition_point(|place| place.range.start() < from);
     let mut run: Option<PageRange> = None;
-    for body in bodies {
-        run = match run {
-            None => Some(body),
-            Some(run) if run.end() == body.start() => PageRange::new(run.start(), body.end()),
-            Some(_) => break,
-        };
+    for place in bodies(&places[first..]).filter(|p| !except.contains(&p.region.id())) {
+        let start = run.map_or(place.range.start(), PageRange::start);
+        if run.is_some_and(|run| run.end() != place.range.start()) {
+            break;
+        }
+        let grown = space.with_grown(gate, place.range, &place.region);
+        run = PageRange::new(start, grown.end());
     }
     run
 }
 
 /// What children inherit, in the order of addresses.
-fn bodies<'g>(space: &'g AddressSpace, gate: &'g impl Inside) -> impl Iterator<Item = &'g Place> {
-    space
-        .places(gate)
+fn bodies(places: &[Place]) -> impl Iterator<Item = &Place> {
+    places
         .iter()
         .filter(|place| !matches!(place.kind, PlaceKind::Window(_)))
 }
 
 /// Mapped over by `MAP_FIXED` when it was advised, but not heard of yet, part of `range` may have been somebody else's memory
-/// already: what is nobody's body once all is heard of is inherited like any other.
+/// already: what is no place now that all is heard of is inherited like any other.
 fn give_back(space: &AddressSpace, range: PageRange) {
-    space.settle();
     let mut from = range.start();
     while from < range.end() {
         let gate = space.gate().enter();
-        let next = bodies(space, &gate)
-            .map(|place| space.with_grown(&gate, place.range))
-            .find(|body| body.end() > from);
+        let places = space.places(&gate);
+        let ours = |place: &Place| match place.kind {
+            PlaceKind::Window(_) => place.range,
+            _ => space.with_grown(&gate, place.range, &place.region),
+        };
+        // The last one before may have grown as far.
+        let first = places.partition_point(|place| place.range.end() <= from);
+        let near = &places[first.saturating_sub(1)..];
+        let next = near.iter().map(ours).find(|place| place.end() > from);
         let start = next.map_or(range.end(), PageRange::start).min(range.end());
         if let Some(other) = PageRange::new(from, start) {
             let _ = mmap::advise(other, Advice::DoFork);
@@ -209,11 +218,13 @@ pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
         let is_changing = space.is_changing();
         drop(gate);
         if is_changing {
+            space.settle();
             give_back(space, body);
         }
     }
 }
 
 extern "C" fn child() {
+    thread::enter_child();
     AddressSpace::abandon_in_child();
 }

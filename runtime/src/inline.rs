@@ -4,6 +4,8 @@
 //!
 //! What the handler is allowed to do is design rule 1; how it is installed, chained and guarded is [`crate::sys::signal`].
 
+use core::cell::Cell;
+
 use crate::error::{Access, Error, ErrorKind, Result};
 use crate::fault::{self, CpuFault};
 use crate::overrun::{self, Fate};
@@ -32,6 +34,8 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         access,
         protection,
         thread: signal::thread_pointer(),
+        door: None,
+        kept_since_ns: Cell::new(0),
     };
     // Of an access that the monitor has read of there is nothing left to resolve.
     let resolved = if bus.late {

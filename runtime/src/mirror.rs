@@ -53,7 +53,7 @@ use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
 use crate::scratch::Scratch;
 use crate::share::Shared;
-use crate::space::{AddressSpace, Orphaned, PlaceKind};
+use crate::space::{AddressSpace, Inside, Orphaned, Place, PlaceKind};
 use crate::stats::{Cause, Stats};
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::arc::MapArc;
@@ -343,6 +343,11 @@ impl Raw {
         }
         // 3. The kernel has the faults again; 4. nobody finds the region; 5. nobody refers to it any more.
         if let (RegionKind::Managed, Some(body)) = (region.kind(), region.body()) {
+            // What has grown is looked up by the mappings, which are to be those that we know.
+            let has_grown = tails(space, &space.gate().enter(), region).next().is_some();
+            if has_grown {
+                space.settle();
+            }
             {
                 // What a fork gives to children and takes from them again must not be taken from memory that is ours no more.
                 let _bracket = space.fork_bracket();
@@ -418,27 +423,35 @@ fn restore(region: &Region, pages: PageRange) {
     let _ = mmap::advise(pages, Advice::DoFork);
 }
 
+/// What belongs to the region and is not its body, nor has ever been.
+fn tails<'g>(
+    space: &'g AddressSpace,
+    gate: &'g impl Inside,
+    region: &'g Region,
+) -> impl Iterator<Item = PageRange> {
+    let is_its = |place: &&Place| {
+        !matches!(place.kind, PlaceKind::Window(_)) && place.region.id() == region.id()
+    };
+    space
+        .places(gate)
+        .iter()
+        .filter(is_its)
+        .filter_map(|place| {
+            let grown = space.with_grown(gate, place.range, region);
+            let start = match place.kind {
+                PlaceKind::Tail => grown.start(),
+                _ => place.range.end(),
+            };
+            PageRange::new(start, grown.end())
+        })
+}
+
 /// Unregisters the body but for the parts that left it: at their addresses there may be somebody else's memory by now. Inside the gate:
 /// what is unmapped meanwhile stays vacant until that is heard of.
 fn unregister_what_is_left(region: &Region, body: PageRange) {
     let space = AddressSpace::global();
-    // What has grown behind it is looked up by the mappings, which are to be those that we know.
-    space.settle();
     let gate = space.gate().enter();
-    for place in space.places(&gate) {
-        let is_window = matches!(place.kind, PlaceKind::Window(_));
-        if is_window || place.region.id() != region.id() {
-            continue;
-        }
-        let grown = space.with_grown(&gate, place.range);
-        let start = match place.kind {
-            PlaceKind::Tail => grown.start(),
-            _ => place.range.end(),
-        };
-        if let Some(tail) = PageRange::new(start, grown.end()) {
-            restore(region, tail);
-        }
-    }
+    tails(space, &gate, region).for_each(|tail| restore(region, tail));
     let gone = |block: usize| region.lock_block(block).gone();
     if (0..region.nr_blocks()).all(|block| gone(block).is_empty()) {
         restore(region, body);

@@ -192,7 +192,17 @@ pub(crate) fn with_pinned<R>(
     region.add_pin(pages.clone());
     let pin = |(block, mask)| pin_block(region, block, mask, devices);
     let result = blocks(&pages).try_for_each(pin).map(|()| f());
-    unpin(region, &pages);
+    if devices == Meanwhile::InPlace {
+        unpin(region, &pages);
+        return result;
+    }
+    // Nobody has come to use them in place: there is nobody to tell.
+    region.remove_pin(&pages, |run| {
+        for (block, mask) in blocks(&run) {
+            let _gate = AddressSpace::global().gate().enter();
+            region.lock_block(block).set_pinned(mask, false);
+        }
+    });
     for (block, mask) in blocks(&pages) {
         // Those that the application has pinned are in place again.
         let _gate = AddressSpace::global().gate().enter();

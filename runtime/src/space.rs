@@ -30,6 +30,7 @@ use crate::sys::maps::{Maps, Vma};
 use crate::sys::mmap::{MapArray, MapBox};
 use crate::sys::pagemap::{PageState, Pagemap};
 use crate::sys::process;
+use crate::sys::uffd::Stop;
 use crate::window::Window;
 use crate::{inline, monitor};
 
@@ -89,6 +90,8 @@ struct Claim {
     bytes: Range<usize>,
 }
 
+/// Mappings that what has grown is looked for in.
+const MAX_MAPPINGS: usize = 16;
 /// Slots for threads whose fault found no place; those that share one only try once more.
 const MISS_SLOTS: usize = 64;
 
@@ -112,6 +115,8 @@ pub(crate) struct AddressSpace {
     nr_changes: AtomicU64,
     /// The last fault that found no place, of the threads that hash to each slot: see [`Self::has_missed_before`].
     misses: [AtomicU64; MISS_SLOTS],
+    /// The same of the last fault that found a place, or what has grown behind one, and was refused all the same.
+    refusals: [AtomicU64; MISS_SLOTS],
     fork_bracket: StdMutex<()>,
     /// Held across a call of [`crate::calls`] that vacates addresses, until it is applied.
     vacating: StdMutex<()>,
@@ -196,6 +201,7 @@ impl AddressSpace {
             forked: AtomicBool::new(false),
             nr_changes: AtomicU64::new(0),
             misses: [const { AtomicU64::new(0) }; MISS_SLOTS],
+            refusals: [const { AtomicU64::new(0) }; MISS_SLOTS],
             fork_bracket: StdMutex::new(()),
             vacating: StdMutex::new(()),
             claims: StdMutex::new(Vec::new()),
@@ -423,6 +429,22 @@ impl AddressSpace {
         addr: usize,
         thread: usize,
     ) -> bool {
+        self.is_noted(&self.misses, addr, thread)
+    }
+
+    /// The same of a fault that was refused, which is looked at after the other: a fault that has missed twice may have been raised before
+    /// its page was unregistered, and be looked at after.
+    pub(crate) fn was_refused_before(
+        &self,
+        _gate: &impl Inside,
+        addr: usize,
+        thread: usize,
+    ) -> bool {
+        self.is_noted(&self.refusals, addr, thread)
+    }
+
+    /// Notes the fault among `notes`; whether it was there.
+    fn is_noted(&self, notes: &[AtomicU64; MISS_SLOTS], addr: usize, thread: usize) -> bool {
         const ODD: u64 = 0x9E37_79B9_7F4A_7C15;
         let thread = (thread as u64).wrapping_mul(ODD);
         // Relaxed: a thread asks for its own misses only, and a change that is seen late costs one more try.
@@ -432,7 +454,7 @@ impl AddressSpace {
             .wrapping_mul(ODD)
             | 1;
         let slot = (thread >> 32) as usize % MISS_SLOTS;
-        self.misses[slot].swap(miss, Ordering::Relaxed) == miss
+        notes[slot].swap(miss, Ordering::Relaxed) == miss
     }
 
     /// Whether mappings may be emptied, unmapped or moved without an event.
@@ -467,16 +489,18 @@ impl AddressSpace {
 
     /// The region whose memory `addr` has become part of, if it lies in no place itself: the kernel joins mappings, and lets one
     /// grow, only where all of it is registered with the same userfaultfd. What was protected in part since is several mappings; whether
-    /// those behind the first are registered so, too, the kernel is asked.
+    /// those behind the first are registered so, too, the kernel is asked. (Of one that is not writable it does not say.)
     pub(crate) fn grown<'g>(&'g self, gate: &'g impl Inside, addr: usize) -> Option<&'g Region> {
-        const MAX_MAPPINGS: usize = 16;
-        let mut mapping = self.vma(addr)?.range;
+        let own = self.vma(addr)?;
+        let mut mapping = own.range;
         for nr_before in 0..MAX_MAPPINGS {
             let inside = |place: &&Place| {
                 !matches!(place.kind, PlaceKind::Window(_)) && mapping.overlaps(place.range)
             };
             if let Some(place) = self.places(gate).iter().find(inside) {
-                let is_ours = nr_before == 0 || place.region.door().owns(addr, self.zeros());
+                let is_ours = nr_before == 0
+                    || !own.writable
+                    || place.region.door().ask(addr, self.zeros()) != Stop::Invalid;
                 return is_ours.then_some(&*place.region);
             }
             mapping = self.vma(mapping.start().checked_sub(PAGE_SIZE)?)?.range;
@@ -484,13 +508,35 @@ impl AddressSpace {
         None
     }
 
-    /// `range`, of a place, with what has grown behind it in the same mapping, of which the kernel tells nobody.
-    pub(crate) fn with_grown(&self, gate: &impl Inside, range: PageRange) -> PageRange {
-        let mapped = self.vma(range.end() - PAGE_SIZE);
-        let end = mapped.map_or(range.end(), |vma| vma.range.end());
-        let starts = self.places(gate).iter().map(|place| place.range.start());
-        let next = starts.filter(|&start| start >= range.end()).min();
-        PageRange::new(range.start(), end.min(next.unwrap_or(end))).unwrap_or(range)
+    /// `range`, of a place of `region`, with what has grown behind it, of which the kernel tells nobody: the rest of its mapping, and the
+    /// mappings behind that as far as the kernel says that they are registered likewise.
+    pub(crate) fn with_grown(
+        &self,
+        gate: &impl Inside,
+        range: PageRange,
+        region: &Region,
+    ) -> PageRange {
+        let places = self.places(gate);
+        let after = places.partition_point(|place| place.range.start() < range.end());
+        let limit = places.get(after).map(|place| place.range.start());
+        let mut end = range.end();
+        let mut at = end - PAGE_SIZE;
+        for nr_behind in 0..MAX_MAPPINGS {
+            if limit.is_some_and(|limit| at.max(range.end()) >= limit) {
+                break;
+            }
+            let Some(vma) = self.vma(at) else { break };
+            let is_ours = nr_behind == 0
+                || matches!(
+                    region.door().ask(at, self.zeros()),
+                    Stop::Complete | Stop::NotPresent | Stop::Exists
+                );
+            if is_ours {
+                end = vma.range.end();
+            }
+            at = vma.range.end();
+        }
+        PageRange::new(range.start(), limit.map_or(end, |limit| end.min(limit))).unwrap_or(range)
     }
 
     /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but
