@@ -3,6 +3,7 @@
 
 use std::ptr;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use svm::Delivery;
 
@@ -136,17 +137,33 @@ impl Work<'_> {
         flags: i32,
         to: usize,
     ) -> Result<usize, String> {
-        let now = match by {
+        let bare = || {
             // SAFETY: pages that are taken, and room of the caller's.
-            By::Bare => unsafe { libc::mremap(at(from).cast(), old, new, flags, at(to)) }.cast(),
-            // SAFETY: the same.
-            By::Wrapper => unsafe { svm::mremap(at(from), old, new, flags, at(to)) }
-                .map_err(|e| e.to_string())?,
+            let now = unsafe { libc::mremap(at(from).cast(), old, new, flags, at(to)) };
+            match now {
+                libc::MAP_FAILED => Err(std::io::Error::last_os_error()),
+                now => Ok(now.expose_provenance()),
+            }
         };
-        if now.cast() == libc::MAP_FAILED {
-            return Err(format!("mremap: {}", std::io::Error::last_os_error()));
+        if by == By::Wrapper {
+            // SAFETY: the same.
+            return unsafe { svm::mremap(at(from), old, new, flags, at(to)) }
+                .map(|now: *mut u8| now.expose_provenance())
+                .map_err(|e| e.to_string());
         }
-        Ok(now.expose_provenance())
+        let mut tries = 0;
+        loop {
+            match bare() {
+                Ok(now) => return Ok(now),
+                // While a thread forks it may be two mappings for a moment, as the README says.
+                Err(e) if e.raw_os_error() == Some(libc::EFAULT) && tries < 20 => {
+                    tries += 1;
+                    self.run.refused.fetch_add(1, Ordering::Relaxed);
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                Err(e) => return Err(format!("mremap: {e}")),
+            }
+        }
     }
 
     /// What a move makes of a page's reach: where the kernel tells of it, the page has left; where the wrapper alone knows, it may

@@ -119,6 +119,8 @@ pub struct Report {
     pub mirrors: svm::Stats,
     /// Pages that were what they had to be.
     pub looks: u64,
+    /// Bare `mremap`s that the kernel refused while a thread forked, and that were made again.
+    pub refused: u64,
 }
 
 impl fmt::Display for Report {
@@ -145,6 +147,11 @@ impl fmt::Display for Report {
             s.evicted_pages
         )?;
         writeln!(f, "  {:>12}  anomalies", s.anomalies)?;
+        writeln!(
+            f,
+            "  {:>12}  bare calls of mremap refused beside a fork, and made again",
+            self.refused
+        )?;
         write!(
             f,
             "nothing lost: {} looks at pages, each as it had to be",
@@ -164,6 +171,7 @@ struct Run {
     failed: AtomicBool,
     ops: [AtomicU64; KINDS.len()],
     looks: AtomicU64,
+    refused: AtomicU64,
     mirrors: Mutex<svm::Stats>,
     /// Changes begun, of those that are made before chance decides.
     first: AtomicUsize,
@@ -244,6 +252,7 @@ pub fn run(config: &Config) -> Result<Report, String> {
         failed: AtomicBool::new(false),
         ops: [const { AtomicU64::new(0) }; KINDS.len()],
         looks: AtomicU64::new(0),
+        refused: AtomicU64::new(0),
         mirrors: Mutex::new(svm::Stats::default()),
         first: AtomicUsize::new(0),
         hears_removal: capabilities.has(Capability::Events) && capabilities.has(Capability::Move),
@@ -268,6 +277,7 @@ pub fn run(config: &Config) -> Result<Report, String> {
             .collect(),
         mirrors: *run.mirrors.lock().expect("no panic while it is held"),
         looks: run.looks.load(Ordering::Relaxed),
+        refused: run.refused.load(Ordering::Relaxed),
     };
     if let Some(failure) = failure {
         return Err(format!("{failure}\n{report:?}"));
