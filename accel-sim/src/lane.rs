@@ -529,9 +529,13 @@ impl Lane<'_> {
             }
             // W1: nothing of this worker's is published while it waits.
             reach.slot.leave_element_mode();
-            let fetched =
-                self.worker
-                    .fetch(region, page..page + 1, page + 1, rights, attempt + round);
+            let fetched = self.worker.fetch(
+                region,
+                page..page + 1,
+                page..page + 1,
+                rights,
+                attempt + round,
+            );
             reach.slot.enter_element_mode();
             fetched?;
         }
@@ -590,9 +594,13 @@ impl Lane<'_> {
                 return Ok(out);
             }
             slot.leave_element_mode();
-            let fetched =
-                self.worker
-                    .fetch(region, missing..pages.end, pages.end, O::RIGHTS, attempt);
+            let fetched = self.worker.fetch(
+                region,
+                missing..pages.end,
+                missing..pages.end,
+                O::RIGHTS,
+                attempt,
+            );
             slot.enter_element_mode();
             fetched?;
         }

@@ -4,9 +4,9 @@
 //!
 //! 1. Publish the spans of all views, and check that all their pages have translations. If one has not: withdraw all, fault in
 //!    what is missing, and start over. An item holds nothing while it waits, so two of them never wait for each other; each
-//!    attempt earns its pages a longer stay. The first attempt fetches what the items after it will need along with it, as far as
-//!    it lies in the same block: so many workers with small items make no more far faults than one with large ones. It does so only if
-//!    the device has room for all of the launch's views.
+//!    attempt earns its pages a longer stay. The first attempt fetches what the view has in the same block along with it: so many
+//!    workers with small items make no more far faults than one with large ones. It does so only if the device has room for all of
+//!    the launch's views.
 //! 2. With all spans open, every page of them stays until they are closed. A span whose pages are all in the window is a slice
 //!    of the window; one whose pages are all in place is a slice of host memory. One with some of each is *bounced*: its bytes
 //!    are gathered into a buffer, which the kernel works on, and scattered back if the view is mutable.
@@ -94,8 +94,8 @@ struct Want<'a> {
     addr: usize,
     len_bytes: usize,
     pages: Range<usize>,
-    /// Where the pages end that a far fault may bring along: the view's, or the span's own.
-    until: usize,
+    /// The pages that a far fault may bring along: the view's, or the span's own.
+    around: Range<usize>,
 }
 
 impl<'a> Want<'a> {
@@ -113,10 +113,10 @@ impl<'a> Want<'a> {
         let space = operands.space(operand);
         let addr = operand.addr + elements.start * operand.size;
         let pages = space.pages(addr, len_bytes);
-        let until = if all_fit {
-            space.pages(operand.addr, operand.len_bytes).end
+        let around = if all_fit {
+            space.pages(operand.addr, operand.len_bytes)
         } else {
-            pages.end
+            pages.clone()
         };
         Some(Want {
             operand,
@@ -124,7 +124,7 @@ impl<'a> Want<'a> {
             addr,
             len_bytes,
             pages,
-            until,
+            around,
         })
     }
 
@@ -298,9 +298,14 @@ fn open<'a>(
                         DeviceFaultKind::Stuck,
                     ));
                 }
-                // The first time the view's next items' pages along with ours: one move for as many of them as lie in the block.
-                let until = if attempt == 0 { want.until } else { 0 };
-                worker.fetch(want.space, missing..want.pages.end, until, rights, attempt)?;
+                // The first time the pages of other items along with ours: one move for all of the view that lies in the block.
+                let pages = missing..want.pages.end;
+                let around = if attempt == 0 {
+                    want.around.clone()
+                } else {
+                    pages.clone()
+                };
+                worker.fetch(want.space, pages, around, rights, attempt)?;
                 // On to the next block; what was lost again meanwhile is the next attempt's.
                 from = (missing / PAGES_PER_BLOCK + 1) * PAGES_PER_BLOCK;
                 if from >= want.pages.end {
@@ -505,7 +510,7 @@ fn with_page(
                 DeviceFaultKind::Stuck,
             ));
         }
-        worker.fetch(want.space, page.clone(), page.end, rights, attempt)?;
+        worker.fetch(want.space, page.clone(), page.clone(), rights, attempt)?;
     }
     unreachable!("the loop ends by returning")
 }

@@ -245,21 +245,22 @@ impl Worker {
     }
 
     /// A far fault: gets translations for `pages`, or for those of them in the first one's block; and along with them, where that
-    /// meets no difficulty, for what follows up to page `until` of that block.
+    /// meets no difficulty, for what is in that block of `around`, which has them.
     ///
     /// The caller has nothing published (hazards W1). On return the pages were there for a moment; whoever needs them checks again.
     pub(crate) fn fetch(
         &self,
         region: &Space,
         pages: Range<usize>,
-        until: usize,
+        around: Range<usize>,
         rights: Rights,
         attempt: u32,
     ) -> Result<(), DeviceFault> {
         let block = pages.start / PAGES_PER_BLOCK;
+        let (start, end) = (block * PAGES_PER_BLOCK, (block + 1) * PAGES_PER_BLOCK);
         let in_block =
-            |end: usize| region.body_of(&(pages.start..end.min((block + 1) * PAGES_PER_BLOCK)));
-        let (needed, along) = (in_block(pages.end), in_block(until.max(pages.end)));
+            |pages: Range<usize>| region.body_of(&(pages.start.max(start)..pages.end.min(end)));
+        let (needed, along) = (in_block(pages), in_block(around));
         let turn = (region.addr_of(block * PAGES_PER_BLOCK) / BLOCK_SIZE) % NR_TURNS;
         let _turn = self.shared.turns[turn]
             .lock()
