@@ -220,6 +220,8 @@ pub(crate) mod signal {
         Park,
     }
 
+    pub(crate) fn enter_child() {}
+
     /// A signal of ours to a thread that sleeps in a fault.
     pub(crate) fn send_late(thread: usize, addr: usize, write: bool) -> io::Result<()> {
         kernel::send_late(thread, addr, write);

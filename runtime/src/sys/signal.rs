@@ -40,7 +40,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicUsize,
+    AtomicBool, AtomicPtr, AtomicU8, AtomicUsize,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
@@ -114,7 +114,20 @@ fn installed() -> Option<&'static Installed> {
 }
 
 /// Whether the kernel calls the handler: a fork may come between that and [`INSTALLED`], and its child has to go on from there.
-static ARMED: AtomicBool = AtomicBool::new(false);
+static ARMED: AtomicU8 = AtomicU8::new(NOT_YET);
+const NOT_YET: u8 = 0;
+const YES: u8 = 1;
+/// A forked child has yet to look. The fork copies the table of actions before the memory (`copy_process` in `kernel/fork.c`), so what another
+/// thread did between is noted in the child, and not done.
+const AS_INHERITED: u8 = 2;
+
+/// In a forked child, before it uses anything here. Async-signal-safe.
+pub(crate) fn enter_child() {
+    // Relaxed, both: there is no other thread.
+    if ARMED.load(Relaxed) == YES {
+        ARMED.store(AS_INHERITED, Relaxed);
+    }
+}
 
 /// Installs the handler. Control path. Idempotent: a second call must name the same resolver.
 ///
@@ -124,7 +137,7 @@ static ARMED: AtomicBool = AtomicBool::new(false);
 pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     if let Some(installed) = installed() {
         return if std::ptr::fn_addr_eq(installed.resolver, resolver) {
-            arm()
+            arm(installed)
         } else {
             Err(io::ErrorKind::AlreadyExists.into())
         };
@@ -145,17 +158,26 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
         resolving,
         stacks,
     })?);
-    match INSTALLED.compare_exchange(std::ptr::null_mut(), new, AcqRel, Acquire) {
-        Ok(_) => arm(),
-        // Another thread was first, before it had the kernel call the handler.
-        Err(_) => install(resolver),
-    }
+    // If another thread was first it is that one's; whether that has had the kernel call the handler is seen there.
+    let _ = INSTALLED.compare_exchange(std::ptr::null_mut(), new, AcqRel, Acquire);
+    install(resolver)
 }
 
 /// Has the kernel call the handler, once.
-fn arm() -> io::Result<()> {
-    // Acquire pairs with the Release below. Two threads that both find it false install the same handler.
-    if ARMED.load(Acquire) {
+fn arm(installed: &Installed) -> io::Result<()> {
+    // Acquire pairs with the Release below. Two threads that both find it not done install the same handler.
+    let state = ARMED.load(Acquire);
+    // In a child: ours, or one that was installed after ours and is to be called before it.
+    let is_in_place = || {
+        let none = [
+            installed.previous.sa_sigaction,
+            libc::SIG_DFL,
+            libc::SIG_IGN,
+        ];
+        !none.contains(&current_action().sa_sigaction)
+    };
+    if state == YES || state == AS_INHERITED && is_in_place() {
+        ARMED.store(YES, Release);
         return Ok(());
     }
     let mut action = zeroed_action();
@@ -166,7 +188,7 @@ fn arm() -> io::Result<()> {
     // documentation: it is async-signal-safe if its resolver is, which `Resolver` demands.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     check(libc::c_long::from(result))?;
-    ARMED.store(true, Release);
+    ARMED.store(YES, Release);
     Ok(())
 }
 

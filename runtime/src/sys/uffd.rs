@@ -487,6 +487,12 @@ impl Uffd {
         let replaced = check(libc::c_long::from(inert)).and_then(|_| {
             // SAFETY: made just now, and nobody else knows it.
             let inert = unsafe { OwnedFd::from_raw_fd(inert) };
+            if inert.as_raw_fd() == self.as_fd().as_raw_fd() {
+                // The fork copied the table of descriptors before another thread had this one, and the memory after that (`copy_process`
+                // in `kernel/fork.c`): the number was free here, and is taken now.
+                let _ = inert.into_raw_fd();
+                return Ok(());
+            }
             replace_fd(self.as_fd(), inert.as_fd())
         });
         if let Err(error) = replaced {

@@ -247,6 +247,8 @@ pub(crate) mod signal {
         Park,
     }
 
+    pub(crate) fn enter_child() {}
+
     pub(crate) fn send_late(_: usize, _: usize, _: bool) -> io::Result<()> {
         super::unsupported()
     }
