@@ -7,8 +7,8 @@
 
 use std::io::{Read, Write};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use accel_sim::{Accelerator, ElementsMut};
@@ -662,8 +662,9 @@ extern "C" fn make_late_use() {
     }
 }
 
-/// Has `prepare` called in the middle of each fork: between our preparation, whose handler is installed later, and the fork.
-fn at_fork_before_ours(prepare: extern "C" fn()) {
+/// Has `prepare` called in the middle of each fork, between our preparation, whose handler is installed later, and the fork; and `child` at
+/// the beginning of each child, before our handler there.
+fn at_fork_before_ours(prepare: Option<extern "C" fn()>, child: Option<extern "C" fn()>) {
     unsafe extern "C" {
         fn pthread_atfork(
             prepare: Option<extern "C" fn()>,
@@ -672,8 +673,8 @@ fn at_fork_before_ours(prepare: extern "C" fn()) {
         ) -> libc::c_int;
     }
     // Those that prepare run in reverse order.
-    // SAFETY: a function of that type.
-    let outcome = unsafe { pthread_atfork(Some(prepare), None, None) };
+    // SAFETY: functions of that type.
+    let outcome = unsafe { pthread_atfork(prepare, None, child) };
     assert_eq!(outcome, 0);
 }
 
@@ -688,7 +689,7 @@ fn a_first_use_in_the_middle_of_a_fork() {
         return tests::skip("no userfaultfd");
     }
     in_own_process(name, &[""], || {
-        at_fork_before_ours(make_late_use);
+        at_fork_before_ours(Some(make_late_use), None);
         let _first = filled(&Options::new());
         // In a child our handlers are there, and there is nothing yet.
         assert!(in_child(|| {
@@ -773,6 +774,91 @@ fn sharing_is_broken_beside_a_page_that_is_gone() {
     });
 }
 
+extern "C" fn have_older_tables() {
+    // As of a process in which nothing was mirrored yet.
+    let links = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+    let is_uffd = |entry: &std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|to| to.ends_with("anon_inode:[userfaultfd]"))
+    };
+    for entry in links.filter(is_uffd).collect::<Vec<_>>() {
+        let fd = entry.file_name().to_str().unwrap().parse().unwrap();
+        // SAFETY: the child's own copy.
+        assert_eq!(unsafe { libc::close(fd) }, 0);
+    }
+    let older = OLDER_ACTION.get().unwrap();
+    // SAFETY: what the kernel had said, before there was ours.
+    let outcome = unsafe { libc::sigaction(libc::SIGBUS, older, std::ptr::null_mut()) };
+    assert_eq!(outcome, 0);
+}
+
+/// What was done about a SIGBUS before anything was mirrored.
+static OLDER_ACTION: OnceLock<libc::sigaction> = OnceLock::new();
+
+/// The kernel copies a process's descriptors and its signals' actions before its memory. Of what another thread opens and installs between,
+/// the child knows, and does not have it.
+#[test]
+fn a_child_whose_tables_are_older_than_its_memory() {
+    let name = "a_child_whose_tables_are_older_than_its_memory";
+    in_own_process(name, &[""], || {
+        OLDER_ACTION.get_or_init(|| {
+            // SAFETY: integers.
+            let mut action = unsafe { std::mem::zeroed() };
+            // SAFETY: the kernel writes it, and is given none.
+            let outcome =
+                unsafe { libc::sigaction(libc::SIGBUS, std::ptr::null(), &raw mut action) };
+            assert_eq!(outcome, 0);
+            action
+        });
+        at_fork_before_ours(None, Some(have_older_tables));
+        each("older tables", |options| {
+            let parents = filled(options);
+            assert!(in_child(|| {
+                let mut buffer = filled(options);
+                take(&TestDevice::new().unwrap(), &mut buffer);
+                let is_right = |words: &[u64]| words.iter().zip(0..).all(|(&x, i)| x == i);
+                is_right(buffer.as_slice()) && is_right(parents.as_slice())
+            }));
+        });
+    });
+}
+
+/// What lies beside a mirror in the same mapping, until that is registered and when it no longer is, is not the mirror's: children have it.
+#[test]
+fn what_lies_beside_a_mirror_is_inherited_as_it_comes_and_goes() {
+    let _watchdog = Watchdog::new("beside");
+    if !usable() {
+        return;
+    }
+    let map = Map::new(64);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let part = map.at(8);
+            while !over.load(Ordering::Relaxed) {
+                // SAFETY: memory of the test's, which nobody changes.
+                let mirror = unsafe { svm::mirror_raw(part, 16 * PAGE, &Options::new()) };
+                mirror.unwrap().close().unwrap();
+            }
+        });
+        let _over = SetOnDrop(&over);
+        for _ in 0..300 {
+            assert!(in_child(|| {
+                (0..64).all(|page| map.read(page) == page as u64 + 1)
+            }));
+        }
+    });
+    map.unmap();
+}
+
+/// Ends what the others do, also where an assertion fails.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A child starts its threads though another thread of the parent was starting one at the fork, and had what `std` locks for that.
 #[test]
 fn a_child_has_a_monitor_whatever_the_parents_threads_were_at() {
@@ -789,6 +875,7 @@ fn a_child_has_a_monitor_whatever_the_parents_threads_were_at() {
                 }
             });
         }
+        let _over = SetOnDrop(&over);
         for round in 0..2_000 {
             assert!(in_child(|| {
                 svm::spawn_thread("starts", || {}).unwrap().join();
@@ -804,7 +891,6 @@ fn a_child_has_a_monitor_whatever_the_parents_threads_were_at() {
                 }));
             }
         }
-        over.store(true, Ordering::Relaxed);
     });
 }
 
@@ -835,7 +921,7 @@ extern "C" fn use_what_has_grown() {
 fn what_has_grown_is_inherited_with_what_it_grew_from() {
     let name = "what_has_grown_is_inherited_with_what_it_grew_from";
     in_own_process(name, &["", "procmap_query"], || {
-        at_fork_before_ours(use_what_has_grown);
+        at_fork_before_ours(Some(use_what_has_grown), None);
         each("grown", |options| {
             for is_left_behind in [false, true] {
                 grow_and_fork(options, is_left_behind);

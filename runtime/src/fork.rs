@@ -24,7 +24,7 @@ use crate::stats::Cause;
 use crate::sys::arc::MapArc;
 use crate::sys::mmap::{self, Advice};
 use crate::sys::process;
-use crate::sys::signal::AsyncSignalsBlocked;
+use crate::sys::signal::{self, AsyncSignalsBlocked};
 use crate::sys::thread;
 
 /// Has libc call the three handlers around every fork of this process, once. One caller at a time. (In the child of a fork that came
@@ -45,7 +45,10 @@ fn regions(space: &AddressSpace) -> Vec<MapArc<Region>> {
         let gate = space.gate().enter();
         let places = space.places(&gate);
         if places.len() <= count {
-            regions.extend(bodies(places).map(|place| place.region.clone()));
+            let bodies = places
+                .iter()
+                .filter(|place| !matches!(place.kind, PlaceKind::Window(_)));
+            regions.extend(bodies.map(|place| place.region.clone()));
             return regions;
         }
     }
@@ -119,11 +122,11 @@ fn next_run(
     run
 }
 
-/// What children inherit, in the order of addresses.
+/// What children are kept from and given, in the order of addresses. Under the fork bracket.
 fn bodies(places: &[Place]) -> impl Iterator<Item = &Place> {
     places
         .iter()
-        .filter(|place| !matches!(place.kind, PlaceKind::Window(_)))
+        .filter(|place| !matches!(place.kind, PlaceKind::Window(_)) && place.region.is_shielded())
 }
 
 /// Mapped over by `MAP_FIXED` when it was advised, but not heard of yet, part of `range` may have been somebody else's memory
@@ -134,6 +137,7 @@ fn give_back(space: &AddressSpace, range: PageRange) {
         let gate = space.gate().enter();
         let places = space.places(&gate);
         let ours = |place: &Place| match place.kind {
+            _ if !place.region.is_shielded() => place.range,
             PlaceKind::Window(_) => place.range,
             _ => space.with_grown(&gate, place.range, &place.region),
         };
@@ -208,9 +212,10 @@ extern "C" fn parent() {
     }
 }
 
-/// A new body: not for children that nobody has prepared, unless a fork is being prepared at this moment.
-pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
+/// A new body, registered: not for children that nobody has prepared, unless a fork is being prepared at this moment, which sees to it.
+pub(crate) fn keep_from_children(space: &AddressSpace, region: &Region, body: PageRange) {
     let _bracket = space.fork_bracket();
+    region.set_shielded(true);
     if AddressSpace::forking().load(Ordering::SeqCst) == 0 {
         // Inside the gate, as in `advise_each`. Advice: where it fails a child of a raw clone reads zeros, as it would without us.
         let gate = space.gate().enter();
@@ -226,5 +231,6 @@ pub(crate) fn keep_from_children(space: &AddressSpace, body: PageRange) {
 
 extern "C" fn child() {
     thread::enter_child();
+    signal::enter_child();
     AddressSpace::abandon_in_child();
 }

@@ -231,7 +231,7 @@ impl Raw {
         let registered = door.register(body, Role::Body);
         let same = registered.is_err() || mapped_runs(space, body) == mapped;
         if registered.is_ok() && same {
-            fork::keep_from_children(space, body);
+            fork::keep_from_children(space, &region, body);
         }
         drop(alone);
         match registered {
@@ -351,6 +351,7 @@ impl Raw {
             {
                 // What a fork gives to children and takes from them again must not be taken from memory that is ours no more.
                 let _bracket = space.fork_bracket();
+                region.set_shielded(false);
                 unregister_what_is_left(region, body);
                 space.unpublish_region(region);
             }

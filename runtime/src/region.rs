@@ -59,6 +59,9 @@ pub(crate) struct Region {
     in_flight: AtomicU32,
     /// The mirror is going: no page goes to a device any more.
     closing: AtomicBool,
+    /// Whether children of a fork are kept from the body, and given it: from when it is registered until it no longer is. Before and after
+    /// that it is part of whatever mapping it lies in. Written and read under the fork bracket.
+    shielded: AtomicBool,
     /// Some block may have severed pages.
     has_severed: AtomicBool,
     /// The device whose launches write the edges' copies, and how many of them there are.
@@ -120,6 +123,7 @@ impl Region {
             uses: AtomicU32::new(0),
             in_flight: AtomicU32::new(0),
             closing: AtomicBool::new(false),
+            shielded: AtomicBool::new(false),
             has_severed: AtomicBool::new(false),
             edge_writers: Mutex::new((None, 0)),
             pins: Mutex::new(Pins::default()),
@@ -323,6 +327,15 @@ impl Region {
     }
 
     /// From here on no round moves a page to a device. Complete after a grace period of the gate.
+    pub(crate) fn is_shielded(&self) -> bool {
+        // Relaxed, like the store: the fork bracket orders them.
+        self.shielded.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_shielded(&self, shielded: bool) {
+        self.shielded.store(shielded, Ordering::Relaxed);
+    }
+
     pub(crate) fn set_closing(&self) {
         // SeqCst: with the gate's, as `forking` of the address space.
         self.closing.store(true, Ordering::SeqCst);
