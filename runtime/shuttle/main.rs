@@ -58,7 +58,6 @@ runtime! {
     attachment "../src/attachment.rs"
     block "../src/block.rs"
     buffer "../src/buffer.rs"
-    copiers "../src/copiers.rs"
     device "../src/device.rs"
     door "../src/door.rs"
     edge "../src/edge.rs"

@@ -7,9 +7,9 @@
 use core::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use crate::addr::{PAGE_SIZE, PageRange, page_floor};
-use crate::copiers::{Copier, Copiers};
 use crate::error::{Error, ErrorKind, Result};
 use crate::options::Delivery;
+use crate::sync::{Copier, Copiers};
 use crate::sys::event::Doorbell;
 use crate::sys::uffd::{FaultScope, Features, Mode, Moved, Protect, Stop, Uffd, Wake};
 use crate::sys::{mmap, process};
@@ -296,7 +296,7 @@ impl Door {
     }
 
     /// Before a copy from `pages` of the application, of one block, which is locked: `Err` if it must be tried later. See
-    /// [`crate::copiers`].
+    /// `sync/copiers.rs`.
     pub(crate) fn begin_copy_from(
         &self,
         pages: Option<PageRange>,

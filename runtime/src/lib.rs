@@ -102,7 +102,6 @@ mod block;
 mod buffer;
 mod calls;
 pub mod capabilities;
-mod copiers;
 mod device;
 mod door;
 mod edge;

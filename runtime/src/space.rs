@@ -175,7 +175,7 @@ impl Orphaned {
     }
 }
 
-/// Who waits for the gate calls it: see [`crate::copiers`].
+/// Who waits for the gate calls it: see `sync/copiers.rs`.
 fn let_copiers_go_on() {
     if let Some(space) = AddressSpace::existing() {
         for door in space.doors.iter().filter_map(OnceLock::get) {
@@ -526,11 +526,14 @@ impl AddressSpace {
                 break;
             }
             let Some(vma) = self.vma(at) else { break };
+            // As a body is, write-protect faults included: not a scratch area, which is no place and is to stay empty.
+            let door = region.door();
             let is_ours = nr_behind == 0
-                || matches!(
-                    region.door().ask(at, self.zeros()),
-                    Stop::Complete | Stop::NotPresent | Stop::Exists
-                );
+                || (door.unprotect(at, PAGE_SIZE) == Stop::Complete
+                    && matches!(
+                        door.ask(at, self.zeros()),
+                        Stop::Complete | Stop::NotPresent | Stop::Exists
+                    ));
             if is_ours {
                 end = vma.range.end();
             }

@@ -107,6 +107,8 @@
 //! | SeqCst ×2 | a leaver: count, then `draining` | store of `draining`, fence (A), count | the closer sees it gone, or is woken | `gate_closes`: `GateLeaveWithoutFence`, `GateLeaveWithoutWake` |
 //! | Release, within SeqCst | a section's leaving | Acquire, within SeqCst, of the drain | the closer sees what sections did | `gate_hands_over`: `GateLeaveRelaxed`, `GateDrainRelaxed` |
 //! | Release | `Closed::drop` | Acquire, within SeqCst, of the section's second look | sections see what the closer did | `gate_closes`: `GateOpenRelaxed`, `GateEnterRelaxed` |
+//! | Release | `Copiers::begin` | Acquire, `Copiers::let_go_on` | who holds a copier reads its range | `copiers_are_held`: `CopierBeginRelaxed` |
+//! | Release | `Copiers::let_go_on` | Acquire, `Copier::drop` | what was done while it was held comes before what the copier does next | `copiers_are_held`: `CopierHoldRelaxed`, `CopierEndRelaxed` |
 //! | `OnceLock` of `std` | a segment of ranges is published | `get` | who has an index finds its word | not modelled: loom does not see into `std` |
 //!
 //! # Why it is live
@@ -202,6 +204,7 @@
 //! | gate, rules 1 to 3: closed is alone | `gate_closes`, `gate_has_one_closer` | `GateEnterWithoutSecondLook`, `GateEnterWithoutFence`, `GateCloseWithoutFence`, `MutexBarges` |
 //! | gate: what one side wrote the other sees | `gate_closes`, `gate_hands_over` | `GateEnterRelaxed`, `GateOpenRelaxed`, `GateLeaveRelaxed`, `GateDrainRelaxed` |
 //! | gate: nobody is left asleep | `gate_closes` | `GateLeaveWithoutWake`, `GateLeaveWithoutFence`, `GateOpenWithoutWake` |
+//! | copies that are waited for: who looks at one holds it | `copiers_are_held` | `CopierEndsHeld`, `CopierBeginRelaxed`, `CopierHoldRelaxed`, `CopierEndRelaxed` |
 //! | gate, rule 4: grace periods | `gate_grace_period`, `gate_grace_periods_follow` | `GateSynchronizeWithoutWait`, `GateChangeWithoutFence`, `GateEnterWithoutSecondLook` |
 //!
 //! The other half of an invalidation, that no access is in flight when the page goes, is the device's. `accel-sim` has it as the shootdown
@@ -222,7 +225,7 @@
 //! has moved. Schedules are chosen at random and by priorities (PCT), each from a seed. `runtime/shuttle` says what is checked in each;
 //! there a page has a sequential history, and an access that finds anything but what was written last fails the schedule.
 //!
-//! | what | scenario (`runtime/shuttle/scenarios.rs`) | mutation that breaks it |
+//! | what | scenario (`runtime/shuttle/scenarios/`) | mutation that breaks it |
 //! |---|---|---|
 //! | I2, I3, rule 3 in the fault path | `cpu_and_update`, `snapshots_and_migrations` | `CommitWithoutCheck`, `FaultWithoutBracket`, `HubStartWithoutBump` |
 //! | D1: one writer, or readers | `cpu_and_device`, `two_and_two`, `shared_home`, `duplicates_and_collapse` | `InvalidateNobody`, `RoundTellsNobody`, `HomeLeavesCopies`, `ShareHomeWritable`, `UnprotectFirst`, `DuplicateUnprotected` |

@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | [`Mutex`] | a lock of one word; zero bytes are an unlocked one | one compare-exchange, one swap |
 //! | [`WaitQueue`] | sleeps until a condition holds; the condition is the caller's | waking nobody: one fence, one load |
+//! | `Copiers` | what sections copy from that wait for the closer | one compare-exchange, two stores, one compare-exchange |
 //! | [`Gate`] | sections that run side by side, against a closer that runs alone, with grace periods | two read-modify-writes on a line of few threads |
 //!
 //! This module is also the one place where the code meets its model checker: everything here and in
@@ -19,6 +20,7 @@
 
 #[cfg(all(test, svm_loom))]
 pub(crate) mod checker;
+mod copiers;
 mod deadline;
 mod futex;
 mod gate;
@@ -29,6 +31,9 @@ mod wait;
 
 pub(crate) mod mutation;
 
+#[cfg(not(svm_loom))]
+pub(crate) use copiers::Copier;
+pub(crate) use copiers::Copiers;
 pub use deadline::Deadline;
 pub(crate) use futex::{Futex, Woken};
 pub use gate::{Closed, Gate, GateGuard};
@@ -189,6 +194,14 @@ pub(crate) mod shim {
     pub(crate) fn point() {
         #[cfg(svm_shuttle)]
         crate::kernel::point();
+    }
+
+    /// In a loop that waits for somebody who neither sleeps nor waits in turn.
+    pub(crate) fn spin() {
+        #[cfg(svm_loom)]
+        loom::thread::yield_now();
+        #[cfg(not(svm_loom))]
+        core::hint::spin_loop();
     }
 
     /// Whether the model has failed and its threads are being taken down: what is dropped then can do nothing any more.

@@ -4,7 +4,8 @@ use super::checker::{Watched, expect_failure, models, reached};
 use super::mutation::{Mutation, with_mutation};
 use super::shim::atomic::AtomicU32;
 use super::shim::atomic::Ordering::Relaxed;
-use super::{Deadline, Gate, Mutex, WaitQueue};
+use super::{Copiers, Deadline, Gate, Mutex, WaitQueue};
+use crate::addr::PageRange;
 use loom::thread;
 use std::sync::Arc;
 
@@ -230,6 +231,29 @@ fn gate_grace_periods_follow() {
     section.join().unwrap();
 }
 
+/// A page that is copied from under its block's lock, and moves under the same lock when the copy is over: who holds the copy looks at the
+/// page before that, and at the page that is copied.
+fn copiers_are_held() {
+    const PAGE: usize = 1 << 12;
+    let shared = Arc::new((Copiers::new(), Watched::new(0)));
+    let copier = {
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || {
+            let page = PageRange::new(7 * PAGE, 8 * PAGE).unwrap();
+            drop(shared.0.begin(page).expect("there is room for one"));
+            shared.1.write(1);
+        })
+    };
+    shared.0.let_go_on(
+        |page| {
+            assert_eq!(page, 7 * PAGE, "another page is looked at");
+            shared.1.read() != 0
+        },
+        |_| reached("held"),
+    );
+    copier.join().unwrap();
+}
+
 models! {
     mutex_excludes reaches []
     mutex_gives_up reaches ["gave up", "got it"]
@@ -240,6 +264,7 @@ models! {
     gate_has_one_closer reaches []
     gate_grace_period reaches ["read the old", "read the new"]
     gate_grace_periods_follow reaches ["read the old", "read the new", "read the newest"]
+    copiers_are_held reaches ["held"]
 }
 
 const RACE: &str = "Causality violation";
@@ -273,6 +298,14 @@ const MUTATIONS: &[(Mutation, &str, fn())] = &[
         gate_grace_period,
     ),
     (Mutation::GateChangeWithoutFence, RACE, gate_grace_period),
+    (Mutation::CopierEndsHeld, RACE, copiers_are_held),
+    (Mutation::CopierEndRelaxed, RACE, copiers_are_held),
+    (Mutation::CopierHoldRelaxed, RACE, copiers_are_held),
+    (
+        Mutation::CopierBeginRelaxed,
+        "another page",
+        copiers_are_held,
+    ),
     (
         Mutation::GateEnterWithoutSecondLook,
         RACE,

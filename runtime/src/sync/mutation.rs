@@ -78,6 +78,14 @@ mutations! {
     GateChangeWithoutFence,
     /// `Gate::synchronize` does not wait for the sections of the old phase.
     GateSynchronizeWithoutWait,
+    /// A copier ends though somebody holds it.
+    CopierEndsHeld,
+    /// A copier ends without acquiring what was done while it was held.
+    CopierEndRelaxed,
+    /// A copier is let go of without releasing what was done while it was held.
+    CopierHoldRelaxed,
+    /// A copier begins without releasing its range.
+    CopierBeginRelaxed,
     /// `Hub::start` does not bump the overlapping ranges.
     HubStartWithoutBump,
     /// `Hub::start` bumps all ranges.

@@ -1,0 +1,103 @@
+//! Copies from the application's pages, made inside the gate.
+//!
+//! Where a door serves the kernel's accesses, too, a copy from a page that is missing has the kernel wait for the monitor, which waits for
+//! the gate (hazards G5). The page was there when the copy began, and its block is locked; but a bare `mremap` may have taken it away since,
+//! which nobody has heard of yet. No system call copies and never waits, a signal does not end the wait, and until the event is read no
+//! page can be brought there either. But what has left is the mirror's no more. So whoever waits for the gate has the kernel forget that
+//! it is registered ([`Gate::nudging`](super::Gate)): then it reads as the zeros that it is, and the copy goes on. What it
+//! copied is taken from the device again when the event is applied.
+
+use super::mutation::{Mutation, mutated, ordering};
+use super::shim::atomic::Ordering::{self, Acquire, Relaxed, Release};
+use super::shim::atomic::{AtomicU32, AtomicU64};
+use super::shim::spin;
+use crate::addr::{PAGE_SIZE, PageRange};
+
+/// Copies at once; more than that are tried again later.
+const MAX_COPIES: usize = if cfg!(svm_loom) { 1 } else { 64 };
+
+/// Nobody's.
+const FREE: u32 = 0;
+/// Its copier writes the range.
+const TAKEN: u32 = 1;
+/// The range can be read.
+const COPYING: u32 = 2;
+/// Somebody looks at the range, and the copier does not end meanwhile.
+const HELD: u32 = 3;
+
+/// The copies that are under way. A slot's range is written by the copier that has taken it, and read by those who hold it.
+#[derive(Debug)]
+pub(crate) struct Copiers([Slot; MAX_COPIES]);
+
+#[derive(Debug)]
+struct Slot {
+    state: AtomicU32,
+    start: AtomicU64,
+    end: AtomicU64,
+}
+
+/// A copy that is known while this lives.
+#[derive(Debug)]
+pub(crate) struct Copier<'a>(&'a Slot);
+
+impl Copiers {
+    pub(crate) fn new() -> Self {
+        Self(core::array::from_fn(|_| Slot {
+            state: AtomicU32::new(FREE),
+            start: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+        }))
+    }
+
+    /// A copy from `pages`, of one block, which is locked. `None` if there are too many.
+    pub(crate) fn begin(&self, pages: PageRange) -> Option<Copier<'_>> {
+        // Relaxed: who takes it reads nothing that others wrote.
+        let take = |slot: &&Slot| slot.change(FREE, TAKEN, Relaxed);
+        let slot = self.0.iter().find(take)?;
+        slot.start.store(pages.start() as u64, Relaxed);
+        slot.end.store(pages.end() as u64, Relaxed);
+        // Release: pairs with the Acquire in `let_go_on`, behind which the range is read.
+        slot.state
+            .store(COPYING, ordering(Release, Mutation::CopierBeginRelaxed));
+        Some(Copier(slot))
+    }
+
+    /// Gives the pages that are missing, of all that is being copied from, to `forget`. They have left: had they been moved, it would
+    /// have been under the lock that the copier holds, and goes on to hold until this is done with it.
+    pub(crate) fn let_go_on(&self, is_there: impl Fn(usize) -> bool, forget: impl Fn(PageRange)) {
+        // Acquire: pairs with the Release in `begin`.
+        let hold = |slot: &&Slot| slot.change(COPYING, HELD, Acquire);
+        for slot in self.0.iter().filter(hold) {
+            let (start, end) = (slot.start.load(Relaxed), slot.end.load(Relaxed));
+            (start as usize..end as usize)
+                .step_by(PAGE_SIZE)
+                .filter(|&page| !is_there(page))
+                .filter_map(|page| PageRange::from_pages(page, 1))
+                .for_each(&forget);
+            // Release: pairs with the Acquire of the copier's end, which comes after what was done here.
+            slot.state
+                .store(COPYING, ordering(Release, Mutation::CopierHoldRelaxed));
+        }
+    }
+}
+
+impl Slot {
+    fn change(&self, from: u32, to: u32, success: Ordering) -> bool {
+        self.state
+            .compare_exchange(from, to, success, Relaxed)
+            .is_ok()
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        if mutated(Mutation::CopierEndsHeld) {
+            return self.0.state.store(FREE, Release);
+        }
+        // Acquire: pairs with the Release of who held it. The next one to take it writes the range behind this (one word, one order).
+        let acquire = ordering(Acquire, Mutation::CopierEndRelaxed);
+        while !self.0.change(COPYING, FREE, acquire) {
+            spin();
+        }
+    }
+}
