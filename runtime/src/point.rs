@@ -196,6 +196,8 @@ mod on {
         /// EEXIST or ENOENT of a page that did move, as Linux 6.18 says at times. Of a copy: ENOENT, for a border of mappings that has gone
         /// when one looks for it.
         Stale,
+        /// Of a copy: EEXIST after the first page, for a marker on the empty second one, which goes when it is lifted.
+        Marker,
     }
 
     static MOOD: OnceLock<fn(Call) -> Mood> = OnceLock::new();
@@ -234,6 +236,10 @@ mod on {
                 })
             }
             (Mood::Stale, Call::Copy) => nothing(Stop::NotPresent),
+            (Mood::Marker, Call::Copy) if len > PAGE_SIZE => Moved {
+                stop: Stop::Exists,
+                ..whole(PAGE_SIZE)
+            },
             _ => whole(len),
         }
     }

@@ -4,10 +4,10 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use svm::point::Point;
-use svm::{Access, Delivery, DeviceFaultKind, Interrupted};
+use svm::{Access, Delivery, DeviceFaultKind, Granule, Interrupted};
 
 use crate::director::{Actor, Director, Part, Settled};
-use crate::random::{set_late_zaps, set_passing_border};
+use crate::random::{has_met_marker, set_late_zaps, set_marker, set_passing_border};
 use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, options};
 
 const DEVICE: Actor = Actor::Nr(0);
@@ -607,6 +607,41 @@ fn a_border_of_mappings_that_has_gone_is_no_refusal() {
         // While it is in use a load of the CPU copies.
         set_passing_border();
         assert_eq!(memory.load(SUBJECT), [2, 1, 1]);
+        drop((worker, in_use));
+        assert_eq!(mirror.stats().anomalies, 0);
+        mirror.close().unwrap();
+    }
+}
+
+/// M2: a marker on an empty page is lifted, and the page copied, also where it is not the first of a run.
+///
+/// ```text
+/// CPU reads page 0: COPY home of a granule: page 0, then EEXIST
+/// page 1 is not there: what protects it is lifted
+/// COPY home of the rest
+/// ```
+#[test]
+fn a_marker_in_the_middle_of_a_run_is_lifted() {
+    let _watchdog = crate::watch("the ladder of the marker");
+    for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+        let _director = Director::new();
+        let memory = Memory::sized(16);
+        let mirror = memory.mirror(&options(delivery).granule(Granule::Big));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        for page in 0..16 {
+            let op = Op::Write { word: 0, value: 2 };
+            worker.access(Shape::Round, page, op, None).unwrap();
+        }
+        let mapped = device.map(mirror.view().region()).unwrap();
+        // SAFETY: the memory outlives the guard, and has no edges.
+        let in_use = unsafe { mapped.begin_use(Access::Read) }.unwrap();
+        // While it is in use a load of the CPU copies. The memory may lie across the border of two granules: from the last page on.
+        set_marker();
+        for page in (0..16).rev() {
+            assert_eq!(memory.load(page), [2, 1, 1]);
+        }
+        assert!(has_met_marker());
         drop((worker, in_use));
         assert_eq!(mirror.stats().anomalies, 0);
         mirror.close().unwrap();

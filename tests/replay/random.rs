@@ -222,6 +222,20 @@ pub(crate) fn set_passing_border() {
     BORDER.store(true, SeqCst);
 }
 
+/// Whether the next copy of several pages meets a marker on the second.
+static MARKER: AtomicBool = AtomicBool::new(false);
+
+/// Has the next copy meet such a marker.
+pub(crate) fn set_marker() {
+    svm::point::set_mood(mood);
+    MARKER.store(true, SeqCst);
+}
+
+/// Whether it has.
+pub(crate) fn has_met_marker() -> bool {
+    !MARKER.load(SeqCst)
+}
+
 /// The kernel as its documentation allows it to be: changing now and then, half-way or at once, late with its zaps, and with the
 /// stale errors of Linux 6.18.
 fn mood(call: Call) -> Mood {
@@ -230,6 +244,9 @@ fn mood(call: Call) -> Mood {
     }
     if call == Call::Copy && BORDER.swap(false, SeqCst) {
         return Mood::Stale;
+    }
+    if call == Call::Copy && MARKER.swap(false, SeqCst) {
+        return Mood::Marker;
     }
     let nth = CHANGING.load(SeqCst);
     if nth != 0 && call != Call::Zap {

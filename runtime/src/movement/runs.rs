@@ -83,24 +83,24 @@ impl Mover<'_> {
             if at == run.end {
                 break;
             }
+            // Where it stopped.
+            let (src, dst) = (source(self, at), destination(self, at));
             match stop {
                 Stop::Complete => {}
-                Stop::Exists | Stop::NotPresent => {
-                    match self.settle(stop, source(self, at), destination(self, at)) {
-                        Settled::Moved => {
-                            self.asleep = true;
-                            moved(self.state, PageMask::page(at));
-                            at += 1;
-                        }
-                        Settled::Hole => {
-                            let len = self.hole_len(source(self, at), run.end - at);
-                            hole(self, at..at + len)?;
-                            at += len;
-                        }
-                        Settled::Blocked => return Err(Stall::Refused(at)),
-                        Settled::Again => {}
+                Stop::Exists | Stop::NotPresent => match self.settle(stop, src, dst) {
+                    Settled::Moved => {
+                        self.asleep = true;
+                        moved(self.state, PageMask::page(at));
+                        at += 1;
                     }
-                }
+                    Settled::Hole => {
+                        let len = self.hole_len(src, run.end - at);
+                        hole(self, at..at + len)?;
+                        at += len;
+                    }
+                    Settled::Blocked => return Err(Stall::Refused(at)),
+                    Settled::Again => {}
+                },
                 Stop::Changing => {
                     count(&self.region.counters().changing_outcomes, 1);
                     return Err(Stall::Changing);
@@ -156,6 +156,8 @@ impl Mover<'_> {
             if at == run.end {
                 break;
             }
+            // Where it stopped.
+            let (src, dst) = (source(self, at), destination(self, at));
             match stop {
                 Stop::Complete => {}
                 // A marker (write-protect, poison, guard) on an empty entry says EEXIST too (hazards M2): clear it and
