@@ -1,4 +1,4 @@
-//! Element accesses: a lane, its translation cache, and the handles a kernel loads and stores through.
+//! Element accesses: a lane, what an element kernel gets from its worker.
 //!
 //! # From an index to a byte
 //!
@@ -18,80 +18,20 @@ use bytemuck::Pod;
 use svm::addr::PAGE_SIZE;
 use svm::{Access, DeviceFault, DeviceFaultKind, Ptr};
 
+use crate::cache::Entry;
 use crate::launch::{Launch, Operand};
+use crate::ops::{Load, Op, Store, rmw};
 use crate::shootdown::{Generation, Rights, STRADDLE, Slot};
 use crate::space::Space;
 use crate::sync::{AtomicU64, Ordering, compiler_fence, light_fence};
 use crate::table::Place;
 use crate::view::MAX_VIEWS;
-use crate::view::sealed::Handle;
-use crate::words::{self, Atomic, word_bytes};
+use crate::words::{self, Atomic};
 use crate::worker::Worker;
-
-/// A worker's translation cache: direct-mapped, its own. Each region of a launch has an equal part of it, so that arrays which are
-/// walked together do not drive each other out, and so that a page which is the edge of two regions is found in each.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    entries: Box<[Entry]>,
-    /// The launch that the entries belong to: what a part stands for changes with it.
-    launch: Cell<u64>,
-}
-
-/// One cached translation.
-///
-/// A *tag* is `host page << 1 | rare`. A translation is *rare* when its page is not where the pages of its region usually are, or when the
-/// hit path would need a real fence; [`Lane::access`] then leaves it to the slow path, and needs to look for neither.
-#[derive(Debug, Default)]
-struct Entry {
-    /// The tag, if loads may use it.
-    read: Cell<u64>,
-    /// The tag, if stores may.
-    write: Cell<u64>,
-    /// The flush generation it was walked to under (shootdown rule S5). No generation is 0.
-    generation: Cell<u64>,
-    /// What to add to a host address.
-    offset: Cell<isize>,
-}
-
-impl Entry {
-    #[inline(always)]
-    fn tag(&self, rights: Rights) -> u64 {
-        match rights {
-            Rights::Read => self.read.get(),
-            Rights::Write => self.write.get(),
-        }
-    }
-}
-
-impl Cache {
-    pub(crate) fn new(nr_entries: usize) -> Cache {
-        assert!(nr_entries.is_power_of_two() && nr_entries >= MAX_VIEWS);
-        Cache {
-            entries: (0..nr_entries).map(|_| Entry::default()).collect(),
-            launch: Cell::new(0),
-        }
-    }
-
-    /// Prepares for items of a launch: empties the cache unless it is of that launch.
-    pub(crate) fn use_for(&self, launch: u64) {
-        if self.launch.replace(launch) != launch {
-            for entry in &self.entries {
-                // No generation is 0.
-                entry.generation.set(0);
-            }
-        }
-    }
-
-    /// The part of region `space` out of `nr_spaces`: a power of two of entries.
-    fn part(&self, space: usize, nr_spaces: usize) -> &[Entry] {
-        let len = self.entries.len() / nr_spaces.next_power_of_two();
-        &self.entries[space * len..][..len]
-    }
-}
 
 /// What an access to one region needs at hand.
 #[derive(Clone, Copy)]
-struct Reach<'s> {
+pub(crate) struct Reach<'s> {
     slot: &'s Slot,
     generation: &'s AtomicU64,
     /// The region's part of the cache.
@@ -102,7 +42,7 @@ struct Reach<'s> {
 }
 
 impl<'s> Reach<'s> {
-    fn new(worker: &'s Worker, spaces: &'s [Space], space: usize) -> Reach<'s> {
+    pub(crate) fn new(worker: &'s Worker, spaces: &'s [Space], space: usize) -> Reach<'s> {
         Reach {
             slot: worker.slot(),
             generation: worker.generation(),
@@ -129,78 +69,12 @@ struct Target<'s> {
     reach: Reach<'s>,
 }
 
-/// What is done at an element's place.
-trait Op: Copy {
-    type Out;
-
-    const RIGHTS: Rights;
-    const SIZE: usize;
-    /// Bytes of the words it is done by: the alignment of elements, or 8.
-    const WORD: usize;
-
-    /// # Safety
-    ///
-    /// As [`words::load`] or [`words::store`].
-    unsafe fn at(self, at: impl Fn(usize) -> usize) -> Self::Out;
-}
-
-#[derive(Clone, Copy)]
-struct Load<T>(PhantomData<T>);
-
-impl<T: Pod> Op for Load<T> {
-    type Out = T;
-
-    const RIGHTS: Rights = Rights::Read;
-    const SIZE: usize = size_of::<T>();
-    const WORD: usize = word_bytes::<T>();
-
-    #[inline(always)]
-    unsafe fn at(self, at: impl Fn(usize) -> usize) -> T {
-        // SAFETY: by the same contract.
-        unsafe { words::load(at) }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Store<T>(T);
-
-impl<T: Pod> Op for Store<T> {
-    type Out = ();
-
-    const RIGHTS: Rights = Rights::Write;
-    const SIZE: usize = size_of::<T>();
-    const WORD: usize = word_bytes::<T>();
-
-    #[inline(always)]
-    unsafe fn at(self, at: impl Fn(usize) -> usize) {
-        // SAFETY: by the same contract.
-        unsafe { words::store(at, self.0) }
-    }
-}
-
-/// An atomic update, which never lies across pages.
-#[derive(Clone, Copy)]
-struct Rmw<T, F>(F, PhantomData<T>);
-
-impl<T: Atomic, R, F: Fn(usize) -> R + Copy> Op for Rmw<T, F> {
-    type Out = R;
-
-    const RIGHTS: Rights = Rights::Write;
-    const SIZE: usize = size_of::<T>();
-    const WORD: usize = word_bytes::<T>();
-
-    #[inline(always)]
-    unsafe fn at(self, at: impl Fn(usize) -> usize) -> R {
-        (self.0)(at(0))
-    }
-}
-
 /// What an element kernel gets from its worker, valid inside the call: follows pointers, and serves the launch's handles.
 pub struct Lane<'s> {
-    worker: &'s Worker,
+    pub(crate) worker: &'s Worker,
     launch: &'s Launch,
-    views: &'s [Option<Operand>],
-    spaces: &'s [Space],
+    pub(crate) views: &'s [Option<Operand>],
+    pub(crate) spaces: &'s [Space],
     targets: [Option<Target<'s>>; MAX_VIEWS],
     hits: Cell<u64>,
     misses: Cell<u64>,
@@ -408,7 +282,12 @@ impl<'s> Lane<'s> {
 impl Lane<'_> {
     /// Makes one access to the element at host address `addr`, which lies in a view of this region that permits it.
     #[inline(always)]
-    fn access<O: Op>(&self, reach: Reach<'_>, addr: usize, op: O) -> Result<O::Out, DeviceFault> {
+    pub(crate) fn access<O: Op>(
+        &self,
+        reach: Reach<'_>,
+        addr: usize,
+        op: O,
+    ) -> Result<O::Out, DeviceFault> {
         // An element that is one word never lies across pages, which the compiler knows here.
         if O::SIZE == O::WORD || (O::SIZE != 0 && addr % PAGE_SIZE + O::SIZE <= PAGE_SIZE) {
             let host_page = (addr / PAGE_SIZE) as u64;
@@ -608,294 +487,9 @@ impl Lane<'_> {
     }
 }
 
-fn rmw<T: Atomic, F>(f: F) -> Rmw<T, F> {
-    Rmw(f, PhantomData)
-}
-
 pub(crate) fn access_of(rights: Rights) -> Access {
     match rights {
         Rights::Read => Access::Read,
         Rights::Write => Access::Write,
     }
 }
-
-/// A view that an element kernel reads.
-pub struct Elements<'s, T> {
-    lane: &'s Lane<'s>,
-    reach: Reach<'s>,
-    addr: usize,
-    len: usize,
-    _elements: PhantomData<T>,
-}
-
-/// A view that an element kernel reads and writes. Several lanes may do so at once: every access is a relaxed atomic, by words.
-pub struct ElementsMut<'s, T>(Elements<'s, T>);
-
-impl<T> Clone for Elements<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T> Copy for Elements<'_, T> {}
-
-impl<T> Clone for ElementsMut<'_, T> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<T> Copy for ElementsMut<'_, T> {}
-
-impl<T> fmt::Debug for Elements<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Elements")
-            .field("addr", &format_args!("{:#x}", self.addr))
-            .field("len", &self.len)
-            .finish()
-    }
-}
-
-impl<T> fmt::Debug for ElementsMut<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl<'s, T: Pod> Elements<'s, T> {
-    pub(crate) fn new(handle: Handle<'s>) -> Elements<'s, T> {
-        let view = handle.lane.views[handle.view]
-            .as_ref()
-            .expect("an argument with elements is a view");
-        Elements {
-            lane: handle.lane,
-            reach: Reach::new(handle.lane.worker, handle.lane.spaces, view.space),
-            addr: view.addr,
-            len: view.len,
-            _elements: PhantomData,
-        }
-    }
-
-    /// Number of elements.
-    #[must_use]
-    #[inline]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    #[inline]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Loads element `i`.
-    ///
-    /// # Errors
-    ///
-    /// What keeps its page from coming.
-    ///
-    /// # Panics
-    ///
-    /// If there is no element `i`; that ends the launch with an error.
-    #[inline]
-    pub fn load(&self, i: usize) -> Result<T, DeviceFault> {
-        self.access(i, Load(PhantomData))
-    }
-
-    /// The pointer to element `i`, for [`Lane::load`] and for storing in memory.
-    ///
-    /// # Panics
-    ///
-    /// If there is no element `i`.
-    #[must_use]
-    #[inline]
-    pub fn ptr(&self, i: usize) -> Ptr<T> {
-        Ptr::from_addr(self.addr_of(i))
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn addr_of(&self, i: usize) -> usize {
-        assert!(
-            i < self.len,
-            "index {i} is out of range for a view of {} elements",
-            self.len
-        );
-        self.addr + i * size_of::<T>()
-    }
-
-    #[inline(always)]
-    fn access<O: Op>(&self, i: usize, op: O) -> Result<O::Out, DeviceFault> {
-        self.lane.access(self.reach, self.addr_of(i), op)
-    }
-}
-
-impl<'s, T: Pod> ElementsMut<'s, T> {
-    pub(crate) fn new(handle: Handle<'s>) -> ElementsMut<'s, T> {
-        ElementsMut(Elements::new(handle))
-    }
-
-    /// Number of elements.
-    #[must_use]
-    #[inline]
-    pub fn len(&self) -> usize {
-        self.0.len
-    }
-
-    /// Whether there are none.
-    #[must_use]
-    #[inline]
-    pub fn is_empty(&self) -> bool {
-        self.0.len == 0
-    }
-
-    /// Loads element `i`.
-    ///
-    /// # Errors
-    ///
-    /// What keeps its page from coming.
-    ///
-    /// # Panics
-    ///
-    /// If there is no element `i`; that ends the launch with an error.
-    #[inline]
-    pub fn load(&self, i: usize) -> Result<T, DeviceFault> {
-        self.0.load(i)
-    }
-
-    /// Stores element `i`.
-    ///
-    /// # Errors
-    ///
-    /// What keeps its page from coming, writable.
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn store(&self, i: usize, value: T) -> Result<(), DeviceFault> {
-        self.0.access(i, Store(value))
-    }
-
-    /// The pointer to element `i`.
-    ///
-    /// # Panics
-    ///
-    /// If there is no element `i`.
-    #[must_use]
-    #[inline]
-    pub fn ptr(&self, i: usize) -> Ptr<T> {
-        self.0.ptr(i)
-    }
-}
-
-impl<T: Atomic> ElementsMut<'_, T> {
-    /// Atomically adds to element `i`; returns the value before.
-    ///
-    /// # Errors
-    ///
-    /// What keeps its page from coming, writable.
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn fetch_add(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(
-            i,
-            rmw::<T, _>(|at| {
-                // SAFETY: `access` gives the address of an aligned element that is only accessed atomically.
-                unsafe { T::fetch_add(at, operand) }
-            }),
-        )
-    }
-
-    /// Atomically lowers element `i` to `operand` if that is less; returns the value before.
-    ///
-    /// # Errors
-    ///
-    /// As [`fetch_add`](Self::fetch_add).
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn fetch_min(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(
-            i,
-            rmw::<T, _>(|at| {
-                // SAFETY: as in `fetch_add`.
-                unsafe { T::fetch_min(at, operand) }
-            }),
-        )
-    }
-
-    /// Atomically raises element `i` to `operand` if that is more; returns the value before.
-    ///
-    /// # Errors
-    ///
-    /// As [`fetch_add`](Self::fetch_add).
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn fetch_max(&self, i: usize, operand: T) -> Result<T, DeviceFault> {
-        self.0.access(
-            i,
-            rmw::<T, _>(|at| {
-                // SAFETY: as in `fetch_add`.
-                unsafe { T::fetch_max(at, operand) }
-            }),
-        )
-    }
-
-    /// Atomically replaces element `i`; returns the value before.
-    ///
-    /// # Errors
-    ///
-    /// As [`fetch_add`](Self::fetch_add).
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn swap(&self, i: usize, value: T) -> Result<T, DeviceFault> {
-        self.0.access(
-            i,
-            rmw::<T, _>(|at| {
-                // SAFETY: as in `fetch_add`.
-                unsafe { T::swap(at, value) }
-            }),
-        )
-    }
-
-    /// Atomically replaces element `i` if it is `current`. `Ok(Err(value))` says what was there instead.
-    ///
-    /// # Errors
-    ///
-    /// As [`fetch_add`](Self::fetch_add).
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub fn compare_exchange(
-        &self,
-        i: usize,
-        current: T,
-        new: T,
-    ) -> Result<Result<T, T>, DeviceFault> {
-        self.0.access(
-            i,
-            rmw::<T, _>(|at| {
-                // SAFETY: as in `fetch_add`.
-                unsafe { T::compare_exchange(at, current, new) }
-            }),
-        )
-    }
-}
-
-const _: () = assert!(word_bytes::<u128>() == 8);

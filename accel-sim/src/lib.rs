@@ -24,12 +24,15 @@
 //! its thread sleeps for ever with whatever it has locked or allocated, and a new thread takes its place.
 
 mod accelerator;
+mod cache;
 mod chunk;
 mod device;
+mod elements;
 mod error;
 mod items;
 mod lane;
 mod launch;
+mod ops;
 mod options;
 mod relief;
 mod shootdown;
@@ -45,8 +48,9 @@ mod words;
 mod worker;
 
 pub use accelerator::{Accelerator, Job, Scope, ScopedLaunch};
+pub use elements::{Elements, ElementsMut};
 pub use error::Error;
-pub use lane::{Elements, ElementsMut, Lane};
+pub use lane::Lane;
 pub use options::{MAX_CACHE_ENTRIES, MAX_WORKERS, MIN_CACHE_ENTRIES, Options};
 pub use stats::{Stats, WorkerStats};
 pub use view::{Indices, MAX_VIEWS, SpanSet, ViewSet, indices};

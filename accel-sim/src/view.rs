@@ -21,7 +21,8 @@ use std::ptr::{slice_from_raw_parts, slice_from_raw_parts_mut, with_exposed_prov
 use bytemuck::Pod;
 use svm::{Buffer, RegionRef, SharedView, View, ViewMut};
 
-use crate::lane::{Elements, ElementsMut, Lane};
+use crate::elements::{Elements, ElementsMut};
+use crate::lane::Lane;
 use crate::shootdown::Rights;
 use crate::space::Sharing;
 

@@ -12,9 +12,10 @@ use crossbeam_channel::Receiver;
 use svm::addr::{BLOCK_SIZE, PAGES_PER_BLOCK};
 use svm::{Attachment, DeviceFault, ThreadHandle};
 
+use crate::cache::Cache;
 use crate::device::Sim;
 use crate::error::Error;
-use crate::lane::{Cache, access_of};
+use crate::lane::access_of;
 use crate::launch::Launch;
 use crate::shootdown::{Generation, Rights, Slot};
 use crate::space::Space;
