@@ -14,6 +14,7 @@ pub mod device;
 pub mod idle;
 pub mod mapping;
 pub mod mm;
+mod rng;
 pub mod seccomp;
 pub mod storm;
 pub mod stress;

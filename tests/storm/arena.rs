@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Checked, PAGE};
 use crate::mapping::Map;
-use crate::stress::Rng;
+use crate::rng::Rng;
 
 /// The words of a page that are used: the first and the last.
 pub(super) const LAST: usize = PAGE - 8;

@@ -11,7 +11,7 @@ use super::arena::{Reach, Record, Taken};
 use super::work::{By, Work};
 use super::{Checked, PAGE};
 use crate::mapping::{Map, READ_WRITE};
-use crate::stress::Rng;
+use crate::rng::Rng;
 
 fn sys(what: &str, result: libc::c_int) -> Checked {
     if result == 0 {

@@ -10,7 +10,7 @@ use super::touches::Device;
 use super::work::Work;
 use super::{Checked, PAGE, Run};
 use crate::mapping::{Map, READ_WRITE};
-use crate::stress::{Rng, mix};
+use crate::rng::{Rng, mix};
 
 /// From an arena to the rooms of its changers: more than an arena has pages.
 const ROOM: usize = 1 << 32;

@@ -5,7 +5,7 @@ use svm::{DeviceFault, DeviceFaultKind, Ptr};
 use super::Checked;
 use super::arena::{LAST, Reach, tag};
 use super::work::Work;
-use crate::stress::Rng;
+use crate::rng::Rng;
 
 /// A kernel's lane.
 pub(super) struct Device<'a, 'l>(pub(super) &'a accel_sim::Lane<'l>);

@@ -6,7 +6,7 @@ use svm::Options;
 
 use super::arena::{Arena, Taken};
 use super::{Checked, PAGE, Run};
-use crate::stress::Rng;
+use crate::rng::Rng;
 
 /// What is worked on in an era.
 pub(super) struct Work<'a> {
