@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use svm::{Delivery, Options};
+use tests::mapping::assert_passed_alone;
 use tests::{TestDevice, Watchdog};
 
 const THREADS: usize = 16;
@@ -60,18 +61,13 @@ fn several_threads_open_a_door_at_once() {
         return first_use(Delivery::Inline, step);
     }
     // Each process has one such moment, so it takes many.
+    let name = "several_threads_open_a_door_at_once";
     for i in 0..100 {
         let out = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "several_threads_open_a_door_at_once"])
+            .args(["--exact", name])
             .env(MARK, (i % 10 * 3).to_string())
             .output()
             .unwrap();
-        assert!(
-            out.status.success(),
-            "process {i}: {}\n{}{}",
-            out.status,
-            String::from_utf8_lossy(&out.stdout),
-            String::from_utf8_lossy(&out.stderr)
-        );
+        assert_passed_alone(name, format_args!("process {i}"), &out);
     }
 }

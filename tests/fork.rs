@@ -16,7 +16,7 @@ use svm::{
     Access, AttachOptions, Delivery, Device, DeviceLock, ErrorKind, Granule, Invalidation, MapInfo,
     Options, WouldBlock,
 };
-use tests::mapping::READ_WRITE;
+use tests::mapping::{READ_WRITE, assert_passed_alone};
 use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
 
 const PAGE: usize = 4096;
@@ -1017,13 +1017,7 @@ fn a_fork_in_the_middle_of_a_first_use() {
             .env(FIRST_USE, (i * 3000).to_string())
             .output()
             .unwrap();
-        assert!(
-            output.status.success(),
-            "after {i} times 3 us: {}\n{}{}",
-            output.status,
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert_passed_alone(name, format_args!("after {i} times 3 us"), &output);
     }
 }
 

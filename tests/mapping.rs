@@ -1,7 +1,8 @@
 //! [`Map`]: an anonymous mapping that a test mirrors by address, and changes by system calls; and tests in processes of their
 //! own, with all options.
 
-use std::process::Command;
+use std::fmt::Display;
+use std::process::{Command, Output};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -137,10 +138,10 @@ fn is_own_process() -> bool {
 }
 
 /// Runs `body` in a process of its own for each of `lacking`, which is disabled there (`SVM_DISABLE`): it is the test of that name,
-/// run again.
+/// with the modules it is in, run again.
 ///
 /// # Panics
-/// If the body does, or the process dies; with what it printed.
+/// If the body does, or the process dies, or no test has that name; with what it printed.
 pub fn in_own_process(test: &str, lacking: &[&str], body: impl FnOnce()) {
     if std::env::var_os(MARK).is_some_and(|mark| mark == test) {
         return body();
@@ -156,12 +157,26 @@ fn run_again(mark: &str, test: &str, lacking: &str) {
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(mark, test)
         .env("SVM_DISABLE", lacking);
-    let output = command.output().unwrap();
+    let how = format_args!("without {lacking:?}");
+    assert_passed_alone(test, how, &command.output().unwrap());
+}
+
+/// `output` is of a process that was to run `test` alone (`--exact`): it has run one test, which passed.
+///
+/// # Panics
+/// If it has not: the test failed, or the process died, or it has no test of this name; with what it printed.
+pub fn assert_passed_alone(test: &str, how: impl Display, output: &Output) {
     let said = String::from_utf8_lossy(&output.stdout);
-    let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    // Success alone could mean that nothing has run.
     assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{test} without {lacking:?}: {}\n{said}",
+        !said.trim_start().starts_with("running 0 tests"),
+        "no test here is named {test}: a test's name begins with the modules it is in\n{said}{errors}"
+    );
+    let has_run_one = said.trim_start().starts_with("running 1 test\n");
+    assert!(
+        output.status.success() && has_run_one && said.contains("test result: ok. 1 passed;"),
+        "{test} {how}: {}\n{said}{errors}",
         output.status
     );
 }
