@@ -29,6 +29,11 @@ fn both_doors(name: &'static str, test: impl Fn(&Options)) {
     }
 }
 
+/// The same in a process of its own: a fork brings home what tests beside it count.
+fn both_doors_alone(test: &str, name: &'static str, body: impl Fn(&Options)) {
+    in_own_process(test, &[""], || both_doors(name, body));
+}
+
 fn second_word(map: &Map, page: usize) -> *mut u64 {
     map.word(page).wrapping_add(1)
 }
@@ -518,7 +523,8 @@ fn pinned_stale_frames_keep_no_mirror_from_closing() {
 #[test]
 fn a_child_reads_no_zeros_beside_a_page_that_cannot_come_home() {
     const NR_PAGES: usize = 3 * 512;
-    both_doors("stuck at a fork", |options| {
+    let name = "a_child_reads_no_zeros_beside_a_page_that_cannot_come_home";
+    both_doors_alone(name, "stuck at a fork", |options| {
         let map = Map::new(NR_PAGES);
         let mirror = map.mirror(options);
         let device = Idle::attach().unwrap();
@@ -575,7 +581,8 @@ fn a_forked_child_holds_none_of_its_parents_userfaultfds() {
             .filter(|target| target.to_string_lossy().contains("userfaultfd"))
             .count()
     }
-    both_doors("descriptors of a child", |options| {
+    let name = "a_forked_child_holds_none_of_its_parents_userfaultfds";
+    both_doors_alone(name, "descriptors of a child", |options| {
         let map = Map::new(4);
         let mirror = map.mirror(options);
         assert!(nr_userfaultfds() > 0, "the parent's own do not show");
@@ -601,7 +608,8 @@ fn a_forked_child_holds_none_of_its_parents_userfaultfds() {
 /// home while it lives.
 #[test]
 fn frames_move_home_beside_a_child_that_nobody_has_prepared() {
-    both_doors("raw clone", |options| {
+    let name = "frames_move_home_beside_a_child_that_nobody_has_prepared";
+    both_doors_alone(name, "raw clone", |options| {
         let map = Map::new(8);
         let mirror = map.mirror(options);
         let device = Idle::attach().unwrap();
