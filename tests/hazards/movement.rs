@@ -1,0 +1,76 @@
+//! M: moving pages, and what somebody else holds on to.
+
+use tests::{Map, TestDevice};
+
+use crate::PAGE;
+use crate::fixture::both_doors;
+use crate::ring;
+
+/// M3: the kernel holds on to a page for DMA (a buffer registered with io_uring). It is not copied and dropped: what the kernel
+/// writes there later arrives, for the CPU and the device.
+#[test]
+fn what_the_kernel_writes_to_a_page_it_holds_arrives() {
+    both_doors("held for DMA", |options| {
+        let map = Map::new(8);
+        let Some(ring) = ring::Ring::holding(map.addr + 3 * PAGE, PAGE) else {
+            tests::skip("no io_uring here");
+            return;
+        };
+        let mirror = map.mirror(options);
+        let device = TestDevice::new().unwrap();
+        let region = mirror.view().region();
+        for page in 0..8 {
+            let second = map.addr + page * PAGE + 8;
+            device.write(region, second, &7u64.to_ne_bytes()).unwrap();
+        }
+        ring.read_into(map.addr + 3 * PAGE, 77);
+        let mut words = [0; 16];
+        device
+            .read(region, map.addr + 3 * PAGE, &mut words)
+            .unwrap();
+        let (first, second) = words.split_at(8);
+        assert_eq!(
+            first,
+            77u64.to_ne_bytes(),
+            "the device has not seen what the kernel wrote"
+        );
+        assert_eq!(second, 7u64.to_ne_bytes(), "the device's own write is lost");
+        assert_eq!(map.read(3), 77, "what the kernel wrote is lost");
+        assert!(mirror.stats().in_place_pages > 0, "{:?}", mirror.stats());
+        drop(ring);
+        mirror.close().unwrap();
+        assert_eq!(map.read(3), 77);
+        map.unmap();
+    });
+}
+
+/// A stale window page that somebody has pinned is nobody's contents. It keeps its mirror neither from closing nor from being made anew.
+#[test]
+fn pinned_stale_frames_keep_no_mirror_from_closing() {
+    // Many of both, so that what is discarded again and again would be more than there is room for.
+    const NR_PAGES: usize = 512;
+    const NR_PINNED: usize = 16;
+    both_doors("stale and pinned", |options| {
+        let map = Map::new(NR_PAGES);
+        let device = TestDevice::new().unwrap();
+        for round in 0..2 {
+            let mirror = map.mirror(&options.clone().read_mostly(true));
+            let view = mirror.view();
+            let mut out = vec![0; NR_PAGES * PAGE];
+            device.read(view.region(), view.addr(), &mut out).unwrap();
+            let offset = device.attachment().map(view.region()).unwrap().offset();
+            let frames = map.addr.wrapping_add_signed(offset) + 3 * PAGE;
+            let Some(ring) = ring::Ring::holding(frames, NR_PINNED * PAGE) else {
+                tests::skip("no io_uring here");
+                return;
+            };
+            // What the device has of them is stale from here on.
+            (0..NR_PAGES).for_each(|page| map.write(page, 40 + round));
+            mirror.close().unwrap();
+            assert!((0..NR_PAGES).all(|page| map.read(page) == 40 + round));
+            assert_eq!(device.attachment().resident_bytes(), 0);
+            drop(ring);
+        }
+        map.unmap();
+    });
+}
