@@ -383,8 +383,15 @@ fn a_hole_is_left_out() {
     });
 }
 
-/// A userfaultfd of somebody else's, which has registered the range: missing pages of it are his.
-fn others_userfaultfd(addr: usize, len: usize) -> Option<OwnedFd> {
+/// What somebody else's userfaultfd is told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Faults {
+    Missing,
+    Protected,
+}
+
+/// A userfaultfd of somebody else's, which has registered the range: its faults are his.
+fn others_userfaultfd(addr: usize, len: usize, faults: Faults) -> Option<OwnedFd> {
     const USER_MODE_ONLY: libc::c_int = 1;
     const API: libc::Ioctl = 0xC018_AA3F_u32 as libc::Ioctl;
     const REGISTER: libc::Ioctl = 0xC020_AA00_u32 as libc::Ioctl;
@@ -397,11 +404,16 @@ fn others_userfaultfd(addr: usize, len: usize) -> Option<OwnedFd> {
     }
     // SAFETY: just made, and nobody else's.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = [0xAAu64, 0, 0];
+    // The features asked for (the faults of protected pages), and the mode of registration.
+    let (features, mode) = match faults {
+        Faults::Missing => (0, 1),
+        Faults::Protected => (1, 2),
+    };
+    let mut api = [0xAAu64, features, 0];
     // SAFETY: `struct uffdio_api` is three words.
     assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), API, &raw mut api) }, 0);
-    let mut register = [addr as u64, len as u64, 1, 0];
-    // SAFETY: `struct uffdio_register` is four words: the range, the mode (missing pages), the answer.
+    let mut register = [addr as u64, len as u64, mode, 0];
+    // SAFETY: `struct uffdio_register` is four words: the range, the mode, the answer.
     let outcome = unsafe { libc::ioctl(fd.as_raw_fd(), REGISTER, &raw mut register) };
     assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
     Some(fd)
@@ -414,7 +426,7 @@ fn what_another_userfaultfd_has_is_served_in_place() {
         let at = ptr::with_exposed_provenance_mut::<u8>(addr);
         // SAFETY: the test's own mapping. Populated, so that nobody waits for the other's handler.
         unsafe { at.write_bytes(3, LEN) };
-        let Some(other) = others_userfaultfd(addr, LEN) else {
+        let Some(other) = others_userfaultfd(addr, LEN, Faults::Missing) else {
             return;
         };
         check(addr, LEN, options, Expected::InPlace);
@@ -429,6 +441,56 @@ fn what_another_userfaultfd_has_is_served_in_place() {
         drop(other);
         unmap(addr, LEN);
     });
+}
+
+/// Somebody who takes a snapshot, say, or collects garbage, counts on every write to what he has protected.
+#[test]
+fn what_another_userfaultfd_protects_beside_a_mirror_stays_protected() {
+    const PROTECT: libc::Ioctl = 0xC018_AA06_u32 as libc::Ioctl;
+    each("protected beside", |options| {
+        let addr = map(LEN, WRITE, ANONYMOUS, -1).unwrap();
+        let at = ptr::with_exposed_provenance_mut::<u8>(addr);
+        // SAFETY: the test's own mapping.
+        unsafe { at.write_bytes(3, LEN) };
+        let (beside, len) = (addr + LEN / 2, LEN / 2);
+        let Some(other) = others_userfaultfd(beside, len, Faults::Protected) else {
+            return;
+        };
+        let mut protect = [beside as u64, len as u64, 1];
+        // SAFETY: `struct uffdio_writeprotect` is three words: the range and the mode.
+        let outcome = unsafe { libc::ioctl(other.as_raw_fd(), PROTECT, &raw mut protect) };
+        assert_eq!(outcome, 0, "{}", std::io::Error::last_os_error());
+        let check = |after| {
+            assert!(
+                (0..len / PAGE).all(|page| is_protected(beside + page * PAGE)),
+                "after {after}"
+            );
+        };
+        // SAFETY: the test's own mapping, of which the other half is nobody's but the other's.
+        let mirror = unsafe { svm::mirror_raw(at, LEN / 2, options) }.unwrap();
+        check("the beginning of a mirror");
+        // SAFETY: the child does nothing.
+        match unsafe { libc::fork() } {
+            // SAFETY: it ends the process.
+            0 => unsafe { libc::_exit(0) },
+            // SAFETY: no status is asked for.
+            child => assert_eq!(unsafe { libc::waitpid(child, ptr::null_mut(), 0) }, child),
+        }
+        check("a fork");
+        mirror.close().unwrap();
+        check("the end of the mirror");
+        drop(other);
+        unmap(addr, LEN);
+    });
+}
+
+/// Whether writes to the page, which is there, fault to a userfaultfd: bit 57 of its entry in the pagemap.
+fn is_protected(addr: usize) -> bool {
+    let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+    let mut entry = [0; 8];
+    let at = (addr / PAGE * entry.len()) as u64;
+    pagemap.read_exact_at(&mut entry, at).unwrap();
+    u64::from_ne_bytes(entry) >> 57 & 1 == 1
 }
 
 fn lock(addr: usize, len: usize, flags: libc::c_uint) -> bool {

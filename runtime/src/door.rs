@@ -259,15 +259,15 @@ impl Door {
     }
 
     /// Asks whether the page at `addr` is registered with this door's descriptor, which of all calls MOVE alone looks at: `Invalid` if not, or
-    /// where there is no MOVE, or where it refuses the mapping for another reason (not writable, locked). `zeros` is an empty page, or one
-    /// of zeros, which may move there.
-    pub(crate) fn ask(&self, addr: usize, zeros: usize) -> Stop {
+    /// where there is no MOVE, or where it refuses the mapping for another reason (not writable, locked). `hole` is a page that
+    /// is empty, so nothing comes of it: where `addr` is empty, too, the answer is `NotPresent`, and `Exists` where it is not.
+    pub(crate) fn ask(&self, addr: usize, hole: usize) -> Stop {
         let page = PageRange::from_pages(page_floor(addr), 1);
         let Some(page) = page.filter(|_| self.has_move()) else {
             return Stop::Invalid;
         };
-        // SAFETY: one that is there the kernel leaves as it is; one that is missing, in no place of ours, reads as zeros.
-        unsafe { self.uffd.move_pages(page, zeros, self.wakes()) }.stop
+        // SAFETY: nothing moves, for there is nothing at `hole`.
+        unsafe { self.uffd.move_pages(page, hole, self.wakes()) }.stop
     }
 
     /// Fills `len` bytes of missing pages with copies.

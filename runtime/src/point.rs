@@ -93,6 +93,8 @@ mod on {
         RoundExcluding,
         /// A round is about to wait for the other holders' accesses. Only its bracket is open.
         RoundWaiting,
+        /// Pages are about to be copied, and nobody can write them any more. Gate and block are held, the bracket is open.
+        CopyProtected,
         /// A round has moved its pages. Gate and block are held, and the bracket is open if there is one.
         RoundMoved,
         /// A round is about to check its token. Gate, block and device lock are held.

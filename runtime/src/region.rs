@@ -18,9 +18,9 @@ use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::notifier::Hub;
 use crate::options::Options;
-use crate::space::{Door, Gated, Inside};
+use crate::space::{Door, Gated, Inside, let_copiers_go_on};
 use crate::stats::{Counters, Stats};
-use crate::sync::{Mutex, MutexGuard};
+use crate::sync::{Deadline, Mutex, MutexGuard, PATIENCE};
 use crate::sys::arc::{MapArc, MapSlice};
 use crate::sys::mmap::MapArray;
 
@@ -284,7 +284,23 @@ impl Region {
 
     /// The block's directory, locked. Taken inside the gate.
     pub(crate) fn lock_block(&self, block: usize) -> MutexGuard<'_, BlockState> {
-        self.blocks[block].lock()
+        self.try_lock_block(block)
+            .unwrap_or_else(|| self.lock_busy_block(block))
+    }
+
+    /// The holder may be at a copy that waits for the monitor, which may be who waits here: see `sync/copiers.rs`.
+    #[cold]
+    fn lock_busy_block(&self, block: usize) -> MutexGuard<'_, BlockState> {
+        let lock = &self.blocks[block];
+        if !self.door().is_transparent() {
+            return lock.lock();
+        }
+        loop {
+            if let Some(locked) = lock.lock_until(Deadline::after(PATIENCE)) {
+                return locked;
+            }
+            let_copiers_go_on();
+        }
     }
 
     pub(crate) fn try_lock_block(&self, block: usize) -> Option<MutexGuard<'_, BlockState>> {

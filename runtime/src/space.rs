@@ -27,7 +27,7 @@ use crate::sync::{Closed, Gate};
 use crate::sys::arc::{MapArc, MapSlice};
 pub(crate) use crate::sys::gated::{Gated, Inside};
 use crate::sys::maps::{Maps, Vma};
-use crate::sys::mmap::{MapArray, MapBox};
+use crate::sys::mmap::{self, Advice, MapArray, MapBox};
 use crate::sys::pagemap::{PageState, Pagemap};
 use crate::sys::process;
 use crate::sys::uffd::Stop;
@@ -126,6 +126,8 @@ pub(crate) struct AddressSpace {
     maps: Maps,
     /// A block of zeros to copy from: never written, so it costs no memory.
     zeros: MapArray<u8>,
+    /// A page that nobody touches.
+    hole: MapArray<u8>,
 }
 
 /// The current address space; null before the first, never changed but by a forked child's first use.
@@ -175,8 +177,18 @@ impl Orphaned {
     }
 }
 
-/// Who waits for the gate calls it: see `sync/copiers.rs`.
-fn let_copiers_go_on() {
+/// A page that stays empty: not part of a huge one that a neighbour's touch brings.
+fn new_hole() -> std::io::Result<MapArray<u8>> {
+    let hole = MapArray::<u8>::zeroed(PAGE_SIZE)?;
+    if let Some(page) = PageRange::from_pages(hole.as_ptr().addr(), 1) {
+        // Where it fails there are no huge pages.
+        let _ = mmap::advise(page, Advice::NoHugePage);
+    }
+    Ok(hole)
+}
+
+/// Who waits for the gate calls it, or for a block: see `sync/copiers.rs`.
+pub(crate) fn let_copiers_go_on() {
     if let Some(space) = AddressSpace::existing() {
         for door in space.doors.iter().filter_map(OnceLock::get) {
             door.let_copiers_go_on(|page| space.is_populated(page));
@@ -208,12 +220,18 @@ impl AddressSpace {
             pagemap,
             maps: Maps::open()?,
             zeros: MapArray::zeroed(BLOCK_SIZE)?,
+            hole: new_hole()?,
         })
     }
 
     /// Address of a block of zeros.
     pub(crate) fn zeros(&self) -> usize {
         self.zeros.as_ptr().addr()
+    }
+
+    /// Address of a page that is always empty.
+    fn hole(&self) -> usize {
+        self.hole.as_ptr().addr()
     }
 
     /// Whether the page-table entry of `addr` is not empty: a page that is present or swapped out, or a marker, which looks like
@@ -500,7 +518,7 @@ impl AddressSpace {
             if let Some(place) = self.places(gate).iter().find(inside) {
                 let is_ours = nr_before == 0
                     || !own.writable
-                    || place.region.door().ask(addr, self.zeros()) != Stop::Invalid;
+                    || place.region.door().ask(addr, self.hole()) != Stop::Invalid;
                 return is_ours.then_some(&*place.region);
             }
             mapping = self.vma(mapping.start().checked_sub(PAGE_SIZE)?)?.range;
@@ -526,20 +544,19 @@ impl AddressSpace {
                 break;
             }
             let Some(vma) = self.vma(at) else { break };
-            // As a body is, write-protect faults included: not a scratch area, which is no place and is to stay empty.
-            let door = region.door();
-            let is_ours = nr_behind == 0
-                || (door.unprotect(at, PAGE_SIZE) == Stop::Complete
-                    && matches!(
-                        door.ask(at, self.zeros()),
-                        Stop::Complete | Stop::NotPresent | Stop::Exists
-                    ));
-            if is_ours {
+            if nr_behind == 0 || self.is_as_a_body(region.door(), at) {
                 end = vma.range.end();
             }
             at = vma.range.end();
         }
         PageRange::new(range.start(), limit.map_or(end, |limit| end.min(limit))).unwrap_or(range)
+    }
+
+    /// Whether the page at `at` is registered with `door` as bodies are, with write protection: scratch areas, which are no places either,
+    /// are not. Asked in this order, for to lift a protection the kernel does not ask whose userfaultfd the page is registered with.
+    fn is_as_a_body(&self, door: &Door, at: usize) -> bool {
+        matches!(door.ask(at, self.hole()), Stop::NotPresent | Stop::Exists)
+            && door.unprotect(at, PAGE_SIZE) == Stop::Complete
     }
 
     /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but

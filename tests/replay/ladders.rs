@@ -613,6 +613,61 @@ fn a_border_of_mappings_that_has_gone_is_no_refusal() {
     }
 }
 
+/// G5: a page that leaves as it is copied holds up neither the copier nor the monitor, where that waits for the block that the copier has
+/// locked: it is for the kernel's accesses, too, and the copy is one. (Seen with bare `mremap`s. Here it is a bare `madvise`,
+/// which without MOVE is not heard of, and so can come where one wants it.)
+///
+/// ```text
+/// CPU                     device                    monitor
+/// reads page 4
+///                                                   puts it aside: the device uses it
+///                         protects page 2
+///                         is done with page 4
+///                                                   goes on with page 4: waits for the block
+/// madvise(2, DONTNEED)
+///                         COPY of page 2, which is
+///                         missing
+/// ```
+#[test]
+fn a_page_leaves_as_it_is_copied_while_the_monitor_waits_for_its_block() {
+    let name = "ladders::a_page_leaves_as_it_is_copied_while_the_monitor_waits_for_its_block";
+    tests::in_own_process(name, &["move"], || {
+        let _watchdog = crate::watch("the ladder of the copier");
+        if !crate::usable() {
+            return;
+        }
+        let director = Director::new();
+        let memory = Memory::new();
+        let mirror = memory.mirror(&options(Delivery::Thread));
+        let device = attach(None);
+        let mut worker = Worker::new(&device, &mirror);
+        let (other, op) = (SUBJECT + 2, Op::Write { word: 0, value: 2 });
+        worker.access(Shape::Round, other, op, None).unwrap();
+        std::thread::scope(|scope| {
+            let _free = director.frees_all();
+            device.device().set_busy(true);
+            let faults = director.visits(Actor::Reader, Point::FaultLocked);
+            let reader = act(scope, CPU0, || memory.load(other));
+            director.await_visit(Actor::Reader, Point::FaultLocked, faults);
+            director.stop(DEVICE, Point::CopyProtected);
+            let round = act(scope, DEVICE, || {
+                worker.access(Shape::Round, SUBJECT, Op::Read, None)
+            });
+            director.await_stop(DEVICE);
+            device.device().set_busy(false);
+            director.quiet();
+            memory.discard(SUBJECT);
+            director.release(DEVICE);
+            assert_eq!(round.join().unwrap(), Ok([0, 0, 0]));
+            assert_eq!(reader.join().unwrap(), [2, 1, 1]);
+        });
+        // The page was forgotten, and a discard that nobody heard of leaves nothing that a close could answer for.
+        drop(worker);
+        let _ = mirror.close();
+        assert_eq!(memory.load(other), [2, 1, 1]);
+    });
+}
+
 /// M2: a marker on an empty page is lifted, and the page copied, also where it is not the first of a run.
 ///
 /// ```text

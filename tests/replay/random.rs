@@ -164,15 +164,16 @@ impl Play<'_> {
 /// Whether a thread that stands there holds the gate, a block or a device lock.
 fn holds_something(place: u32) -> bool {
     use Point::{
-        EvictExcluding, FaultExcluding, FaultLocked, FaultMoved, PinMarked, ReleaseExcluding,
-        RoundCommitted, RoundCommitting, RoundExcluding, RoundLocked, RoundMoved, UpdateEnded,
-        UpdateEnding,
+        CopyProtected, EvictExcluding, FaultExcluding, FaultLocked, FaultMoved, PinMarked,
+        ReleaseExcluding, RoundCommitted, RoundCommitting, RoundExcluding, RoundLocked, RoundMoved,
+        UpdateEnded, UpdateEnding,
     };
     let point = Point::ALL.get(place as usize);
     point.is_some_and(|point| {
         matches!(
             point,
-            EvictExcluding
+            CopyProtected
+                | EvictExcluding
                 | FaultExcluding
                 | FaultLocked
                 | FaultMoved

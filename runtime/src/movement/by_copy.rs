@@ -172,6 +172,7 @@ impl Mover<'_> {
             Stop::Changing => return Err(Stall::Changing),
             _ => return Err(Stall::Refused(run.start)),
         }
+        point!(CopyProtected, self.region.addr_of(self.block, run.start));
         let _noted = self
             .region
             .door()

@@ -3,15 +3,19 @@
 //! Where a door serves the kernel's accesses, too, a copy from a page that is missing has the kernel wait for the monitor, which waits for
 //! the gate (hazards G5). The page was there when the copy began, and its block is locked; but a bare `mremap` may have taken it away since,
 //! which nobody has heard of yet. No system call copies and never waits, a signal does not end the wait, and until the event is read no
-//! page can be brought there either. But what has left is the mirror's no more. So whoever waits for the gate has the kernel forget that
-//! it is registered ([`Gate::nudging`](super::Gate)): then it reads as the zeros that it is, and the copy goes on. What it
-//! copied is taken from the device again when the event is applied.
+//! page can be brought there either. But what has left is the mirror's no more. So whoever waits for the gate, or for the block, has the
+//! kernel forget that it is registered ([`Gate::nudging`](super::Gate), `Region::lock_block`): then it reads as the zeros that it is, and the
+//! copy goes on. What it copied is taken from the device again when the event is applied.
 
 use super::mutation::{Mutation, mutated, ordering};
 use super::shim::atomic::Ordering::{self, Acquire, Relaxed, Release};
 use super::shim::atomic::{AtomicU32, AtomicU64};
 use super::shim::spin;
 use crate::addr::{PAGE_SIZE, PageRange};
+use core::time::Duration;
+
+/// How long who waits for the gate, or a block, takes it that nobody inside is held up: longer than sections take, and short for who waits.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(5);
 
 /// Copies at once; more than that are tried again later.
 const MAX_COPIES: usize = if cfg!(svm_loom) { 1 } else { 64 };

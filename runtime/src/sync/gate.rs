@@ -57,7 +57,6 @@ use super::shim::atomic::Ordering::{Relaxed, Release, SeqCst};
 use super::shim::{Backoff, fence_for_model, point};
 use super::{Deadline, Futex, Mutex, MutexGuard, WaitQueue};
 use core::marker::PhantomData;
-use core::time::Duration;
 use crossbeam_utils::CachePadded;
 
 const CLOSED: u32 = 1;
@@ -80,12 +79,9 @@ pub struct Gate {
     drained: WaitQueue,
     /// 1 while somebody waits for sections to leave.
     draining: AtomicU32,
-    /// What is done each time that this has taken [`PATIENCE`].
+    /// What is done each time that this has taken [`PATIENCE`](super::PATIENCE).
     nudge: Option<fn()>,
 }
-
-/// Longer than sections take, and short for who waits.
-const PATIENCE: Duration = Duration::from_millis(5);
 
 /// How many sections are inside, by the phase they were entered in.
 #[derive(Debug)]
@@ -315,7 +311,7 @@ impl Gate {
                 if backoff.spin() {
                     let deadline = self
                         .nudge
-                        .map_or(Deadline::NEVER, |_| Deadline::after(PATIENCE));
+                        .map_or(Deadline::NEVER, |_| Deadline::after(super::PATIENCE));
                     let is_over = self.drained.wait_until(deadline, is_empty);
                     if let Some(nudge) = self.nudge.filter(|_| !is_over) {
                         nudge();
@@ -389,7 +385,6 @@ fn shard_of_this_stack() -> usize {
 mod tests {
     use super::*;
     use core::sync::atomic::{AtomicBool, AtomicU64};
-    use core::time::Duration;
     use std::sync::mpsc;
     use std::thread;
 

@@ -33,7 +33,7 @@ pub(crate) mod mutation;
 
 #[cfg(not(svm_loom))]
 pub(crate) use copiers::Copier;
-pub(crate) use copiers::Copiers;
+pub(crate) use copiers::{Copiers, PATIENCE};
 pub use deadline::Deadline;
 pub(crate) use futex::{Futex, Woken};
 pub use gate::{Closed, Gate, GateGuard};

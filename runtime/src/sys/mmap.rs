@@ -72,7 +72,6 @@ pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
 pub(crate) enum Advice {
     /// Back the range with transparent huge pages.
     HugePage,
-    #[cfg(test)]
     /// Never do.
     NoHugePage,
     /// Leave the range out of a forked child.
@@ -92,7 +91,6 @@ impl Advice {
     const fn number(self) -> libc::c_int {
         match self {
             Self::HugePage => libc::MADV_HUGEPAGE,
-            #[cfg(test)]
             Self::NoHugePage => libc::MADV_NOHUGEPAGE,
             Self::DontFork => libc::MADV_DONTFORK,
             Self::DoFork => libc::MADV_DOFORK,
