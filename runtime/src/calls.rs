@@ -36,6 +36,7 @@
 //! other. A discarding call is made piece by piece, so that it is known what a call that fails half-way has discarded.
 
 use core::ops::Range;
+use core::sync::atomic::Ordering;
 
 use crate::addr::{PAGE_SIZE, PageRange};
 use crate::block::{BlockState, DeviceSet};
@@ -156,6 +157,8 @@ pub unsafe fn mremap(
 ) -> Result<*mut u8> {
     const TRIES: u32 = 20;
     const PAUSE_NS: u64 = 200_000;
+    /// How long forks under way are waited for.
+    const PATIENCE_NS: u64 = 1_000_000_000;
     let (addr, target) = (ptr.expose_provenance(), new_addr.expose_provenance());
     let call = RemapCall {
         addr,
@@ -164,14 +167,18 @@ pub unsafe fn mremap(
         flags,
         target,
     };
-    let mut tries = 0;
+    let (mut tries, deadline) = (0, clock::monotonic_ns() + PATIENCE_NS);
+    let is_early = |tries| {
+        let forks = AddressSpace::forking().load(Ordering::SeqCst) != 0;
+        tries < TRIES || forks && clock::monotonic_ns() < deadline
+    };
     loop {
         // SAFETY: by the caller's contract.
         let (outcome, is_mirrored) = unsafe { call.make() }?;
         match outcome {
             Ok(now) => return Ok(core::ptr::with_exposed_provenance_mut(now)),
             // While a thread forks, memory that is one mapping may be two for a moment, which the system does not move.
-            Err(e) if is_mirrored && e.raw_os_error() == Some(libc::EFAULT) && tries < TRIES => {
+            Err(e) if is_mirrored && e.raw_os_error() == Some(libc::EFAULT) && is_early(tries) => {
                 tries += 1;
                 clock::sleep_until(clock::monotonic_ns() + PAUSE_NS);
             }

@@ -136,15 +136,19 @@ fn give_back(space: &AddressSpace, range: PageRange) {
     while from < range.end() {
         let gate = space.gate().enter();
         let places = space.places(&gate);
+        // A body that is not registered yet is given back, too: when it is, [`keep_from_children`] sees to it.
         let ours = |place: &Place| match place.kind {
-            _ if !place.region.is_shielded() => place.range,
-            PlaceKind::Window(_) => place.range,
-            _ => space.with_grown(&gate, place.range, &place.region),
+            PlaceKind::Window(_) => Some(place.range),
+            _ if !place.region.is_shielded() => None,
+            _ => Some(space.with_grown(&gate, place.range, &place.region)),
         };
         // The last one before may have grown as far.
         let first = places.partition_point(|place| place.range.end() <= from);
         let near = &places[first.saturating_sub(1)..];
-        let next = near.iter().map(ours).find(|place| place.end() > from);
+        let next = near
+            .iter()
+            .filter_map(ours)
+            .find(|place| place.end() > from);
         let start = next.map_or(range.end(), PageRange::start).min(range.end());
         if let Some(other) = PageRange::new(from, start) {
             let _ = mmap::advise(other, Advice::DoFork);

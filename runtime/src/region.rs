@@ -342,7 +342,7 @@ impl Region {
         self.uses.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// From here on no round moves a page to a device. Complete after a grace period of the gate.
+    /// Whether forks see to its body: it is registered. Under the fork bracket.
     pub(crate) fn is_shielded(&self) -> bool {
         // Relaxed, like the store: the fork bracket orders them.
         self.shielded.load(Ordering::Relaxed)
@@ -352,6 +352,7 @@ impl Region {
         self.shielded.store(shielded, Ordering::Relaxed);
     }
 
+    /// From here on no round moves a page to a device. Complete after a grace period of the gate.
     pub(crate) fn set_closing(&self) {
         // SeqCst: with the gate's, as `forking` of the address space.
         self.closing.store(true, Ordering::SeqCst);

@@ -61,6 +61,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Config, String> {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().any(|arg| arg == "--help") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
     let config = match parse(std::env::args().skip(1)) {
         Ok(config) => config,
         Err(what) => {

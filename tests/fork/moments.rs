@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
@@ -129,10 +129,33 @@ extern "C" fn have_older_tables() {
         // SAFETY: the child's own copy.
         assert_eq!(unsafe { libc::close(fd) }, 0);
     }
+    // The numbers are another library's now.
+    for fd in &TAKEN {
+        // SAFETY: the path is a C string.
+        let opened = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDONLY) };
+        assert!(opened >= 0);
+        fd.store(opened, Ordering::Relaxed);
+    }
     let older = OLDER_ACTION.get().unwrap();
     // SAFETY: what the kernel had said, before there was ours.
     let outcome = unsafe { libc::sigaction(libc::SIGBUS, older, std::ptr::null_mut()) };
     assert_eq!(outcome, 0);
+}
+
+/// Descriptors of a library that opens its own in a child, before anything else is done there.
+static TAKEN: [AtomicI32; 4] = [const { AtomicI32::new(-1) }; 4];
+
+/// Whether what is behind the descriptor is still what was opened there.
+fn is_dev_null(fd: &AtomicI32) -> bool {
+    let link = format!("/proc/self/fd/{}", fd.load(Ordering::Relaxed));
+    std::fs::read_link(link).is_ok_and(|to| to.ends_with("/dev/null"))
+}
+
+/// How often a handler was called that a child installed before anything else.
+static CALLED: AtomicUsize = AtomicUsize::new(0);
+
+extern "C" fn count_call(_: libc::c_int) {
+    CALLED.fetch_add(1, Ordering::Relaxed);
 }
 
 /// What was done about a SIGBUS before anything was mirrored.
@@ -157,10 +180,17 @@ fn a_child_whose_tables_are_older_than_its_memory() {
         each("older tables", |options| {
             let parents = filled(options);
             assert!(in_child(|| {
+                assert!(TAKEN.iter().all(is_dev_null));
+                // SAFETY: it counts.
+                unsafe { libc::signal(libc::SIGBUS, count_call as *const () as usize) };
                 let mut buffer = filled(options);
                 take(&TestDevice::new().unwrap(), &mut buffer);
                 let is_right = |words: &[u64]| words.iter().zip(0..).all(|(&x, i)| x == i);
-                is_right(buffer.as_slice()) && is_right(parents.as_slice())
+                assert!(is_right(buffer.as_slice()) && is_right(parents.as_slice()));
+                assert_eq!(CALLED.load(Ordering::Relaxed), 0);
+                // SAFETY: the handler counts.
+                unsafe { libc::raise(libc::SIGBUS) };
+                CALLED.load(Ordering::Relaxed) == 1 && TAKEN.iter().all(is_dev_null)
             }));
         });
     });

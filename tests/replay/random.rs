@@ -223,7 +223,7 @@ pub(crate) fn set_passing_border() {
     BORDER.store(true, SeqCst);
 }
 
-/// Whether the next copy of several pages meets a marker on the second.
+/// Whether the next copy, which is to be of several pages, meets a marker on the second.
 static MARKER: AtomicBool = AtomicBool::new(false);
 
 /// Has the next copy meet such a marker.

@@ -55,8 +55,9 @@ impl Copiers {
 
     /// A copy from `pages`, of one block, which is locked. `None` if there are too many.
     pub(crate) fn begin(&self, pages: PageRange) -> Option<Copier<'_>> {
-        // Relaxed: who takes it reads nothing that others wrote.
-        let take = |slot: &&Slot| slot.change(FREE, TAKEN, Relaxed);
+        // Acquire: pairs with the Release in `let_go_on`, by way of the copier that ended between (its change continues what that began):
+        // who held the slot has read the range before it is written here.
+        let take = |slot: &&Slot| slot.change(FREE, TAKEN, Acquire);
         let slot = self.0.iter().find(take)?;
         slot.start.store(pages.start() as u64, Relaxed);
         slot.end.store(pages.end() as u64, Relaxed);
@@ -98,7 +99,7 @@ impl Drop for Copier<'_> {
         if mutated(Mutation::CopierEndsHeld) {
             return self.0.state.store(FREE, Release);
         }
-        // Acquire: pairs with the Release of who held it. The next one to take it writes the range behind this (one word, one order).
+        // Acquire: pairs with the Release of who held it.
         let acquire = ordering(Acquire, Mutation::CopierEndRelaxed);
         while !self.0.change(COPYING, FREE, acquire) {
             spin();

@@ -385,6 +385,7 @@ fn shard_of_this_stack() -> usize {
 mod tests {
     use super::*;
     use core::sync::atomic::{AtomicBool, AtomicU64};
+    use core::time::Duration;
     use std::sync::mpsc;
     use std::thread;
 

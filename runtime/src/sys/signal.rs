@@ -40,7 +40,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{
-    AtomicBool, AtomicPtr, AtomicU8, AtomicUsize,
+    AtomicBool, AtomicPtr, AtomicUsize,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
 };
 
@@ -114,18 +114,26 @@ fn installed() -> Option<&'static Installed> {
 }
 
 /// Whether the kernel calls the handler: a fork may come between that and [`INSTALLED`], and its child has to go on from there.
-static ARMED: AtomicU8 = AtomicU8::new(NOT_YET);
-const NOT_YET: u8 = 0;
-const YES: u8 = 1;
-/// A forked child has yet to look. The fork copies the table of actions before the memory (`copy_process` in `kernel/fork.c`), so what another
-/// thread did between is noted in the child, and not done.
-const AS_INHERITED: u8 = 2;
+static ARMED: AtomicBool = AtomicBool::new(false);
 
 /// In a forked child, before it uses anything here. Async-signal-safe.
+///
+/// The fork copies the table of actions before the memory (`copy_process` in `kernel/fork.c`), so what another thread did between is noted in
+/// the child, and not done. An action that is neither ours nor one from before it is taken for one that was installed after ours and
+/// calls it: there is no telling.
 pub(crate) fn enter_child() {
-    // Relaxed, both: there is no other thread.
-    if ARMED.load(Relaxed) == YES {
-        ARMED.store(AS_INHERITED, Relaxed);
+    let Some(installed) = installed() else {
+        return;
+    };
+    let before = [
+        installed.previous.sa_sigaction,
+        libc::SIG_DFL,
+        libc::SIG_IGN,
+    ];
+    if before.contains(&current_action().sa_sigaction) {
+        // As at the first use, so that a handler which is installed before that is called after ours. Relaxed: there is no other thread.
+        INSTALLED.store(std::ptr::null_mut(), Relaxed);
+        ARMED.store(false, Relaxed);
     }
 }
 
@@ -137,7 +145,7 @@ pub(crate) fn enter_child() {
 pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
     if let Some(installed) = installed() {
         return if std::ptr::fn_addr_eq(installed.resolver, resolver) {
-            arm(installed)
+            arm()
         } else {
             Err(io::ErrorKind::AlreadyExists.into())
         };
@@ -164,20 +172,9 @@ pub(crate) fn install(resolver: Resolver) -> io::Result<()> {
 }
 
 /// Has the kernel call the handler, once.
-fn arm(installed: &Installed) -> io::Result<()> {
+fn arm() -> io::Result<()> {
     // Acquire pairs with the Release below. Two threads that both find it not done install the same handler.
-    let state = ARMED.load(Acquire);
-    // In a child: ours, or one that was installed after ours and is to be called before it.
-    let is_in_place = || {
-        let none = [
-            installed.previous.sa_sigaction,
-            libc::SIG_DFL,
-            libc::SIG_IGN,
-        ];
-        !none.contains(&current_action().sa_sigaction)
-    };
-    if state == YES || state == AS_INHERITED && is_in_place() {
-        ARMED.store(YES, Release);
+    if ARMED.load(Acquire) {
         return Ok(());
     }
     let mut action = zeroed_action();
@@ -188,7 +185,7 @@ fn arm(installed: &Installed) -> io::Result<()> {
     // documentation: it is async-signal-safe if its resolver is, which `Resolver` demands.
     let result = unsafe { libc::sigaction(libc::SIGBUS, &raw const action, std::ptr::null_mut()) };
     check(libc::c_long::from(result))?;
-    ARMED.store(YES, Release);
+    ARMED.store(true, Release);
     Ok(())
 }
 

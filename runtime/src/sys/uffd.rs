@@ -474,22 +474,35 @@ impl Uffd {
     ///
     /// O_CLOEXEC does not keep a forked child from the descriptor, whose ioctls act on the *parent's*
     /// memory (hazard F2). Afterwards the value holds an inert descriptor: ioctls answer
-    /// `Other(ENOTTY)`, nothing is ever readable, and dropping is harmless. Async-signal-safe; aborts
-    /// where not even that can be had, for the alternative is to corrupt another process.
+    /// `Other(ENOTTY)`, and nothing is ever readable. Async-signal-safe; aborts where not even that
+    /// can be had, for the alternative is to corrupt another process.
+    ///
+    /// The fork copies the table of descriptors before the memory (`copy_process` in `kernel/fork.c`):
+    /// one that another thread opened between is not the child's, and its number is free there, or
+    /// somebody's by now, who keeps it.
     ///
     /// # Safety
     ///
     /// The caller is a forked child with memory of its own: to close the descriptor of one's own memory
     /// makes what is missing there read as zeros.
     pub(crate) unsafe fn disown_in_child(&self) {
+        let mut nowhere = uffdio_range { start: 1, len: 0 };
+        // SAFETY: a userfaultfd finds the range invalid before anything else, and no other kind of file knows the request.
+        match unsafe { ioctl(self.as_fd(), UFFDIO_WAKE, &mut nowhere) } {
+            libc::EINVAL => {
+                // First, for there may be no other number to be had.
+                // SAFETY: the child's own copy, whose number is taken again below.
+                unsafe { libc::close(self.as_fd().as_raw_fd()) };
+            }
+            libc::EBADF => {}
+            _ => return,
+        }
         // SAFETY: eventfd takes no pointers.
         let inert = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
         let replaced = check(libc::c_long::from(inert)).and_then(|_| {
             // SAFETY: made just now, and nobody else knows it.
             let inert = unsafe { OwnedFd::from_raw_fd(inert) };
             if inert.as_raw_fd() == self.as_fd().as_raw_fd() {
-                // The fork copied the table of descriptors before another thread had this one, and the memory after that (`copy_process`
-                // in `kernel/fork.c`): the number was free here, and is taken now.
                 let _ = inert.into_raw_fd();
                 return Ok(());
             }
