@@ -48,6 +48,7 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         fault::Verdict::NotOurs => signal::Verdict::NotOurs,
         fault::Verdict::Window => {
             match overrun::touched(space, bus.addr, access, signal::thread_pointer()) {
+                Fate::Again => signal::Verdict::Resolved,
                 Fate::Park => signal::Verdict::Park,
                 Fate::NotThere | Fate::Stray => signal::Verdict::NotOurs,
             }

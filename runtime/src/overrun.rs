@@ -33,7 +33,8 @@
 //! protection too, and are protected before the copy, so that a late store traps like any other; and the CPU's copy is
 //! protected until the window is empty, so that a late load finds what is current. (Where there is MOVE but it refuses a
 //! page, which `mprotect` has made read-only or `mlock` has locked, the copy goes without: for those few microseconds a late
-//! access finds the old page.)
+//! access finds the old page.) A span may end between: then it has not been taken, and a protection that stays is lifted by the device's
+//! next store.
 //!
 //! # The doors
 //! Inline, the late thread finds itself in the `SIGBUS` handler. Through the thread door it sleeps in its fault, of which the
@@ -43,6 +44,7 @@
 //! # What a device's memory must be for this
 //! A window. An access to opaque memory does not trap, and is the device's own to stop.
 
+use crate::addr::{PAGE_SIZE, page_floor};
 use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep, LateAccess, Overrun, ThreadId};
 use crate::error::Access;
@@ -56,6 +58,7 @@ use crate::space::{AddressSpace, Inside, PlaceKind};
 use crate::stats::{Cause, count};
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::process;
+use crate::sys::uffd::Stop;
 
 /// What became of a shootdown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -304,9 +307,11 @@ pub(crate) fn is_outstayed(space: &AddressSpace, region: &Region, device: Device
     })
 }
 
-/// What is to become of a thread that touched an empty page of a window.
+/// What is to become of a thread that touched an empty or protected page of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
+    /// It may make the access again.
+    Again,
     /// It runs no more.
     Park,
     /// The address is in no window.
@@ -315,7 +320,7 @@ pub(crate) enum Fate {
     Stray,
 }
 
-/// Step 5: the calling thread touched `addr`, an empty page of a window, and is in a signal handler.
+/// Step 5: the calling thread touched `addr`, an empty or protected page of a window, and is in a signal handler.
 pub(crate) fn touched(
     space: &AddressSpace,
     addr: usize,
@@ -330,7 +335,11 @@ pub(crate) fn touched(
         return Fate::NotThere;
     };
     let region = &*place.region;
-    let fate = region.device(&gate, id).map(|device| {
+    let device = region.device(&gate, id);
+    if device.is_some_and(|device| lift_protection(region, device, addr, access)) {
+        return Fate::Again;
+    }
+    let fate = device.map(|device| {
         device.overrun(&LateAccess {
             addr: addr
                 .wrapping_sub(device.window().base())
@@ -346,4 +355,29 @@ pub(crate) fn touched(
         count(&region.counters().anomalies, 1);
         Fate::Stray
     }
+}
+
+/// Lifts the protection of a window page that is the device's alone. It is of a shootdown without MOVE that began to take the page, could
+/// not, and found the span over when it came back.
+fn lift_protection(
+    region: &Region,
+    device: &dyn AnyMapped,
+    addr: usize,
+    access: Option<Access>,
+) -> bool {
+    if region.door().has_move() || access != Some(Access::Write) {
+        return false;
+    }
+    let window = device.window().base();
+    let (block, page) = region.locate(region.base() + (addr - window));
+    let state = region.lock_block(block);
+    let its_own = state.exclusive_to(device.id()) - state.severed();
+    let at = page_floor(addr);
+    // Where a mapping is changing, it is still there for the next try.
+    its_own.contains(page)
+        && AddressSpace::global().is_present(at)
+        && matches!(
+            region.door().unprotect(at, PAGE_SIZE),
+            Stop::Complete | Stop::Changing
+        )
 }

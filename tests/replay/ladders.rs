@@ -4,11 +4,11 @@ use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use svm::point::Point;
-use svm::{Access, Delivery, DeviceFaultKind, Granule, Interrupted};
+use svm::{Access, AttachOptions, Delivery, DeviceFaultKind, Granule, Interrupted};
 
 use crate::director::{Actor, Director, Part, Settled};
-use crate::random::{has_met_marker, set_late_zaps, set_marker, set_passing_border};
-use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, options};
+use crate::random::{has_met_marker, set_changing, set_late_zaps, set_marker, set_passing_border};
+use crate::rig::{Memory, Op, PAGE, SUBJECT, Shape, Worker, attach, attach_with, options};
 
 const DEVICE: Actor = Actor::Nr(0);
 const CPU0: Actor = Actor::Nr(1);
@@ -665,6 +665,60 @@ fn a_page_leaves_as_it_is_copied_while_the_monitor_waits_for_its_block() {
         drop(worker);
         let _ = mirror.close();
         assert_eq!(memory.load(other), [2, 1, 1]);
+    });
+}
+
+/// W2: where pages are taken by being copied, a window is protected before; if the span ends before the copy could be made, the page is the
+/// device's as it was, and it may write it.
+///
+/// ```text
+/// device                    CPU
+/// uses page 2, for writing
+///                           reads page 2: past the deadline
+///                           the window is protected;
+///                           COPY home: EAGAIN
+/// is done with page 2
+///                           COPY home: both have it
+/// gets page 2 for writing
+/// writes
+/// ```
+#[test]
+fn a_span_ends_when_its_window_is_protected_and_nothing_is_taken() {
+    let name = "ladders::a_span_ends_when_its_window_is_protected_and_nothing_is_taken";
+    tests::in_own_process(name, &["move"], || {
+        let _watchdog = crate::watch("the ladder of the window");
+        for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+            let _director = Director::new();
+            let memory = Memory::new();
+            let mirror = memory.mirror(&options(delivery));
+            let device = attach_with(AttachOptions::new().span_deadline(SOON));
+            let mut worker = Worker::new(&device, &mirror);
+            let write = |value| Op::Write { word: 0, value };
+            worker
+                .access(Shape::Update, SUBJECT, write(2), None)
+                .unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            // SAFETY: the memory outlives the guard, and has no edges.
+            let in_use = unsafe { mapped.begin_use(Access::Write) }.unwrap();
+            std::thread::scope(|scope| {
+                device.device().set_busy(true);
+                set_changing(1);
+                let reader = scope.spawn(|| memory.load(SUBJECT));
+                while mirror.stats().changing_outcomes == 0 {
+                    std::thread::yield_now();
+                }
+                device.device().set_busy(false);
+                set_changing(0);
+                assert_eq!(reader.join().unwrap(), [2, 1, 1]);
+            });
+            worker
+                .access(Shape::Update, SUBJECT, write(3), None)
+                .unwrap();
+            drop((worker, in_use));
+            assert_eq!(memory.load(SUBJECT), [3, 1, 1]);
+            assert_eq!(mirror.stats().anomalies, 0);
+            mirror.close().unwrap();
+        }
     });
 }
 

@@ -419,5 +419,9 @@ pub(crate) fn options(delivery: Delivery) -> Options {
 pub(crate) fn attach(memory_bytes: Option<usize>) -> Attachment<Probe> {
     let mut options = AttachOptions::new();
     options.memory_bytes = memory_bytes;
+    attach_with(options)
+}
+
+pub(crate) fn attach_with(options: AttachOptions) -> Attachment<Probe> {
     svm::attach(Probe::default(), options).unwrap()
 }
