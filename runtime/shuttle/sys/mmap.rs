@@ -38,6 +38,7 @@ pub(super) fn state_len(len_bytes: usize) -> Option<usize> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Advice {
     HugePage,
+    NoHugePage,
     DontFork,
     DoFork,
     WipeOnFork,
