@@ -1,5 +1,6 @@
 //! Ladders: the schedules of the protocol's text, and those of the hazards that broke earlier designs, rung by rung.
 
+use std::sync::atomic::Ordering::SeqCst;
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -716,6 +717,54 @@ fn a_span_ends_when_its_window_is_protected_and_nothing_is_taken() {
                 .unwrap();
             drop((worker, in_use));
             assert_eq!(memory.load(SUBJECT), [3, 1, 1]);
+            assert_eq!(mirror.stats().anomalies, 0);
+            mirror.close().unwrap();
+        }
+    });
+}
+
+/// D4: a copy in a window that translations lead to is not given up before they are taken: not either where the kernel, without MOVE, will
+/// not discard the CPU's (it is locked, or unmapped this moment), so that the device is to work in place.
+///
+/// ```text
+/// device                          CPU
+/// writes page 2
+///                                 reads it: both have it
+///                                 mlock
+/// writes: madvise(DONTNEED) is
+/// refused
+/// told to stop reading the window
+/// writes in place
+/// ```
+#[test]
+fn a_copy_that_is_read_is_not_given_up_for_one_in_place() {
+    let name = "ladders::a_copy_that_is_read_is_not_given_up_for_one_in_place";
+    tests::in_own_process(name, &["move"], || {
+        let _watchdog = crate::watch("the ladder of the locked page");
+        for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
+            let _director = Director::new();
+            let memory = Memory::new();
+            let mirror = memory.mirror(&options(delivery));
+            let device = attach(None);
+            let mut worker = Worker::new(&device, &mirror);
+            let write = |value| Op::Write { word: 0, value };
+            worker
+                .access(Shape::Update, SUBJECT, write(2), None)
+                .unwrap();
+            let mapped = device.map(mirror.view().region()).unwrap();
+            // SAFETY: the memory outlives the guard, and has no edges.
+            let in_use = unsafe { mapped.begin_use(Access::Write) }.unwrap();
+            assert_eq!(memory.load(SUBJECT), [2, 1, 1]);
+            if !memory.lock(SUBJECT) {
+                return;
+            }
+            let told = device.device().invalidations.load(SeqCst);
+            worker
+                .access(Shape::Update, SUBJECT, write(3), None)
+                .unwrap();
+            assert!(device.device().invalidations.load(SeqCst) > told);
+            assert_eq!(memory.load(SUBJECT), [3, 1, 1]);
+            drop((worker, in_use));
             assert_eq!(mirror.stats().anomalies, 0);
             mirror.close().unwrap();
         }

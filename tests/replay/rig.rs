@@ -362,6 +362,16 @@ impl Memory {
         assert_eq!(outcome, 0);
     }
 
+    /// Keeps one page in memory, once it is there; false if the system permits nothing of the kind.
+    pub(crate) fn lock(&self, page: usize) -> bool {
+        // SAFETY: it changes no contents.
+        let outcome = unsafe { libc::mlock2(self.at(page).cast(), PAGE, libc::MLOCK_ONFAULT) };
+        if outcome != 0 {
+            tests::skip(format!("mlock2: {}", std::io::Error::last_os_error()));
+        }
+        outcome == 0
+    }
+
     pub(crate) fn unmap(&self, page: usize) {
         // SAFETY: the script's own page, which it touches no more.
         let outcome = unsafe { libc::munmap(self.at(page).cast(), PAGE) };

@@ -43,7 +43,14 @@ impl Mover<'_> {
 
     fn take_populated_by_copy(&mut self, device: &dyn AnyMapped, run: Range<usize>) -> Movement {
         self.protect_and_copy(device, run.clone())?;
-        self.discard_host(run)
+        let discarded = self.discard_host(run.clone());
+        if let Err(Stall::Refused(_)) = discarded {
+            // No translation leads to the copies yet: devices will use the CPU's, in place.
+            for kept in (PageMask::range(run) - self.state.away()).runs() {
+                self.unprotect(kept)?;
+            }
+        }
+        discarded
     }
 
     /// Where there is no MOVE: discards the CPU's copy of `run`, which is at its address, unless that is another's by now. The kernel
@@ -65,7 +72,7 @@ impl Mover<'_> {
     }
 
     /// The kernel refused to discard the CPU's pages of `run`, all or some: it stops at memory that is locked, and passes over what is
-    /// mapped no more. What is gone is the device's alone; of the rest the CPU keeps its copy, and devices will use that one in place.
+    /// mapped no more. What is gone is the device's alone; of the rest the CPU keeps its copy, and both hold it as before.
     fn not_all_discarded(&mut self, run: Range<usize>) -> Movement {
         let space = AddressSpace::global();
         let mut kept = PageMask::EMPTY;
@@ -78,11 +85,7 @@ impl Mover<'_> {
                 self.state.host_dropped(PageMask::page(page));
             }
         }
-        let first = kept.first_from(0).unwrap_or(run.start);
-        for part in kept.runs() {
-            self.unprotect(part)?;
-        }
-        Err(Stall::Refused(first))
+        Err(Stall::Refused(kept.first_from(0).unwrap_or(run.start)))
     }
 
     pub(super) fn bring_home_by_copy(

@@ -198,6 +198,7 @@ pub(crate) mod shim {
 
     /// In a loop that waits for somebody who neither sleeps nor waits in turn.
     pub(crate) fn spin() {
+        point();
         #[cfg(svm_loom)]
         loom::thread::yield_now();
         #[cfg(not(svm_loom))]
