@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use svm::{Access, Delivery, Granule, Options};
-use tests::{TestDevice, Watchdog, usable};
+use tests::{TestDevice, Watchdog, in_own_process, usable};
 
 use crate::PAGE;
 
@@ -101,6 +101,11 @@ pub(crate) fn each(name: &'static str, test: impl Fn(&Options)) {
             }
         }
     }
+}
+
+/// [`each`], where nobody else forks: `test` is the test's name.
+pub(crate) fn each_alone(test: &str, name: &'static str, body: impl Fn(&Options)) {
+    in_own_process(test, &[""], || each(name, body));
 }
 
 pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {

@@ -3,7 +3,6 @@
 
 use std::ptr;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use svm::Delivery;
 
@@ -151,19 +150,16 @@ impl Work<'_> {
                 .map(|now: *mut u8| now.expose_provenance())
                 .map_err(|e| e.to_string());
         }
-        let mut tries = 0;
-        loop {
-            match bare() {
-                Ok(now) => return Ok(now),
-                // While a thread forks it may be two mappings for a moment, as the README says.
-                Err(e) if e.raw_os_error() == Some(libc::EFAULT) && tries < 20 => {
-                    tries += 1;
-                    self.run.refused.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(Duration::from_micros(200));
-                }
-                Err(e) => return Err(format!("mremap: {e}")),
+        let outcome = match bare() {
+            // While a thread forks it may be two mappings for a moment, as the README says. While none does it is one.
+            Err(e) if e.raw_os_error() == Some(libc::EFAULT) => {
+                self.run.refused.fetch_add(1, Ordering::Relaxed);
+                let _nobody_forks = self.run.forks.write();
+                bare()
             }
-        }
+            outcome => outcome,
+        };
+        outcome.map_err(|e| format!("mremap: {e}"))
     }
 
     /// What a move makes of a page's reach: where the kernel tells of it, the page has left; where the wrapper alone knows, it may

@@ -12,7 +12,8 @@ use crate::mapping::Map;
 
 impl Work<'_> {
     /// Runs `child` in a forked child, which says whether all is well.
-    fn in_child(which: &str, child: impl FnOnce() -> bool) -> Checked {
+    fn in_child(&self, which: &str, child: impl FnOnce() -> bool) -> Checked {
+        let forking = self.run.forks.read();
         // SAFETY: the child leaves by `_exit`, and the C library keeps malloc usable in it.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
@@ -22,6 +23,7 @@ impl Work<'_> {
             // SAFETY: ends the child, without what is the parent's to do at its end.
             unsafe { libc::_exit(i32::from(!well.unwrap_or(false))) };
         }
+        drop(forking);
         let mut status = 0;
         // SAFETY: waits for the child just made, if there is one.
         let ended = unsafe { libc::waitpid(pid, &raw mut status, 0) };
@@ -35,7 +37,7 @@ impl Work<'_> {
 
     pub(super) fn fork(&self, taken: Taken) -> Checked {
         let addr = self.arena.addr(taken.first);
-        Self::in_child("looking", || {
+        self.in_child("looking", || {
             self.look_at_all(&taken, addr, "in the child").is_ok() && {
                 self.write_all(&taken);
                 true
@@ -49,7 +51,7 @@ impl Work<'_> {
 
     pub(super) fn fork_with_a_mirror(&self, taken: Taken) -> Checked {
         let addr = self.arena.addr(taken.first);
-        Self::in_child("with a mirror", || {
+        self.in_child("with a mirror", || {
             self.look_at_all(&taken, addr, "in the child").is_ok() && {
                 self.write_all(&taken);
                 child_of_its_own(self.options)
@@ -69,7 +71,12 @@ impl Work<'_> {
             // SAFETY: does nothing; with it the child is forked, without it spawned like with vfork.
             unsafe { command.pre_exec(|| Ok(())) };
         }
-        let status = command.status().map_err(|e| format!("spawn: {e}"))?;
+        let forking = self.run.forks.read();
+        let child = command.spawn();
+        drop(forking);
+        let status = child
+            .and_then(|mut child| child.wait())
+            .map_err(|e| format!("spawn: {e}"))?;
         if !status.success() {
             return Err(format!("a spawned process: {status}"));
         }

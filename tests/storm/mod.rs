@@ -35,8 +35,8 @@ mod touches;
 mod work;
 
 use std::fmt;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, RwLock};
 use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
@@ -172,6 +172,8 @@ struct Run {
     ops: [AtomicU64; KINDS.len()],
     looks: AtomicU64,
     refused: AtomicU64,
+    /// Read while one forks; who writes has nobody fork.
+    forks: RwLock<()>,
     mirrors: Mutex<svm::Stats>,
     /// Changes begun, of those that are made before chance decides.
     first: AtomicUsize,
@@ -253,6 +255,7 @@ pub fn run(config: &Config) -> Result<Report, String> {
         ops: [const { AtomicU64::new(0) }; KINDS.len()],
         looks: AtomicU64::new(0),
         refused: AtomicU64::new(0),
+        forks: RwLock::new(()),
         mirrors: Mutex::new(svm::Stats::default()),
         first: AtomicUsize::new(0),
         hears_removal: capabilities.has(Capability::Events) && capabilities.has(Capability::Move),
