@@ -174,11 +174,11 @@ pub unsafe fn mremap(
     };
     loop {
         // SAFETY: by the caller's contract.
-        let (outcome, is_mirrored) = unsafe { call.make() }?;
+        let (outcome, may_repeat) = unsafe { call.make() }?;
         match outcome {
             Ok(now) => return Ok(core::ptr::with_exposed_provenance_mut(now)),
             // While a thread forks, memory that is one mapping may be two for a moment, which the system does not move.
-            Err(e) if is_mirrored && e.raw_os_error() == Some(libc::EFAULT) && is_early(tries) => {
+            Err(e) if may_repeat && e.raw_os_error() == Some(libc::EFAULT) && is_early(tries) => {
                 tries += 1;
                 clock::sleep_until(clock::monotonic_ns() + PAUSE_NS);
             }
@@ -197,7 +197,9 @@ struct RemapCall {
 }
 
 impl RemapCall {
-    /// Makes it once: what the system says, and whether anything was mirrored there.
+    /// Makes it once: what the system says, and, if it refuses, whether the call may be repeated: something was mirrored there, and nothing
+    /// has been unmapped. (Before Linux 6.17 that comes first, and then the look whether all is one mapping; what was vacated may be
+    /// somebody else's by the time of another call.)
     ///
     /// # Safety
     /// As [`mremap`].
@@ -217,7 +219,15 @@ impl RemapCall {
         let change = Change::begin_in_turn([old, replaced], |_| true);
         let home = change.hold_home()?;
         let was_held = home.as_ref().is_some_and(|home| !home.heard);
-        let is_mirrored = !change.parts.is_empty();
+        let space = AddressSpace::existing().filter(|_| !change.parts.is_empty());
+        let cut_off = old
+            .zip(new)
+            .and_then(|(old, new)| PageRange::new(new.end(), old.end()));
+        let mapped = || {
+            let vacated = [replaced, cut_off];
+            vacated.map(|range| Some(space?.vma(range?.start())?.range))
+        };
+        let before = mapped();
         // SAFETY: by the caller's contract.
         let outcome = unsafe { calls::mremap(addr, old_len_bytes, new_len_bytes, flags, target) };
         change.let_go(home, |part| match outcome {
@@ -237,8 +247,9 @@ impl RemapCall {
             // No memory of ours any more, so nobody would have children inherit it.
             let _ = mmap::advise(there, Advice::DoFork);
         }
+        let may_repeat = outcome.is_err() && space.is_some() && mapped() == before;
         change.end();
-        Ok((outcome, is_mirrored))
+        Ok((outcome, may_repeat))
     }
 }
 

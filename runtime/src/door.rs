@@ -259,14 +259,14 @@ impl Door {
     }
 
     /// Asks whether the page at `addr` is registered with this door's descriptor, which of all calls MOVE alone looks at: `Invalid` if not, or
-    /// where there is no MOVE, or where it refuses the mapping for another reason (not writable, locked). `hole` is a page that
-    /// is empty, so nothing comes of it: where `addr` is empty, too, the answer is `NotPresent`, and `Exists` where it is not.
+    /// where there is no MOVE, or where it refuses the mapping for another reason (not writable, locked). `hole` is an
+    /// empty page, so nothing comes of it: where `addr` is empty, too, the answer is `NotPresent`, and `Exists` where it is not.
     pub(crate) fn ask(&self, addr: usize, hole: usize) -> Stop {
         let page = PageRange::from_pages(page_floor(addr), 1);
         let Some(page) = page.filter(|_| self.has_move()) else {
             return Stop::Invalid;
         };
-        // SAFETY: nothing moves, for there is nothing at `hole`.
+        // SAFETY: nothing moves, for there is nothing at `hole`; or a page of zeros, to one that reads as zeros, for it is in no place.
         unsafe { self.uffd.move_pages(page, hole, self.wakes()) }.stop
     }
 

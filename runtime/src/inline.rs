@@ -47,8 +47,13 @@ fn on_fault(bus: &BusFault) -> signal::Verdict {
         fault::Verdict::Resolved | fault::Verdict::Woken => signal::Verdict::Resolved,
         fault::Verdict::NotOurs => signal::Verdict::NotOurs,
         fault::Verdict::Window => {
+            let lifted =
+                || overrun::lift_protection(space, &space.gate().enter(), bus.addr, access);
+            // Where a mapping is changing, the access meets it again.
+            if !bus.late && lifted() != Some(false) {
+                return signal::Verdict::Resolved;
+            }
             match overrun::touched(space, bus.addr, access, signal::thread_pointer()) {
-                Fate::Again => signal::Verdict::Resolved,
                 Fate::Park => signal::Verdict::Park,
                 Fate::NotThere | Fate::Stray => signal::Verdict::NotOurs,
             }

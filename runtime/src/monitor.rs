@@ -21,6 +21,7 @@ use crate::events::{self, PendingList};
 use crate::fault::{self, Attempt, CpuFault, First, Pending, Verdict};
 use crate::near::{self, Near};
 use crate::options::Delivery;
+use crate::overrun;
 use crate::space::{AddressSpace, Door};
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::clock;
@@ -207,19 +208,29 @@ impl Reader {
             Attempt::Done(Verdict::Woken) => {}
             // What found nothing to do has woken nobody.
             Attempt::Done(Verdict::Resolved) => door.wake(page, PAGE_SIZE),
-            Attempt::Done(verdict @ (Verdict::NotOurs | Verdict::Window)) => {
-                let write = fault.access == Some(Access::Write);
-                if verdict == Verdict::Window
-                    && signal::send_late(fault.thread, fault.addr, write).is_ok()
-                {
-                    return;
-                }
-                self.refuse(&fault);
-            }
+            Attempt::Done(Verdict::NotOurs) => self.refuse(&fault),
+            Attempt::Done(Verdict::Window) => self.settle_window(fault),
             Attempt::Again => self.put_aside(page, Aside::Retry(fault, 0)),
             Attempt::WaitUntil(ns) => self.put_aside(page, Aside::Retry(fault, ns)),
             Attempt::Pending(_) if mutated(Mutation::MonitorForgetsFault) => {}
             Attempt::Pending(pending) => self.put_aside(page, Aside::Pending(fault, pending)),
+        }
+    }
+
+    /// An access to an empty or protected page of a window.
+    fn settle_window(&mut self, fault: CpuFault) {
+        let space = self.space;
+        let lifted =
+            overrun::lift_protection(space, &space.gate().enter(), fault.addr, fault.access);
+        match lifted {
+            Some(true) => {}
+            None => self.put_aside(page_floor(fault.addr), Aside::Retry(fault, 0)),
+            Some(false) => {
+                let write = fault.access == Some(Access::Write);
+                if signal::send_late(fault.thread, fault.addr, write).is_err() {
+                    self.refuse(&fault);
+                }
+            }
         }
     }
 

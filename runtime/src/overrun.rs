@@ -33,8 +33,8 @@
 //! protection too, and are protected before the copy, so that a late store traps like any other; and the CPU's copy is
 //! protected until the window is empty, so that a late load finds what is current. (Where there is MOVE but it refuses a
 //! page, which `mprotect` has made read-only or `mlock` has locked, the copy goes without: for those few microseconds a late
-//! access finds the old page.) A span may end between: then it has not been taken, and a protection that stays is lifted by the device's
-//! next store.
+//! access finds the old page.) A span may end between: then it has not been taken, and a protection that stays is lifted at the
+//! device's next store ([`lift_protection`]); a system call that stores there is refused.
 //!
 //! # The doors
 //! Inline, the late thread finds itself in the `SIGBUS` handler. Through the thread door it sleeps in its fault, of which the
@@ -310,8 +310,6 @@ pub(crate) fn is_outstayed(space: &AddressSpace, region: &Region, device: Device
 /// What is to become of a thread that touched an empty or protected page of a window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// It may make the access again.
-    Again,
     /// It runs no more.
     Park,
     /// The address is in no window.
@@ -335,11 +333,7 @@ pub(crate) fn touched(
         return Fate::NotThere;
     };
     let region = &*place.region;
-    let device = region.device(&gate, id);
-    if device.is_some_and(|device| lift_protection(region, device, addr, access)) {
-        return Fate::Again;
-    }
-    let fate = device.map(|device| {
+    let fate = region.device(&gate, id).map(|device| {
         device.overrun(&LateAccess {
             addr: addr
                 .wrapping_sub(device.window().base())
@@ -357,27 +351,41 @@ pub(crate) fn touched(
     }
 }
 
-/// Lifts the protection of a window page that is the device's alone. It is of a shootdown without MOVE that began to take the page, could
-/// not, and found the span over when it came back.
-fn lift_protection(
-    region: &Region,
-    device: &dyn AnyMapped,
+/// Lifts the protection of a window page that is its device's alone, if that is what a store to `addr` met. It is of a shootdown without MOVE
+/// that began to take the page, could not, and found the span over when it came back. `None` while a mapping is changing.
+///
+/// Who sleeps at the page is woken: so it is for the thread that faulted, or for the one that reads of such faults; never for a thread
+/// that the reader has sent a signal, for of others that were read of, and woken here, it would tell when they have gone on.
+pub(crate) fn lift_protection(
+    space: &AddressSpace,
+    gate: &impl Inside,
     addr: usize,
     access: Option<Access>,
-) -> bool {
-    if region.door().has_move() || access != Some(Access::Write) {
-        return false;
-    }
-    let window = device.window().base();
-    let (block, page) = region.locate(region.base() + (addr - window));
+) -> Option<bool> {
+    let place = space.lookup(gate, addr);
+    let window = place.and_then(|place| match place.kind {
+        PlaceKind::Window(id) => Some((&*place.region, id)),
+        _ => None,
+    });
+    let Some((region, id)) = window.filter(|_| access == Some(Access::Write)) else {
+        return Some(false);
+    };
+    let Some(device) = region
+        .device(gate, id)
+        .filter(|_| !region.door().has_move())
+    else {
+        return Some(false);
+    };
+    let (block, page) = region.locate(region.base() + (addr - device.window().base()));
     let state = region.lock_block(block);
-    let its_own = state.exclusive_to(device.id()) - state.severed();
+    let its_own = state.exclusive_to(id) - state.severed();
     let at = page_floor(addr);
-    // Where a mapping is changing, it is still there for the next try.
-    its_own.contains(page)
-        && AddressSpace::global().is_present(at)
-        && matches!(
-            region.door().unprotect(at, PAGE_SIZE),
-            Stop::Complete | Stop::Changing
-        )
+    if !its_own.contains(page) || !space.is_present(at) {
+        return Some(false);
+    }
+    match region.door().unprotect(at, PAGE_SIZE) {
+        Stop::Complete => Some(true),
+        Stop::Changing => None,
+        _ => Some(false),
+    }
 }

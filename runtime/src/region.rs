@@ -13,12 +13,13 @@ use std::time::Duration;
 
 use crate::addr::{BLOCK_SIZE, PAGE_SIZE, PAGES_PER_BLOCK, PageRange};
 use crate::block::{Block, BlockState, DeviceId, MAX_DEVICES, OnRead};
+use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
 use crate::notifier::Hub;
 use crate::options::Options;
-use crate::space::{Door, Gated, Inside, let_copiers_go_on};
+use crate::space::{AddressSpace, Door, Gated, Inside, let_copiers_go_on};
 use crate::stats::{Counters, Stats};
 use crate::sync::{Deadline, Mutex, MutexGuard, PATIENCE};
 use crate::sys::arc::{MapArc, MapSlice};
@@ -300,6 +301,14 @@ impl Region {
                 return locked;
             }
             let_copiers_go_on();
+        }
+    }
+
+    /// Host memory of the body's of which the kernel was to forget part: what has not left, as far as one knows, is registered as before.
+    pub(crate) fn register_again(&self, pages: Option<PageRange>) {
+        if let Some(pages) = pages.filter(|_| !AddressSpace::global().is_changing()) {
+            // What stays unregistered, because this fails or was not tried, is served in place: it cannot be protected.
+            let _ = self.door().register(pages, Role::Body);
         }
     }
 

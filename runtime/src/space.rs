@@ -229,7 +229,7 @@ impl AddressSpace {
         self.zeros.as_ptr().addr()
     }
 
-    /// Address of a page that is always empty.
+    /// Address of a page that nobody touches, so that it is empty (but for `mlockall`, or a debugger; then it is a page of zeros).
     fn hole(&self) -> usize {
         self.hole.as_ptr().addr()
     }
@@ -555,8 +555,10 @@ impl AddressSpace {
     /// Whether the page at `at` is registered with `door` as bodies are, with write protection: scratch areas, which are no places either,
     /// are not. Asked in this order, for to lift a protection the kernel does not ask whose userfaultfd the page is registered with.
     fn is_as_a_body(&self, door: &Door, at: usize) -> bool {
-        matches!(door.ask(at, self.hole()), Stop::NotPresent | Stop::Exists)
-            && door.unprotect(at, PAGE_SIZE) == Stop::Complete
+        matches!(
+            door.ask(at, self.hole()),
+            Stop::NotPresent | Stop::Exists | Stop::Complete
+        ) && door.unprotect(at, PAGE_SIZE) == Stop::Complete
     }
 
     /// Waits until every change of the mappings that the kernel has made until now was read and applied. One that is made but

@@ -1,11 +1,12 @@
 //! Ladders: the schedules of the protocol's text, and those of the hazards that broke earlier designs, rung by rung.
 
 use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
 use svm::point::Point;
-use svm::{Access, AttachOptions, Delivery, DeviceFaultKind, Granule, Interrupted};
+use svm::{Access, AttachOptions, Delivery, DeviceFaultKind, Granule, Interrupted, Mirror};
 
 use crate::director::{Actor, Director, Part, Settled};
 use crate::random::{has_met_marker, set_changing, set_late_zaps, set_marker, set_passing_border};
@@ -662,10 +663,18 @@ fn a_page_leaves_as_it_is_copied_while_the_monitor_waits_for_its_block() {
             assert_eq!(round.join().unwrap(), Ok([0, 0, 0]));
             assert_eq!(reader.join().unwrap(), [2, 1, 1]);
         });
-        // The page was forgotten, and a discard that nobody heard of leaves nothing that a close could answer for.
+        // The page is the mirror's still.
+        let write = Op::Write { word: 0, value: 7 };
+        worker.access(Shape::Round, SUBJECT, write, None).unwrap();
+        assert_eq!(memory.load(SUBJECT), [7, 0, 0]);
+        memory.store(SUBJECT, 1, 8);
+        let read = worker.access(Shape::Round, SUBJECT, Op::Read, None);
+        assert_eq!(read.unwrap(), [7, 8, 0]);
         drop(worker);
-        let _ = mirror.close();
-        assert_eq!(memory.load(other), [2, 1, 1]);
+        assert_eq!(mirror.stats().anomalies, 0);
+        assert_eq!(mirror.stats().in_place_pages, 0);
+        mirror.close().unwrap();
+        assert_eq!(memory.load(SUBJECT), [7, 8, 0]);
     });
 }
 
@@ -681,15 +690,18 @@ fn a_page_leaves_as_it_is_copied_while_the_monitor_waits_for_its_block() {
 /// is done with page 2
 ///                           COPY home: both have it
 /// gets page 2 for writing
-/// writes
+/// two workers write
 /// ```
+///
+/// Through the thread door the workers sleep, and what wakes one wakes the other: of whom the monitor must not have read yet, for it
+/// would send a signal to a thread that has gone on.
 #[test]
 fn a_span_ends_when_its_window_is_protected_and_nothing_is_taken() {
     let name = "ladders::a_span_ends_when_its_window_is_protected_and_nothing_is_taken";
     tests::in_own_process(name, &["move"], || {
         let _watchdog = crate::watch("the ladder of the window");
         for delivery in DOORS.into_iter().filter(|_| crate::usable()) {
-            let _director = Director::new();
+            let director = Director::new();
             let memory = Memory::new();
             let mirror = memory.mirror(&options(delivery));
             let device = attach_with(AttachOptions::new().span_deadline(SOON));
@@ -712,14 +724,56 @@ fn a_span_ends_when_its_window_is_protected_and_nothing_is_taken() {
                 set_changing(0);
                 assert_eq!(reader.join().unwrap(), [2, 1, 1]);
             });
-            worker
-                .access(Shape::Update, SUBJECT, write(3), None)
-                .unwrap();
+            let (mapped, range, index) = worker.parts(SUBJECT);
+            // The reader's bracket may have ended since.
+            loop {
+                let pages = index..index + 1;
+                let mut update = range.start_update(&mapped, pages, IN_TIME).unwrap();
+                update.fault(Access::Write).unwrap();
+                let guard = device.device().lock_it();
+                if update.end_update(&guard).is_ok() {
+                    break;
+                }
+            }
+            let window = memory.addr(SUBJECT).wrapping_add_signed(mapped.offset());
+            two_workers_write(&director, &mirror, window);
             drop((worker, in_use));
-            assert_eq!(memory.load(SUBJECT), [3, 1, 1]);
+            assert_eq!(memory.load(SUBJECT), [3, 1, 4]);
             assert_eq!(mirror.stats().anomalies, 0);
             mirror.close().unwrap();
         }
+    });
+}
+
+/// Both at once, the reader of their faults stopped with the first; then the page goes home, and they are there still.
+fn two_workers_write(director: &Director, mirror: &Mirror<'static, u8>, window: usize) {
+    let (written, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let wait_until = |is_so: &dyn Fn() -> bool| {
+        while !is_so() {
+            std::thread::yield_now();
+        }
+    };
+    std::thread::scope(|scope| {
+        let _free = director.frees_all();
+        director.stop(Actor::Reader, Point::FaultEntering);
+        for (word, value) in [(0, 3), (2, 4)] {
+            let (written, over, wait_until) = (&written, &over, &wait_until);
+            scope.spawn(move || {
+                let words: *mut u64 = std::ptr::with_exposed_provenance_mut(window);
+                // SAFETY: the page is the device's for writing, and nobody takes it before both have written.
+                unsafe { words.add(word).write_volatile(value) };
+                written.fetch_add(1, SeqCst);
+                wait_until(&|| over.load(SeqCst));
+            });
+        }
+        std::thread::sleep(SOON);
+        director.step(Actor::Reader);
+        wait_until(&|| written.load(SeqCst) == 2);
+        let pinned = mirror.pin(..).unwrap();
+        director.release(Actor::Reader);
+        std::thread::sleep(SOON);
+        drop(pinned);
+        over.store(true, SeqCst);
     });
 }
 

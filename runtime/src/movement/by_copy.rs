@@ -15,6 +15,7 @@ use crate::mask::PageMask;
 use crate::scratch::Scratch;
 use crate::space::AddressSpace;
 use crate::stats::count;
+use crate::sync::Copier;
 use crate::sync::mutation::{Mutation, mutated};
 use crate::sys::uffd::{Protect, Stop};
 
@@ -176,18 +177,26 @@ impl Mover<'_> {
             _ => return Err(Stall::Refused(run.start)),
         }
         point!(CopyProtected, self.region.addr_of(self.block, run.start));
-        let _noted = self
+        let pages = PageRange::new(at, at + len);
+        let copier = self
             .region
             .door()
-            .begin_copy_from(PageRange::new(at, at + len))
+            .begin_copy_from(pages)
             .map_err(|_| Stall::Changing)?;
-        self.copy_run(
-            run,
+        let copied = self.copy_run(
+            run.clone(),
             |m, page| m.host(page),
             |m, page| m.frame(device, page),
             Protect::No,
             |state, pages| state.filled(id, pages),
-        )
+        );
+        if copier.is_some_and(Copier::end) {
+            // Something left meanwhile, and was copied as zeros. No translation leads to the copies yet.
+            self.state.revoked(id, PageMask::range(run));
+            self.region.register_again(pages);
+            return Err(Stall::Changing);
+        }
+        copied
     }
 
     /// Duplicates the CPU's pages of `run` into window pages of `device` that are populated and stale: protects them, then

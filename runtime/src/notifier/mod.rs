@@ -108,8 +108,8 @@
 //! | Release, within SeqCst | a section's leaving | Acquire, within SeqCst, of the drain | the closer sees what sections did | `gate_hands_over`: `GateLeaveRelaxed`, `GateDrainRelaxed` |
 //! | Release | `Closed::drop` | Acquire, within SeqCst, of the section's second look | sections see what the closer did | `gate_closes`: `GateOpenRelaxed`, `GateEnterRelaxed` |
 //! | Release | `Copiers::begin` | Acquire, `Copiers::let_go_on` | who holds a copier reads its range | `copiers_are_held`: `CopierBeginRelaxed` |
-//! | Release | `Copiers::let_go_on` | Acquire, `Copier::drop` | what was done while it was held comes before what the copier does next | `copiers_are_held`: `CopierHoldRelaxed`, `CopierEndRelaxed` |
-//! | Release | `Copiers::let_go_on` | Acquire, `Copiers::begin`, through the change of `Copier::drop` | a range is read before the next one is written | `copiers_are_held` has two; loom never has a store overtake a load, so no weaker one fails |
+//! | Release | `Copiers::let_go_on` | Acquire, `Copier::let_go` | what was done while it was held comes before what the copier does next | `copiers_are_held`: `CopierHoldRelaxed`, `CopierEndRelaxed` |
+//! | Release | `Copier::drop` | Acquire, `Copiers::begin` | a range is read before the next one is written | `copiers_are_held` has two; loom never has a store overtake a load, so no weaker one fails |
 //! | `OnceLock` of `std` | a segment of ranges is published | `get` | who has an index finds its word | not modelled: loom does not see into `std` |
 //!
 //! # Why it is live

@@ -5,12 +5,13 @@
 //! which nobody has heard of yet. No system call copies and never waits, a signal does not end the wait, and until the event is read no
 //! page can be brought there either. But what has left is the mirror's no more. So whoever waits for the gate, or for the block, has the
 //! kernel forget that it is registered ([`Gate::nudging`](super::Gate), `Region::lock_block`): then it reads as the zeros that it is, and the
-//! copy goes on. What it copied is taken from the device again when the event is applied.
+//! copy goes on. Its copier is told, gives back what it copied, and begins anew; and what is the mirror's still, because nobody was to hear of
+//! it (a bare `madvise` without MOVE), it registers again.
 
 use super::mutation::{Mutation, mutated, ordering};
 use super::shim::atomic::Ordering::{self, Acquire, Relaxed, Release};
 use super::shim::atomic::{AtomicU32, AtomicU64};
-use super::shim::spin;
+use super::shim::{Backoff, relax};
 use crate::addr::{PAGE_SIZE, PageRange};
 use core::time::Duration;
 
@@ -38,6 +39,8 @@ struct Slot {
     state: AtomicU32,
     start: AtomicU64,
     end: AtomicU64,
+    /// Whether some page of the range was forgotten: written by who holds the slot.
+    forgot: AtomicU32,
 }
 
 /// A copy that is known while this lives.
@@ -50,25 +53,27 @@ impl Copiers {
             state: AtomicU32::new(FREE),
             start: AtomicU64::new(0),
             end: AtomicU64::new(0),
+            forgot: AtomicU32::new(0),
         }))
     }
 
     /// A copy from `pages`, of one block, which is locked. `None` if there are too many.
     pub(crate) fn begin(&self, pages: PageRange) -> Option<Copier<'_>> {
-        // Acquire: pairs with the Release in `let_go_on`, by way of the copier that ended between (its change continues what that began):
-        // who held the slot has read the range before it is written here.
+        // Acquire: pairs with the Release of the copier's end, before which is that of who held the slot: they have read the range
+        // before it is written here.
         let take = |slot: &&Slot| slot.change(FREE, TAKEN, Acquire);
         let slot = self.0.iter().find(take)?;
         slot.start.store(pages.start() as u64, Relaxed);
         slot.end.store(pages.end() as u64, Relaxed);
+        slot.forgot.store(0, Relaxed);
         // Release: pairs with the Acquire in `let_go_on`, behind which the range is read.
         slot.state
             .store(COPYING, ordering(Release, Mutation::CopierBeginRelaxed));
         Some(Copier(slot))
     }
 
-    /// Gives the pages that are missing, of all that is being copied from, to `forget`. They have left: had they been moved, it would
-    /// have been under the lock that the copier holds, and goes on to hold until this is done with it.
+    /// Gives the pages that are missing, of all that is being copied from, to `forget`. They have left, or were discarded: had they been
+    /// moved, it would have been under the lock that the copier holds, and goes on to hold until this is done with it.
     pub(crate) fn let_go_on(&self, is_there: impl Fn(usize) -> bool, forget: impl Fn(PageRange)) {
         // Acquire: pairs with the Release in `begin`.
         let hold = |slot: &&Slot| slot.change(COPYING, HELD, Acquire);
@@ -78,7 +83,10 @@ impl Copiers {
                 .step_by(PAGE_SIZE)
                 .filter(|&page| !is_there(page))
                 .filter_map(|page| PageRange::from_pages(page, 1))
-                .for_each(&forget);
+                .for_each(|page| {
+                    slot.forgot.store(1, Relaxed);
+                    forget(page);
+                });
             // Release: pairs with the Acquire of the copier's end, which comes after what was done here.
             slot.state
                 .store(COPYING, ordering(Release, Mutation::CopierHoldRelaxed));
@@ -94,15 +102,34 @@ impl Slot {
     }
 }
 
-impl Drop for Copier<'_> {
-    fn drop(&mut self) {
+impl Copier<'_> {
+    /// Ends it; whether some page of it was forgotten.
+    pub(crate) fn end(self) -> bool {
+        self.let_go();
+        let forgot = self.0.forgot.load(Relaxed) != 0;
+        drop(self);
+        forgot
+    }
+
+    /// Has nobody hold it from here on.
+    fn let_go(&self) {
         if mutated(Mutation::CopierEndsHeld) {
-            return self.0.state.store(FREE, Release);
+            return self.0.state.store(TAKEN, Relaxed);
         }
         // Acquire: pairs with the Release of who held it.
         let acquire = ordering(Acquire, Mutation::CopierEndRelaxed);
-        while !self.0.change(COPYING, FREE, acquire) {
-            spin();
+        let mut backoff = Backoff::default();
+        while self.0.state.load(Relaxed) != TAKEN && !self.0.change(COPYING, TAKEN, acquire) {
+            // It makes system calls, and may be kept from running.
+            relax(&mut backoff);
         }
+    }
+}
+
+impl Drop for Copier<'_> {
+    fn drop(&mut self) {
+        self.let_go();
+        // Release: pairs with the Acquire in `begin`.
+        self.0.state.store(FREE, Release);
     }
 }

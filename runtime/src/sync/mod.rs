@@ -196,13 +196,15 @@ pub(crate) mod shim {
         crate::kernel::point();
     }
 
-    /// In a loop that waits for somebody who neither sleeps nor waits in turn.
-    pub(crate) fn spin() {
+    /// In a loop that waits for somebody who is not long about it, but may have to run first.
+    pub(crate) fn relax(backoff: &mut Backoff) {
         point();
         #[cfg(svm_loom)]
         loom::thread::yield_now();
-        #[cfg(not(svm_loom))]
-        core::hint::spin_loop();
+        if backoff.spin() {
+            #[cfg(not(svm_loom))]
+            crate::sys::process::sched_yield();
+        }
     }
 
     /// Whether the model has failed and its threads are being taken down: what is dropped then can do nothing any more.

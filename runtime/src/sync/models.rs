@@ -240,7 +240,10 @@ fn copiers_are_held() {
         let shared = Arc::clone(&shared);
         thread::spawn(move || {
             let page = PageRange::new(7 * PAGE, 8 * PAGE).unwrap();
-            drop(shared.0.begin(page).expect("there is room for one"));
+            let copier = shared.0.begin(page).expect("there is room for one");
+            if copier.end() {
+                reached("is told");
+            }
             shared.1.write(1);
             let next = PageRange::new(8 * PAGE, 9 * PAGE).unwrap();
             drop(shared.0.begin(next).expect("there is room for one again"));
@@ -270,7 +273,7 @@ models! {
     gate_has_one_closer reaches []
     gate_grace_period reaches ["read the old", "read the new"]
     gate_grace_periods_follow reaches ["read the old", "read the new", "read the newest"]
-    copiers_are_held reaches ["held", "held the next"]
+    copiers_are_held reaches ["held", "held the next", "is told"]
 }
 
 const RACE: &str = "Causality violation";

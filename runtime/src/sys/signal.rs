@@ -131,8 +131,8 @@ pub(crate) fn enter_child() {
         libc::SIG_IGN,
     ];
     if before.contains(&current_action().sa_sigaction) {
-        // As at the first use, so that a handler which is installed before that is called after ours. Relaxed: there is no other thread.
-        INSTALLED.store(std::ptr::null_mut(), Relaxed);
+        // Whoever is to be called after ours stays who it was: a handler that is installed here before ours is installed again may have
+        // saved ours once, and would be called by what it calls. Relaxed: there is no other thread.
         ARMED.store(false, Relaxed);
     }
 }

@@ -41,7 +41,7 @@
 
 use std::fmt;
 use std::fs::OpenOptions;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -486,16 +486,14 @@ impl Uffd {
     /// The caller is a forked child with memory of its own: to close the descriptor of one's own memory
     /// makes what is missing there read as zeros.
     pub(crate) unsafe fn disown_in_child(&self) {
-        let mut nowhere = uffdio_range { start: 1, len: 0 };
-        // SAFETY: a userfaultfd finds the range invalid before anything else, and no other kind of file knows the request.
-        match unsafe { ioctl(self.as_fd(), UFFDIO_WAKE, &mut nowhere) } {
-            libc::EINVAL => {
-                // First, for there may be no other number to be had.
-                // SAFETY: the child's own copy, whose number is taken again below.
-                unsafe { libc::close(self.as_fd().as_raw_fd()) };
+        // SAFETY: it takes no pointers.
+        if unsafe { libc::fcntl(self.as_fd().as_raw_fd(), libc::F_GETFD) } != -1 {
+            if is_other_file(self.as_fd()) {
+                return;
             }
-            libc::EBADF => {}
-            _ => return,
+            // First, for there may be no other number to be had.
+            // SAFETY: the child's own copy, whose number is taken again below.
+            unsafe { libc::close(self.as_fd().as_raw_fd()) };
         }
         // SAFETY: eventfd takes no pointers.
         let inert = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
@@ -789,6 +787,19 @@ impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inner.as_fd()
     }
+}
+
+/// Whether the descriptor is certainly no userfaultfd. Async-signal-safe.
+fn is_other_file(fd: BorrowedFd<'_>) -> bool {
+    const UFFD: &[u8] = b"anon_inode:[userfaultfd]";
+    let mut path = [0; 40];
+    let mut text = std::io::Cursor::new(&mut path[..]);
+    // A number has ten digits at most.
+    let _ = write!(text, "/proc/self/fd/{}\0", fd.as_raw_fd());
+    let mut link = [0_u8; UFFD.len() + 1];
+    // SAFETY: the path ends with a zero byte, and `link` has room for as many bytes as are said.
+    let len = unsafe { libc::readlink(path.as_ptr().cast(), link.as_mut_ptr().cast(), link.len()) };
+    usize::try_from(len).is_ok_and(|len| &link[..len] != UFFD)
 }
 
 fn kernel_range(range: PageRange) -> uffdio_range {
