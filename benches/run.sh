@@ -4,6 +4,9 @@
 #   benches/run.sh            the real thing: benches/results/MACHINE-KERNEL-DATE/, and the README's section "Performance"
 #   benches/run.sh --quick    few rounds and small sizes, into a directory of its own under target: to see that it works
 #
+# Where much has run before, first, as root: echo 1 > /proc/sys/vm/compact_memory. In memory that is all small pieces a floor and ours may
+# get pages that are not alike.
+#
 # At the end stands a table of all targets, met or missed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
