@@ -2,8 +2,8 @@
 
 use std::ptr;
 
-use svm::{Access, Capabilities, Capability, Delivery, DeviceFaultKind, Granule, Mirror, Options};
-use tests::{TestDevice, Watchdog, in_own_process, usable};
+use svm::{Access, Capabilities, Capability, DeviceFaultKind, Mirror, Options};
+use tests::{TestDevice, Watchdog, each_option, in_own_process, usable};
 
 const PAGE: usize = 4096;
 
@@ -97,27 +97,9 @@ fn take_all(device: &TestDevice, mirror: &Mirror<'static, u8>) {
         .unwrap();
 }
 
-fn each(name: &'static str, test: impl Fn(&Options)) {
-    let _watchdog = Watchdog::new(name);
-    if usable() {
-        for delivery in [Delivery::Inline, Delivery::Thread] {
-            for granule in [Granule::Page, Granule::Big, Granule::Huge] {
-                for read_mostly in [false, true] {
-                    test(
-                        &Options::new()
-                            .delivery(delivery)
-                            .granule(granule)
-                            .read_mostly(read_mostly),
-                    );
-                }
-            }
-        }
-    }
-}
-
 #[test]
 fn dontneed_discards_wherever_the_page_is() {
-    each("dontneed", |options| {
+    each_option("dontneed", |options| {
         let map = Map::new(64);
         let device = TestDevice::new().unwrap();
         let mirror = map.mirror(options);
@@ -145,7 +127,7 @@ fn dontneed_discards_wherever_the_page_is() {
 
 #[test]
 fn an_unmapped_part_is_a_typed_fault_and_the_rest_lives() {
-    each("munmap", |options| {
+    each_option("munmap", |options| {
         for (first, pages) in [(0, 8), (56, 8), (20, 10)] {
             let map = Map::new(64);
             let device = TestDevice::new().unwrap();
@@ -177,7 +159,7 @@ fn an_unmapped_part_is_a_typed_fault_and_the_rest_lives() {
 
 #[test]
 fn an_address_is_reused_at_once() {
-    each("reuse", |options| {
+    each_option("reuse", |options| {
         let device = TestDevice::new().unwrap();
         let map = Map::new(64);
         let mirror = map.mirror(options);
@@ -205,7 +187,7 @@ fn an_address_is_reused_at_once() {
 
 #[test]
 fn moved_pages_come_home_at_their_new_address() {
-    each("mremap", |options| {
+    each_option("mremap", |options| {
         let device = TestDevice::new().unwrap();
         let map = Map::new(64);
         let mirror = map.mirror(options);
@@ -238,7 +220,7 @@ fn moved_pages_come_home_at_their_new_address() {
 
 #[test]
 fn several_threads_change_mappings_while_the_device_reads() {
-    each("threads", |options| {
+    each_option("threads", |options| {
         let device = TestDevice::new().unwrap();
         let map = Map::new(256);
         let mirror = map.mirror(options);
@@ -380,7 +362,7 @@ fn assert_cut(
 
 #[test]
 fn a_mapping_that_shrinks_is_cut_off() {
-    each("shrink", |options| {
+    each_option("shrink", |options| {
         let map = Map::new(64);
         let device = TestDevice::new().unwrap();
         let mirror = map.mirror(options);
@@ -396,7 +378,7 @@ fn a_mapping_that_shrinks_is_cut_off() {
 
 #[test]
 fn all_of_a_live_mirror_is_unmapped() {
-    each("whole munmap", |options| {
+    each_option("whole munmap", |options| {
         let map = Map::new(64);
         let device = TestDevice::new().unwrap();
         let mirror = map.mirror(options);
@@ -433,7 +415,7 @@ fn a_heap_that_shrinks_is_cut_off() {
     }
     in_own_process(name, &[""], || {
         let body = || {
-            each(name, |options| {
+            each_option(name, |options| {
                 const PAGES: usize = 64;
                 let old = brk(0, true);
                 let pad = old.next_multiple_of(PAGE) - old;
@@ -460,7 +442,7 @@ fn a_heap_that_shrinks_is_cut_off() {
 /// Of a bare `mprotect` nobody tells: the next launch looks.
 #[test]
 fn a_launch_after_a_bare_mprotect_may_not_write() {
-    each("mprotect", |options| {
+    each_option("mprotect", |options| {
         let workers = accel_sim::Options::new().workers(2);
         let accel = accel_sim::Accelerator::with_options(workers).unwrap();
         let map = Map::new(64);

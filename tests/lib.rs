@@ -22,7 +22,7 @@ pub mod watchdog;
 
 pub use device::{Dummy, TestDevice};
 pub use idle::Idle;
-pub use mapping::{Map, in_own_process};
+pub use mapping::{Map, each_option, in_own_process};
 pub use watchdog::Watchdog;
 
 /// Whether this machine lets the process have a userfaultfd. If not, the test is skipped, and that is seen: see [`lacks_userfaultfd`].

@@ -209,17 +209,25 @@ pub fn each_of(granules: &[Granule], name: &'static str, test: impl Fn(&Options)
         return;
     }
     in_own_process(name, &LACKING, || {
-        for delivery in [Delivery::Inline, Delivery::Thread] {
-            for &granule in granules {
-                for read_mostly in [false, true] {
-                    test(
-                        &Options::new()
-                            .delivery(delivery)
-                            .granule(granule)
-                            .read_mostly(read_mostly),
-                    );
-                }
-            }
-        }
+        options(granules).for_each(|options| test(&options));
     });
+}
+
+/// Both doors, each of `granules`, with and without duplicates.
+fn options(granules: &[Granule]) -> impl Iterator<Item = Options> {
+    let doors = [Delivery::Inline, Delivery::Thread].into_iter();
+    doors.flat_map(|delivery| {
+        granules.iter().flat_map(move |&granule| {
+            let options = Options::new().delivery(delivery).granule(granule);
+            [false, true].map(|read_mostly| options.clone().read_mostly(read_mostly))
+        })
+    })
+}
+
+/// Runs `test` with both doors, each granule, with and without duplicates; `name` is the watchdog's.
+pub fn each_option(name: &'static str, test: impl Fn(&Options)) {
+    let _watchdog = Watchdog::new(name);
+    if usable() {
+        options(&[Granule::Page, Granule::Big, Granule::Huge]).for_each(|options| test(&options));
+    }
 }

@@ -5,10 +5,10 @@ use std::ops::Range as Pages;
 use std::time::Duration;
 
 use svm::{
-    Access, AttachOptions, Delivery, Device, DeviceLock, DeviceMemory, Error, Granule,
-    Invalidation, Keep, MapInfo, Options, PageBits, WouldBlock,
+    Access, AttachOptions, Device, DeviceLock, DeviceMemory, Error, Granule, Invalidation, Keep,
+    MapInfo, Options, PageBits, WouldBlock,
 };
-use tests::{TestDevice, Watchdog, usable};
+use tests::{TestDevice, Watchdog, each_option, usable};
 
 const PAGE: usize = 4096;
 
@@ -140,24 +140,6 @@ impl Rig {
     }
 }
 
-fn each(name: &'static str, test: impl Fn(&Options)) {
-    let _watchdog = Watchdog::new(name);
-    if usable() {
-        for delivery in [Delivery::Inline, Delivery::Thread] {
-            for granule in [Granule::Page, Granule::Big, Granule::Huge] {
-                for read_mostly in [false, true] {
-                    test(
-                        &Options::new()
-                            .delivery(delivery)
-                            .granule(granule)
-                            .read_mostly(read_mostly),
-                    );
-                }
-            }
-        }
-    }
-}
-
 fn words(buffer: &svm::Buffer<u64>) -> Vec<u64> {
     buffer
         .as_slice()
@@ -169,7 +151,7 @@ fn words(buffer: &svm::Buffer<u64>) -> Vec<u64> {
 
 #[test]
 fn pages_are_copied_both_ways_and_nothing_is_lost() {
-    each("opaque", |options| {
+    each_option("opaque", |options| {
         let mut buffer = svm::Buffer::<u64>::with_options(64 * PAGE / 8, options).unwrap();
         buffer
             .as_mut_slice()
@@ -204,7 +186,7 @@ fn pages_are_copied_both_ways_and_nothing_is_lost() {
 
 #[test]
 fn an_opaque_and_a_mapped_device_share_memory_and_small_memories_evict() {
-    each("two kinds", |options| {
+    each_option("two kinds", |options| {
         let mut buffer = svm::Buffer::<u64>::with_options(64 * PAGE / 8, options).unwrap();
         let rig = Rig::new(Some(32 * PAGE));
         let mapped =

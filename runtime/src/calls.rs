@@ -144,7 +144,8 @@ pub unsafe fn munmap(ptr: *mut u8, len_bytes: usize) -> Result<()> {
 /// ```
 ///
 /// # Errors
-/// The system call's, as [`munmap`]; [`Unmapped`](ErrorKind::Unmapped) for `EFAULT`.
+/// The system call's, as [`munmap`]; [`Unmapped`](ErrorKind::Unmapped) for `EFAULT`. (Beside a fork, where one mapping may be two for a
+/// moment, the call is made again for up to a second, if it has unmapped nothing.)
 ///
 /// # Safety
 /// As [`munmap`], for the old range and for what the mapping replaces.

@@ -4,13 +4,13 @@ use std::io::{Read, Write};
 use std::process::Command;
 
 use svm::Options;
-use tests::{TestDevice, in_own_process};
+use tests::{TestDevice, each_option, in_own_process};
 
-use crate::fixture::{each, filled, in_child, take, wait_for};
+use crate::fixture::{filled, in_child, take, wait_for};
 
 #[test]
 fn the_child_has_the_contents_of_that_moment() {
-    each("contents", |options| {
+    each_option("contents", |options| {
         let mut buffer = filled(options);
         let device = TestDevice::new().unwrap();
         take(&device, &mut buffer);
@@ -25,7 +25,7 @@ fn the_child_has_the_contents_of_that_moment() {
 
 #[test]
 fn the_parent_goes_on_with_pages_shared_copy_on_write() {
-    each("parent", |options| {
+    each_option("parent", |options| {
         let mut buffer = filled(options);
         let device = TestDevice::new().unwrap();
         take(&device, &mut buffer);
@@ -58,7 +58,7 @@ fn the_parent_goes_on_with_pages_shared_copy_on_write() {
 
 #[test]
 fn forks_from_several_threads_while_devices_work() {
-    each("storm", |options| {
+    each_option("storm", |options| {
         let mut buffer = filled(options);
         let other = filled(options);
         let device = TestDevice::new().unwrap();
@@ -97,7 +97,7 @@ fn forks_from_several_threads_while_devices_work() {
 
 #[test]
 fn commands_are_spawned_while_pages_are_away() {
-    each("spawn", |options| {
+    each_option("spawn", |options| {
         let mut buffer = filled(options);
         let device = TestDevice::new().unwrap();
         take(&device, &mut buffer);
@@ -111,7 +111,7 @@ fn commands_are_spawned_while_pages_are_away() {
 fn a_raw_clone_faults_where_it_would_read_zeros() {
     // In a process of its own: while a test beside it forks, what is mirrored is at home and inherited.
     let name = "contents::a_raw_clone_faults_where_it_would_read_zeros";
-    in_own_process(name, &[""], || each("clone", raw_clone));
+    in_own_process(name, &[""], || each_option("clone", raw_clone));
 }
 
 fn raw_clone(options: &Options) {

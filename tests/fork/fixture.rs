@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use svm::{Access, Delivery, Granule, Options};
-use tests::{TestDevice, Watchdog, in_own_process, usable};
+use svm::{Access, Granule, Options};
+use tests::{TestDevice, each_option, in_own_process};
 
 use crate::PAGE;
 
@@ -85,27 +85,9 @@ pub(crate) fn take(device: &TestDevice, buffer: &mut svm::Buffer<u64>) {
         .unwrap();
 }
 
-pub(crate) fn each(name: &'static str, test: impl Fn(&Options)) {
-    let _watchdog = Watchdog::new(name);
-    if usable() {
-        for delivery in [Delivery::Inline, Delivery::Thread] {
-            for granule in [Granule::Page, Granule::Big, Granule::Huge] {
-                for read_mostly in [false, true] {
-                    test(
-                        &Options::new()
-                            .delivery(delivery)
-                            .granule(granule)
-                            .read_mostly(read_mostly),
-                    );
-                }
-            }
-        }
-    }
-}
-
-/// [`each`], where nobody else forks: `test` is the test's name.
+/// [`each_option`], where nobody else forks: `test` is the test's name.
 pub(crate) fn each_alone(test: &str, name: &'static str, body: impl Fn(&Options)) {
-    in_own_process(test, &[""], || each(name, body));
+    in_own_process(test, &[""], || each_option(name, body));
 }
 
 pub(crate) fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {

@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use svm::{Access, Options};
 use tests::mapping::READ_WRITE;
-use tests::{Map, TestDevice, Watchdog, in_own_process, usable};
+use tests::{Map, TestDevice, Watchdog, each_option, in_own_process, usable};
 
 use crate::PAGE;
-use crate::fixture::{SetOnDrop, at_fork_before_ours, each, in_child};
+use crate::fixture::{SetOnDrop, at_fork_before_ours, in_child};
 
 /// What lies beside a mirror in the same mapping, until that is registered and when it no longer is, is not the mirror's: children have it.
 #[test]
@@ -65,7 +65,7 @@ fn what_has_grown_is_inherited_with_what_it_grew_from() {
     let name = "grown::what_has_grown_is_inherited_with_what_it_grew_from";
     in_own_process(name, &["", "procmap_query"], || {
         at_fork_before_ours(Some(use_what_has_grown), None);
-        each("grown", |options| {
+        each_option("grown", |options| {
             for is_left_behind in [false, true] {
                 grow_and_fork(options, is_left_behind);
             }
@@ -126,7 +126,7 @@ fn grow_and_fork(options: &Options, is_left_behind: bool) {
 /// The address space of a map is the parent's, and its end is told to nobody, in the child: it can unmap what it has inherited.
 #[test]
 fn a_child_unmaps_what_was_mirrored() {
-    each("unmap", |options| {
+    each_option("unmap", |options| {
         let map = Map::new(16);
         let mirror = map.mirror(options);
         let device = TestDevice::new().unwrap();

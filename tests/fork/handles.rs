@@ -8,16 +8,16 @@ use accel_sim::{Accelerator, ElementsMut};
 use svm::{
     Access, AttachOptions, Device, DeviceLock, ErrorKind, Invalidation, MapInfo, WouldBlock,
 };
-use tests::TestDevice;
+use tests::{TestDevice, each_option};
 
 use crate::PAGE;
 use crate::fixture::{
-    do_not_outlive_the_parent, each, filled, in_child, nr_words, take, wait_for, wait_until,
+    do_not_outlive_the_parent, filled, in_child, nr_words, take, wait_for, wait_until,
 };
 
 #[test]
 fn handles_answer_forked_in_the_child_which_can_start_its_own() {
-    each("own", |options| {
+    each_option("own", |options| {
         let mut buffer = filled(options);
         let device = TestDevice::new().unwrap();
         take(&device, &mut buffer);
@@ -57,7 +57,7 @@ fn is_forked<T>(result: Result<T, accel_sim::Error>) -> bool {
 
 #[test]
 fn a_job_in_flight_is_not_the_childs() {
-    each("job", |options| {
+    each_option("job", |options| {
         let accel = Accelerator::with_options(accel_sim::Options::new().workers(2)).unwrap();
         let buffer = filled(options);
         let flags = Arc::new((AtomicBool::new(false), AtomicBool::new(false)));
@@ -119,7 +119,7 @@ fn a_job_in_flight_is_not_the_childs() {
 
 #[test]
 fn a_scope_ends_in_the_child() {
-    each("scope", |options| {
+    each_option("scope", |options| {
         let accel = Accelerator::with_options(accel_sim::Options::new().workers(2)).unwrap();
         let (mut one, mut two) = (filled(options), filled(options));
         let (begun, go) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -200,7 +200,7 @@ unsafe impl Device for Slow {
 
 #[test]
 fn a_region_that_is_being_mapped_at_the_fork() {
-    each("mapping", |options| {
+    each_option("mapping", |options| {
         let (mut buffer, mut other) = (filled(options), filled(options));
         let attachment = svm::attach(Slow::default(), AttachOptions::new()).unwrap();
         let mut attachment = Some(attachment);
@@ -241,7 +241,7 @@ fn a_region_that_is_being_mapped_at_the_fork() {
 /// Handles are used and dropped in children that are forked while other threads hold whatever locks the same handles take.
 #[test]
 fn no_handle_waits_for_a_thread_of_the_parent() {
-    each("locks", |options| {
+    each_option("locks", |options| {
         // Edges, for a use of the region to copy.
         let mut memory = vec![0u64; 64 * 512 + 300];
         let mirror = svm::mirror_with(&mut memory, options).unwrap();
@@ -307,7 +307,7 @@ fn no_handle_waits_for_a_thread_of_the_parent() {
 
 #[test]
 fn a_child_has_an_accelerator_and_mirrors_of_its_own() {
-    each("child's own", |options| {
+    each_option("child's own", |options| {
         let accel = Accelerator::new().unwrap();
         let mut buffer = filled(options);
         let mut plain: Vec<u64> = (0..nr_words(options) as u64).collect();

@@ -9,16 +9,16 @@ use std::time::{Duration, Instant};
 use accel_sim::Accelerator;
 use svm::{Delivery, Options};
 use tests::mapping::assert_passed_alone;
-use tests::{TestDevice, Watchdog, in_own_process, usable};
+use tests::{TestDevice, Watchdog, each_option, in_own_process, usable};
 
 use crate::PAGE;
 use crate::fixture::{
-    SetOnDrop, at_fork_before_ours, each, filled, in_child, spawn_child, take, wait_for, wait_until,
+    SetOnDrop, at_fork_before_ours, filled, in_child, spawn_child, take, wait_for, wait_until,
 };
 
 #[test]
 fn a_child_is_killed_in_the_middle_of_its_work() {
-    each("killed", |options| {
+    each_option("killed", |options| {
         let mut buffer = filled(options);
         let device = TestDevice::new().unwrap();
         take(&device, &mut buffer);
@@ -178,7 +178,7 @@ fn a_child_whose_tables_are_older_than_its_memory() {
             action
         });
         at_fork_before_ours(None, Some(have_older_tables));
-        each("older tables", |options| {
+        each_option("older tables", |options| {
             let parents = filled(options);
             assert!(in_child(|| {
                 assert!(TAKEN.iter().all(is_its_own));

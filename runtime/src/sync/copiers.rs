@@ -30,7 +30,15 @@ const COPYING: u32 = 2;
 /// Somebody looks at the range, and the copier does not end meanwhile.
 const HELD: u32 = 3;
 
-/// The copies that are under way. A slot's range is written by the copier that has taken it, and read by those who hold it.
+/// The copies that are under way.
+///
+/// | word | written | read |
+/// |---|---|---|
+/// | `state` | by copiers from free to taken to copying, and from that back to taken and free; by who holds from copying to held and back | by all |
+/// | `start`, `end` | by its copier, while taken | by who holds: Release of copying, Acquire of held; and Release of free, Acquire of taken |
+/// | `forgot` | 0 by its copier, while taken; 1 by who holds | by its copier at the end: Release of copying, Acquire of taken |
+///
+/// The table in [`crate::notifier`] has these pairs, and the mutations that break them.
 #[derive(Debug)]
 pub(crate) struct Copiers([Slot; MAX_COPIES]);
 
@@ -39,7 +47,7 @@ struct Slot {
     state: AtomicU32,
     start: AtomicU64,
     end: AtomicU64,
-    /// Whether some page of the range was forgotten: written by who holds the slot.
+    /// Whether some page of the range was forgotten.
     forgot: AtomicU32,
 }
 

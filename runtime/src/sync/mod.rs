@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | [`Mutex`] | a lock of one word; zero bytes are an unlocked one | one compare-exchange, one swap |
 //! | [`WaitQueue`] | sleeps until a condition holds; the condition is the caller's | waking nobody: one fence, one load |
-//! | `Copiers` | what sections copy from that wait for the closer | one compare-exchange, two stores, one compare-exchange |
+//! | `Copiers` | what sections copy from that wait for the closer | two compare-exchanges, five stores |
 //! | [`Gate`] | sections that run side by side, against a closer that runs alone, with grace periods | two read-modify-writes on a line of few threads |
 //!
 //! This module is also the one place where the code meets its model checker: everything here and in
