@@ -80,6 +80,7 @@ impl Residency {
     }
 
     /// Whether the allocation that comes now was made to fail. Asked once for each.
+    #[inline]
     pub(crate) fn take_failure(&self) -> bool {
         self.failures.load(Ordering::Relaxed) != 0
             && self
@@ -89,6 +90,7 @@ impl Residency {
     }
 
     /// Counts `pages` in if they fit.
+    #[inline]
     pub(crate) fn reserve(&self, pages: usize) -> bool {
         self.resident
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
@@ -98,6 +100,7 @@ impl Residency {
     }
 
     /// Counts `pages` out.
+    #[inline]
     pub(crate) fn release(&self, pages: usize) {
         let before = self.resident.fetch_sub(pages, Ordering::Relaxed);
         debug_assert!(before >= pages, "device memory accounting went below zero");
@@ -362,6 +365,7 @@ impl<D: Device> Attachment<D> {
 
 impl<D: Device> Attached<D> {
     /// Whether the device is going. Inside the gate.
+    #[inline]
     pub(crate) fn is_detached(&self) -> bool {
         self.detached.load(Ordering::SeqCst)
     }
@@ -386,6 +390,7 @@ impl<D: Device> Attached<D> {
     }
 
     /// Whether this is a forked child, and the device was attached in the parent.
+    #[inline]
     pub(crate) fn is_forked(&self) -> bool {
         !self.space.is_usable()
     }

@@ -184,6 +184,7 @@ impl DeviceLock {
 
     /// Locks; usable inside a signal handler, provided that every holder has asynchronous signals masked, as
     /// [`worker_thread`](crate::worker_thread) does for a thread's life and the runtime does around its callbacks.
+    #[inline]
     pub fn lock(&self) -> DeviceGuard<'_> {
         DeviceGuard {
             lock: self,

@@ -151,11 +151,13 @@ impl Door {
     }
 
     /// Whether this door was left behind by a fork: windows behind it are not mapped here.
+    #[inline]
     pub(crate) fn is_disowned(&self) -> bool {
         self.disowned.load(Ordering::Relaxed)
     }
 
     /// Whether pages can be moved, or must be copied.
+    #[inline]
     pub(crate) fn has_move(&self) -> bool {
         self.uffd.enabled().contains(Features::MOVE)
     }
@@ -235,6 +237,7 @@ impl Door {
     }
 
     /// Whether somebody may sleep in a fault: behind the inline door each gets its signal at once, and there is nobody to look for.
+    #[inline]
     fn wakes(&self) -> Wake {
         match self.delivery {
             Delivery::Inline => Wake::No,
@@ -243,19 +246,22 @@ impl Door {
     }
 
     /// Moves `len` bytes of pages.
+    #[inline]
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Moved {
-        let whole = |len| {
-            let Some(dst) = PageRange::new(dst, dst + len) else {
-                return Moved {
-                    bytes: 0,
-                    stop: Stop::Invalid,
-                };
+        meddled!(Move, len, |len| self.move_whole(dst, src, len))
+    }
+
+    #[inline]
+    fn move_whole(&self, dst: usize, src: usize, len: usize) -> Moved {
+        let Some(dst) = PageRange::new(dst, dst + len) else {
+            return Moved {
+                bytes: 0,
+                stop: Stop::Invalid,
             };
-            // SAFETY: `crate::movement`, the only caller, moves between bodies, windows and scratch areas, all of which
-            // `register` answers for.
-            unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
         };
-        meddled!(Move, len, whole)
+        // SAFETY: `crate::movement` and `crate::round`, the only callers, move between bodies, windows and scratch areas, all
+        // of which `register` answers for.
+        unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
     }
 
     /// Asks whether the page at `addr` is registered with this door's descriptor, which of all calls MOVE alone looks at: `Invalid` if not, or

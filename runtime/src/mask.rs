@@ -97,16 +97,6 @@ impl PageMask {
         (rest == 0).then_some((word, self.0[word]))
     }
 
-    /// The set of the pages `bits` of word `word`, the other words empty.
-    #[inline]
-    pub(crate) fn of_word(word: usize, bits: u64) -> Self {
-        let mut mask = Self::EMPTY;
-        if let Some(place) = mask.0.get_mut(word) {
-            *place = bits;
-        }
-        mask
-    }
-
     /// Adds the pages `bits` of word `word`.
     #[inline]
     pub(crate) fn insert_word(&mut self, word: usize, bits: u64) {
@@ -400,9 +390,11 @@ mod tests {
                 let expected = (first == last).then(|| (first, mask.word(first)));
                 assert_eq!(mask.as_word(), expected, "{start}..{end}");
                 if let Some((word, bits)) = expected {
-                    assert_eq!(PageMask::of_word(word, bits), mask);
-                    let grown = mask.grown(16);
-                    assert_eq!(PageMask::of_word(word, grow_word(bits, 16)), grown);
+                    let mut by_word = PageMask::EMPTY;
+                    by_word.insert_word(word, bits);
+                    assert_eq!(by_word, mask);
+                    by_word.insert_word(word, grow_word(bits, 16));
+                    assert_eq!(by_word, mask.grown(16));
                 }
             }
         }

@@ -44,6 +44,7 @@ impl PageBits {
     }
 
     /// Sets the pages that may be accessed so. A load and a store per word, not a read-modify-write: the device lock is held.
+    #[inline]
     pub fn install(&self, valid: &Valid, access: Access) {
         self.change(valid.block(), rights(valid, access), |old, bits| old | bits);
     }
@@ -67,6 +68,7 @@ impl PageBits {
         self.change(block, mask, |old, bits| old & !bits);
     }
 
+    #[inline]
     fn change(&self, block: usize, mask: &PageMask, f: impl Fn(u64, u64) -> u64) {
         let first = block * (PAGES_PER_BLOCK / 64);
         for (word, &bits) in self.words[first..].iter().zip(mask.words()) {
@@ -79,6 +81,7 @@ impl PageBits {
     }
 }
 
+#[inline]
 fn rights(valid: &Valid, access: Access) -> &PageMask {
     match access {
         Access::Read => valid.readable(),

@@ -276,6 +276,7 @@ impl Region {
     }
 
     /// Byte addresses of the pages `pages` of `block`, as an interval of the hub.
+    #[inline]
     pub(crate) fn interval(&self, block: usize, pages: Range<usize>) -> crate::notifier::Interval {
         crate::notifier::Interval::new(
             self.addr_of(block, pages.start) as u64,
@@ -284,6 +285,7 @@ impl Region {
     }
 
     /// The block's directory, locked. Taken inside the gate.
+    #[inline]
     pub(crate) fn lock_block(&self, block: usize) -> MutexGuard<'_, BlockState> {
         self.try_lock_block(block)
             .unwrap_or_else(|| self.lock_busy_block(block))
@@ -312,6 +314,7 @@ impl Region {
         }
     }
 
+    #[inline]
     pub(crate) fn try_lock_block(&self, block: usize) -> Option<MutexGuard<'_, BlockState>> {
         self.blocks[block].try_lock()
     }
@@ -326,6 +329,7 @@ impl Region {
     }
 
     /// What a device read of a page that only the CPU holds does.
+    #[inline]
     pub(crate) fn on_read(&self) -> OnRead {
         if self.read_mostly.load(Ordering::Relaxed) {
             OnRead::Duplicate
@@ -368,6 +372,7 @@ impl Region {
     }
 
     /// Whether the mirror is going. Inside the gate.
+    #[inline]
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::SeqCst)
     }

@@ -37,21 +37,28 @@ impl Scratch {
     }
 
     /// Makes room for one round of a region behind `door`, emptying the area if need be. Outside every lock and the gate.
+    #[inline]
     pub(crate) fn ensure(&mut self, door: &'static Door) -> Result<()> {
         self.reserve(door)
             .map_err(|errno| Error::new("scratch area", ErrorKind::OutOfMemory).errno(errno))
     }
 
     /// [`ensure`](Self::ensure) for the fault path: an `Error` is on the heap. `Err` gives the errno.
+    #[inline]
     pub(crate) fn reserve(&mut self, door: &'static Door) -> Result<(), i32> {
         let index = door.index();
         self.current = index;
-        let area = match &mut self.areas[index] {
-            Some(area) => area,
-            none => none.insert(Area::new(door)?),
-        };
-        if area.next + ROUND > CAPACITY {
-            area.empty()?;
+        match &self.areas[index] {
+            Some(area) if area.has_room() => Ok(()),
+            _ => self.make_room(index, door),
+        }
+    }
+
+    #[cold]
+    fn make_room(&mut self, index: usize, door: &'static Door) -> Result<(), i32> {
+        match &mut self.areas[index] {
+            Some(area) => area.empty()?,
+            none => *none = Some(Area::new(door)?),
         }
         Ok(())
     }
@@ -94,6 +101,11 @@ impl Area {
 }
 
 impl Area {
+    /// Whether what one round may discard still fits.
+    fn has_room(&self) -> bool {
+        self.next + ROUND <= CAPACITY
+    }
+
     /// Drops everything in it. While it is not registered, so that no event comes of it.
     fn empty(&mut self) -> Result<(), i32> {
         self.door.unregister(self.registered);

@@ -322,6 +322,7 @@ impl AddressSpace {
     }
 
     /// The address space, if anything was ever mirrored or attached. For the fault path: one load, no initialisation.
+    #[inline]
     pub(crate) fn existing() -> Option<&'static Self> {
         // Acquire pairs with the Release of `get`.
         let space = SPACE.load(Ordering::Acquire);
@@ -370,11 +371,13 @@ impl AddressSpace {
     }
 
     /// The address space that something which exists belongs to.
+    #[inline]
     pub(crate) fn global() -> &'static Self {
         Self::existing().expect("a mirror or device exists, so its address space does")
     }
 
     /// Whether this process may still use it: not a forked child.
+    #[inline]
     pub(crate) fn is_usable(&self) -> bool {
         !self.forked.load(Ordering::Relaxed)
     }

@@ -189,6 +189,7 @@ pub(crate) fn count(counter: &AtomicU64, n: u64) {
 
 impl Counters {
     /// Counts a run that went to a device: `demand` pages that were asked for, the others beside them.
+    #[inline]
     pub(crate) fn to_device(&self, cause: Cause, demand: u64, beside: u64) {
         count(&self.to_device_runs, 1);
         match cause {

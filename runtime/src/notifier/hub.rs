@@ -176,6 +176,7 @@ impl<H: Deref<Target = Hub>> Bracket<H> {
     /// # Errors
     ///
     /// [`Full`] if every slot is in use; nothing has changed.
+    #[inline]
     pub fn start(hub: H, interval: Interval, except: Option<RangeKey>) -> Result<Self, Full> {
         let slot = hub.start_slot(interval, except)?;
         Ok(Self {
@@ -402,6 +403,7 @@ impl Hub {
     /// # Errors
     ///
     /// [`Full`].
+    #[inline]
     pub fn start(
         &self,
         interval: Interval,
@@ -488,7 +490,20 @@ impl Hub {
         Ok(slot)
     }
 
+    #[inline]
     fn bump_overlapping(&self, inner: &mut Inner, interval: Interval, except: Option<RangeKey>) {
+        // A worker that moves pages to itself, where nobody else does, as often: there is nothing to search.
+        if !except.is_some_and(|except| inner.is_alone(except)) {
+            self.bump_all_overlapping(inner, interval, except);
+        }
+    }
+
+    fn bump_all_overlapping(
+        &self,
+        inner: &mut Inner,
+        interval: Interval,
+        except: Option<RangeKey>,
+    ) {
         let mut nr_bumped = 0;
         inner
             .tree
@@ -675,6 +690,12 @@ impl Inner {
             nr_waiting: 0,
             counters: Counters::ZERO,
         }
+    }
+
+    /// Whether no range but this is in the tree.
+    #[inline]
+    fn is_alone(&self, key: RangeKey) -> bool {
+        self.tree.is_alone(key.index) && self.tree.at(key.index).generation == key.generation
     }
 }
 

@@ -151,8 +151,22 @@ fn the_owner_is_excepted_and_nobody_else() {
     let heir = hub.insert(pages(0, 10));
     assert_ne!(heir.key(), former, "a key names one range for ever");
     let token = heir.begin(Deadline::PASSED).expect("idle");
-    let _open = hub.start(pages(3, 4), Some(former)).expect("free slots");
+    let open = hub.start(pages(3, 4), Some(former)).expect("free slots");
     assert!(heir.interrupted(token), "excepted in a former range's name");
+    drop(open);
+
+    // The same where there is one range, and nothing is searched.
+    let former = heir.key();
+    drop((other, heir));
+    let alone = hub.insert(pages(0, 10));
+    let token = alone.begin(Deadline::PASSED).expect("idle");
+    drop(hub.start(pages(3, 4), Some(alone.key())));
+    assert!(!alone.interrupted(token));
+    drop(hub.start(pages(3, 4), Some(former)));
+    assert!(
+        alone.interrupted(token),
+        "excepted in a former range's name"
+    );
 }
 
 #[test]

@@ -113,19 +113,30 @@ impl Tree {
     }
 
     /// Gives the range in a slot another interval.
+    #[inline]
     pub(super) fn set_interval(&mut self, index: u32, interval: Interval) {
-        if self.at(index).interval != interval {
-            let node = self.at_mut(index);
+        let is_alone = self.is_alone(index);
+        let node = self.nodes.at_mut(index);
+        if is_alone && !interval.is_empty() {
             // The only range, as often: the tree stays as it is.
-            let is_alone = (node.left, node.right) == (NIL, NIL) && node.is_linked;
-            if is_alone && self.root == index && !interval.is_empty() {
-                let node = self.at_mut(index);
-                (node.interval, node.max_end) = (interval, interval.end);
-                return;
-            }
-            self.unlink(index);
-            self.link(index, interval);
+            (node.interval, node.max_end) = (interval, interval.end);
+        } else if node.interval != interval {
+            self.relink(index, interval);
         }
+    }
+
+    /// Whether the range in a slot is the only one that any invalidation can meet.
+    #[inline]
+    pub(super) fn is_alone(&self, index: u32) -> bool {
+        self.root == index && {
+            let node = self.at(index);
+            (node.left, node.right) == (NIL, NIL)
+        }
+    }
+
+    fn relink(&mut self, index: u32, interval: Interval) {
+        self.unlink(index);
+        self.link(index, interval);
     }
 
     fn link(&mut self, index: u32, interval: Interval) {

@@ -478,6 +478,7 @@ enum Appetite {
 
 impl Appetite {
     /// What to ask for of `want`, and whether alone.
+    #[inline]
     fn of(self, want: PageMask) -> (PageMask, bool) {
         match (self, want.first_from(0)) {
             (Self::Page, Some(page)) => (PageMask::page(page), true),
@@ -610,6 +611,7 @@ fn unstick<D: Device>(
 }
 
 /// Whether the pages are the region's at all.
+#[inline]
 fn check_pages(region: &Region, pages: &Pages<usize>, access: Access) -> Result<(), DeviceFault> {
     let end = region.nr_blocks() * PAGES_PER_BLOCK;
     if pages.start.max(pages.end) <= end {

@@ -31,6 +31,7 @@ use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside};
 use crate::stats::{Cause, count};
 use crate::sync::mutation::{Mutation, mutated};
+use crate::sync::{GateGuard, MutexGuard};
 use crate::sys::clock;
 
 /// Pages of one block that a device may establish translations to, and with which rights.
@@ -162,13 +163,28 @@ impl<D: Device> Round<'_, D> {
             if let Some(until) = lease_of_cpu(&mut state) {
                 return Outcome::WaitUntil(until);
             }
-            match self.take_run(&mut state, &run, scratch) {
-                Ok(valid) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+            let mut valid = Valid::nothing();
+            match self.take_run(&mut state, &run, scratch, &mut valid) {
+                Ok(()) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
                 Err(Some(outcome)) => return outcome,
                 // Not as plain as it looked: the mapping is protected, or of another kind.
                 Err(None) => {}
             }
         }
+        self.run_longer(space, gate, state, scratch, commit)
+    }
+
+    /// The round where pages are not simply the CPU's alone. Not inlined: a fault's code costs by the pages it lies on, and most faults do
+    /// not come here (docs/fault-cost.md).
+    #[inline(never)]
+    fn run_longer<T>(
+        &self,
+        space: &AddressSpace,
+        gate: GateGuard<'_>,
+        mut state: MutexGuard<'_, BlockState>,
+        scratch: &mut Scratch,
+        commit: impl FnOnce(&Valid) -> T,
+    ) -> Outcome<T> {
         let is_whole =
             self.region.is_whole(self.block) && self.region.kind() != RegionKind::InPlace;
         if !is_whole && let Some(outside) = (self.want - self.servable()).first_from(0) {
@@ -545,6 +561,7 @@ impl<D: Device> Round<'_, D> {
         }
     }
 
+    #[inline]
     fn commit<T>(
         &self,
         state: &mut BlockState,
@@ -560,12 +577,16 @@ impl<D: Device> Round<'_, D> {
                 clock::monotonic_ns() + (SLICE_NS << self.attempt.min(MAX_SHIFT));
         }
         if !valid.in_place.is_empty() {
-            count(
-                &AnyMapped::counters(&**self.mapped).in_place_pages,
-                (valid.in_place & self.want).count() as u64,
-            );
+            self.count_in_place(valid);
         }
         commit(valid)
+    }
+
+    #[cold]
+    fn count_in_place(&self, valid: &Valid) {
+        let nr_pages = (valid.in_place & self.want).count();
+        let counters = AnyMapped::counters(&**self.mapped);
+        count(&counters.in_place_pages, nr_pages as u64);
     }
 
     /// A round on memory that nobody writes: copy what is not there yet.
@@ -627,6 +648,7 @@ fn stopped<T>(moved: Result<(), Stall>) -> Outcome<T> {
     }
 }
 
+#[inline]
 fn lease_of_cpu(state: &mut BlockState) -> Option<u64> {
     let until = state.lease().cpu_until_ns;
     (until != 0 && until > clock::monotonic_ns()).then_some(until)

@@ -31,8 +31,9 @@ pub(super) struct Run {
 impl<D: Device> Round<'_, D> {
     /// [`plain`](Self::plain) for a granule that is one run, and either lies in one word of the masks, as up to 256 KiB do, or is a
     /// block in which no device has anything. What a fault costs beside its system call is, for the most part, fetching the code
-    /// that makes it: this is a tenth of the code.
-    #[inline]
+    /// that makes it: this is a tenth of the code. It is inlined, with all that it calls, so that it lies together as well: after the
+    /// move of a huge page every page of code is one more walk of the page tables (docs/fault-cost.md).
+    #[inline(always)]
     pub(super) fn one_run(&self, state: &BlockState) -> Option<Run> {
         let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
         let is_managed = self.region.kind() == RegionKind::Managed;
@@ -71,14 +72,15 @@ impl<D: Device> Round<'_, D> {
         })
     }
 
-    /// [`take_plain`](Self::take_plain) for such pages.
-    #[inline]
+    /// [`take_plain`](Self::take_plain) for such pages: writes to `valid`, which had nothing, what it comes to.
+    #[inline(always)]
     pub(super) fn take_run<T>(
         &self,
         state: &mut BlockState,
         run: &Run,
         scratch: &mut Scratch,
-    ) -> Result<Valid, Option<Outcome<T>>> {
+        valid: &mut Valid,
+    ) -> Result<(), Option<Outcome<T>>> {
         let (run, word, needed) = (run.pages.clone(), run.word, run.pages.len());
         let residency = self.mapped.residency();
         if residency.take_failure() {
@@ -100,39 +102,33 @@ impl<D: Device> Round<'_, D> {
         );
         let nr_moved = moved.bytes / PAGE_SIZE;
         if nr_moved < needed {
-            return self.take_rest(state, run, nr_moved, scratch);
+            *valid = self.take_rest(state, run, nr_moved, scratch)?;
+            return Ok(());
         }
-        let pages = match word {
+        let demand = match word {
             Some((word, bits)) => {
                 state.moved_out_word(self.id(), word, bits);
-                PageMask::of_word(word, bits)
+                valid.readable.insert_word(word, bits);
+                self.want.word(word).count_ones() as usize
             }
             None => {
                 state.moved_out_whole(self.id());
-                PageMask::FULL
+                valid.readable = PageMask::FULL;
+                self.want.count()
             }
         };
         debug_assert!(
             state.is_consistent(),
             "the directory lost a holder: {state:?}"
         );
-        let demand = match word {
-            Some((word, _)) => self.want.word(word).count_ones() as usize,
-            None => self.want.count(),
-        };
+        valid.block = self.block;
+        if self.region.is_writable() {
+            valid.writable = valid.readable;
+        }
         self.mapped
             .counters()
             .to_device(self.cause, demand as u64, (needed - demand) as u64);
-        Ok(Valid {
-            block: self.block,
-            readable: pages,
-            writable: if self.region.is_writable() {
-                pages
-            } else {
-                PageMask::EMPTY
-            },
-            in_place: PageMask::EMPTY,
-        })
+        Ok(())
     }
 
     /// Of `run` the first `nr_moved` pages have moved, and then the kernel stopped: finds out why, page by page, under the same

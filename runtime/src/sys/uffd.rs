@@ -784,6 +784,7 @@ impl Uffd {
 }
 
 impl AsFd for Uffd {
+    #[inline]
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.inner.as_fd()
     }
