@@ -140,7 +140,7 @@ struct Holding {
 pub(crate) struct BlockState {
     /// Devices whose `frames` or `junk` are not empty; keeps the common case from walking all eight.
     occupied: u8,
-    /// Whether `gone`, `pinned`, `unmovable`, `severed`, `pending` or `displaced` has a page; keeps the common case from looking at them.
+    /// Whether `gone`, `pinned`, `unmovable`, `severed`, `pending`, `displaced` or `lost` has a page; keeps the common case from looking at them.
     exceptional: u8,
     /// Until when (monotonic ns) pages that a device fetched are not taken from it, and pages the CPU fetched from it.
     lease: Lease,
@@ -289,10 +289,17 @@ impl BlockState {
             && (self.exceptional == 0 || !self.exceptions().intersects(pages))
     }
 
+    /// Whether some page is not simply somebody's.
+    #[inline]
+    pub(crate) fn has_exceptions(&self) -> bool {
+        self.exceptional != 0
+    }
+
     /// Pages that are not simply somebody's.
     #[cold]
     fn exceptions(&self) -> PageMask {
-        self.gone | self.pinned | self.unmovable | self.severed | self.pending | self.displaced
+        let in_place = self.pinned | self.unmovable | self.severed;
+        in_place | self.gone | self.pending | self.displaced | self.lost
     }
 
     /// After a change of one of these.
@@ -402,7 +409,7 @@ impl BlockState {
         let holding = &mut self.holdings[device.index()];
         holding.frames |= pages;
         holding.junk -= pages;
-        self.occupied |= 1 << device.0;
+        self.occupied |= u8::from(!pages.is_empty()) << device.0;
     }
 
     /// `device`'s window pages were emptied, whatever they held.
@@ -447,12 +454,14 @@ impl BlockState {
         self.revoked_all(pages, None);
         self.away -= pages;
         self.lost -= pages;
+        self.exceptions_changed();
     }
 
     /// The page, which is `away`, is nowhere. The CPU's entry may be given a poison marker, which looks like a page (hazards M2): from here
     /// on nobody looks there.
     pub(crate) fn set_lost(&mut self, page: usize) {
         self.lost |= PageMask::page(page) & self.away;
+        self.exceptions_changed();
     }
 
     /// The pages left the region.
@@ -566,7 +575,9 @@ impl BlockState {
     pub(crate) fn is_consistent(&self) -> bool {
         let held = self.held_by_devices(None) | !self.away;
         let disjoint = DeviceId::all().all(|d| !self.frames(d).intersects(&self.junk(d)));
-        let noted = (self.exceptional == 0) == self.exceptions().is_empty();
+        let is_occupied = |d| DeviceSet(self.occupied).contains(d);
+        let noted = (self.exceptional == 0) == self.exceptions().is_empty()
+            && DeviceId::all().all(|d| is_occupied(d) != self.resident(d).is_empty());
         disjoint && noted && (held | self.gone()) == PageMask::FULL
     }
 }

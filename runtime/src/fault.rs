@@ -341,27 +341,30 @@ fn classify(
     page: usize,
     fault: &CpuFault,
 ) -> Class {
-    let displaced = state.displaced().contains(page);
-    let gone = state.gone().contains(page) && !displaced;
-    if gone || state.lost().contains(page) || region.kind() != RegionKind::Managed {
+    if region.kind() != RegionKind::Managed {
         return Class::Gone;
     }
-    if state.pending().contains(page) {
-        return Class::Pending;
-    }
-    let body = region.body_mask(block) - state.pending() - state.lost();
-    // Displaced pages come home one by one: their neighbours may have gone elsewhere.
-    let near = if displaced {
-        PageMask::page(page)
+    let near = if region.is_whole(block) && !state.has_exceptions() {
+        PageMask::FULL
     } else {
-        PageMask::group_around(page, region.granule()) & (body - state.gone())
+        match exception(region, state, block, page) {
+            Ok(near) => near,
+            Err(class) => return class,
+        }
+    };
+    // Of these the granule's.
+    let run_in = |pages: PageMask| {
+        debug_assert!(region.granule().is_power_of_two());
+        let group = page & !(region.granule() - 1);
+        let run = (near & pages).run_around(page);
+        run.start.max(group)..run.end.min(group + region.granule())
     };
     let reads = fault.access == Some(Access::Read);
     if state.away().contains(page) {
         let Some(holder) = state.holder_of(page) else {
             return Class::ZeroFill;
         };
-        let run = (near & state.away() & state.frames(holder)).run_around(page);
+        let run = run_in(state.away() & state.frames(holder));
         // While a launch goes on, a reader joins the readers (W1); otherwise moving is cheaper, and a write may follow.
         return if reads && region.in_use() {
             Class::ShareHome(run)
@@ -378,13 +381,37 @@ fn classify(
         return if missing {
             Class::Restore
         } else {
-            Class::Collapse((near & shared).run_around(page))
+            Class::Collapse(run_in(shared))
         };
     }
     match fault.protection {
         Some(true) => Class::StaleProtection,
         _ => Class::ZeroFill,
     }
+}
+
+/// Where the body ends in the block, or some of its pages are not simply somebody's: the pages that may come home with `page`, or what else
+/// is to be done about it.
+fn exception(
+    region: &Region,
+    state: &BlockState,
+    block: usize,
+    page: usize,
+) -> Result<PageMask, Class> {
+    let displaced = state.displaced().contains(page);
+    let gone = state.gone().contains(page) && !displaced;
+    if gone || state.lost().contains(page) {
+        return Err(Class::Gone);
+    }
+    if state.pending().contains(page) {
+        return Err(Class::Pending);
+    }
+    // Displaced pages come home one by one: their neighbours may have gone elsewhere.
+    Ok(if displaced {
+        PageMask::page(page)
+    } else {
+        region.body_mask(block) - state.pending() - state.lost() - state.gone()
+    })
 }
 
 fn count_fault(region: &Region, class: &Class, fault: &CpuFault) {

@@ -1,4 +1,4 @@
-//! Moving pages: the only code that changes which memory holds what.
+//! Moving pages: the code that changes which memory holds what. (Where nobody else is concerned, `round/quick.rs` moves whole runs by itself.)
 //!
 //! A [`Mover`] works on one block whose lock is held. Each method acts on one *run* of pages with one system call where
 //! the kernel allows, and records in the directory what became true directly after the call (D4 of [`crate::block`]). So

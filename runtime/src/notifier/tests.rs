@@ -155,18 +155,22 @@ fn the_owner_is_excepted_and_nobody_else() {
     assert!(heir.interrupted(token), "excepted in a former range's name");
     drop(open);
 
-    // The same where there is one range, and nothing is searched.
+    // The same of the only range, which is not searched for.
     let former = heir.key();
     drop((other, heir));
     let alone = hub.insert(pages(0, 10));
     let token = alone.begin(Deadline::PASSED).expect("idle");
-    drop(hub.start(pages(3, 4), Some(alone.key())));
+    drop(hub.start(pages(3, 4), Some(alone.key())).expect("free"));
     assert!(!alone.interrupted(token));
-    drop(hub.start(pages(3, 4), Some(former)));
-    assert!(
-        alone.interrupted(token),
-        "excepted in a former range's name"
-    );
+    drop(hub.start(pages(3, 4), Some(former)).expect("free slots"));
+    assert!(alone.interrupted(token), "excepted in another's name");
+
+    // And where the one that is excepted is not the only one: parked, it is none.
+    let mut parked = hub.insert(pages(0, 10));
+    parked.park();
+    let token = alone.begin(Deadline::PASSED).expect("idle");
+    drop(hub.start(pages(3, 4), Some(parked.key())).expect("free"));
+    assert!(alone.interrupted(token), "excepted in another's name");
 }
 
 #[test]

@@ -162,25 +162,24 @@ impl Tree {
         interval: Interval,
         found: &mut impl FnMut(u32, &Node),
     ) {
-        if !interval.is_empty() {
+        if !interval.is_empty() && self.root != NIL {
             self.search(self.root, interval, found);
         }
     }
 
     fn search(&self, at: u32, interval: Interval, found: &mut impl FnMut(u32, &Node)) {
-        if at == NIL {
-            return;
-        }
         let node = self.at(at);
         if node.max_end <= interval.start {
             return;
         }
-        self.search(node.left, interval, found);
+        if node.left != NIL {
+            self.search(node.left, interval, found);
+        }
         if node.interval.overlaps(interval) {
             found(at, node);
         }
         // Everything to the right starts no earlier than this node.
-        if node.interval.start < interval.end {
+        if node.right != NIL && node.interval.start < interval.end {
             self.search(node.right, interval, found);
         }
     }

@@ -42,6 +42,7 @@ impl ValidList {
     }
 
     /// Adds an entry, for which there is room.
+    #[inline]
     pub(crate) fn push(&mut self, valid: Valid) {
         self.slots[self.len] = valid;
         self.len += 1;

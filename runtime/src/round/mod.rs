@@ -64,6 +64,21 @@ impl Valid {
         }
     }
 
+    /// A whole block in the window.
+    #[inline]
+    fn all_of(block: usize, is_writable: bool) -> Self {
+        Self {
+            block,
+            readable: PageMask::FULL,
+            writable: if is_writable {
+                PageMask::FULL
+            } else {
+                PageMask::EMPTY
+            },
+            in_place: PageMask::EMPTY,
+        }
+    }
+
     /// The block, counted from the region's base.
     #[must_use]
     pub fn block(&self) -> usize {
@@ -174,8 +189,8 @@ impl<D: Device> Round<'_, D> {
         self.run_longer(space, gate, state, scratch, commit)
     }
 
-    /// The round where pages are not simply the CPU's alone. Not inlined: a fault's code costs by the pages it lies on, and most faults do
-    /// not come here (docs/fault-cost.md).
+    /// The round where [`one_run`](Self::one_run) does not apply. Not inlined, so that the code of the rounds where it does lies on few pages
+    /// (docs/fault-cost.md).
     #[inline(never)]
     fn run_longer<T>(
         &self,

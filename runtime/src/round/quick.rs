@@ -31,8 +31,8 @@ pub(super) struct Run {
 impl<D: Device> Round<'_, D> {
     /// [`plain`](Self::plain) for a granule that is one run, and either lies in one word of the masks, as up to 256 KiB do, or is a
     /// block in which no device has anything. What a fault costs beside its system call is, for the most part, fetching the code
-    /// that makes it: this is a tenth of the code. It is inlined, with all that it calls, so that it lies together as well: after the
-    /// move of a huge page every page of code is one more walk of the page tables (docs/fault-cost.md).
+    /// that makes it: this is a tenth of the code. It is inlined so that it lies together as well: after the move of a huge page every
+    /// page of code is one more walk of the page tables (docs/fault-cost.md).
     #[inline(always)]
     pub(super) fn one_run(&self, state: &BlockState) -> Option<Run> {
         let moves = self.access == Access::Write || self.region.on_read() == OnRead::Migrate;
@@ -81,6 +81,7 @@ impl<D: Device> Round<'_, D> {
         scratch: &mut Scratch,
         valid: &mut Valid,
     ) -> Result<(), Option<Outcome<T>>> {
+        debug_assert_eq!(*valid, Valid::nothing());
         let (run, word, needed) = (run.pages.clone(), run.word, run.pages.len());
         let residency = self.mapped.residency();
         if residency.take_failure() {
@@ -338,7 +339,7 @@ impl<D: Device> Round<'_, D> {
             let Some(mut state) = region.try_lock_block(block) else {
                 break;
             };
-            let is_plain = region.is_whole(block) && state.is_plain_for(id, &PageMask::FULL);
+            let is_plain = region.is_whole(block) && state.is_at_rest();
             if !is_plain || lease_of_cpu(&mut state).is_some() {
                 break;
             }
@@ -363,37 +364,31 @@ impl<D: Device> Round<'_, D> {
             n * BLOCK_SIZE,
         );
         let nr_moved = moved.bytes / PAGE_SIZE;
-        let mut nr_arrived = 0;
+        let nr_whole = nr_moved / PAGES_PER_BLOCK;
+        let mut nr_arrived = nr_whole * PAGES_PER_BLOCK;
         let mut nr_complete = 0;
-        for (i, state) in states.iter_mut().flatten().enumerate() {
-            let here = nr_moved
-                .saturating_sub(i * PAGES_PER_BLOCK)
-                .min(PAGES_PER_BLOCK);
+        let mut complete = |block| {
+            self.mapped.touch(block);
+            valid.push(Valid::all_of(block, region.is_writable()));
+            nr_complete += 1;
+        };
+        let mut states = states.iter_mut().flatten();
+        for (i, state) in states.by_ref().take(nr_whole).enumerate() {
+            state.moved_out_whole(id);
+            complete(self.block + i);
+        }
+        if let Some(state) = states.next() {
+            // Where it stopped: to find out why, page by page, under the same hold of the lock (D4). What that leaves is the
+            // single round's.
+            let (block, here) = (self.block + nr_whole, nr_moved % PAGES_PER_BLOCK);
             if here > 0 {
                 state.moved_out(id, PageMask::range(0..here));
             }
-            if i == nr_moved / PAGES_PER_BLOCK {
-                // Where it stopped: to find out why, page by page, under the same hold of the lock (D4). What that leaves is
-                // the single round's.
-                let mut mover = Mover::new(region, self.block + i, state);
-                let _ = mover.take(&**self.mapped, here..PAGES_PER_BLOCK, self.access, scratch);
-            }
+            let mut mover = Mover::new(region, block, state);
+            let _ = mover.take(&**self.mapped, here..PAGES_PER_BLOCK, self.access, scratch);
             nr_arrived += state.resident(id).count();
-            if nr_complete == i && state.exclusive_to(id) == PageMask::FULL {
-                nr_complete += 1;
-                self.mapped.touch(self.block + i);
-                let writable = if region.is_writable() {
-                    PageMask::FULL
-                } else {
-                    PageMask::EMPTY
-                };
-                let block = self.block + i;
-                valid.push(Valid {
-                    block,
-                    readable: PageMask::FULL,
-                    writable,
-                    in_place: PageMask::EMPTY,
-                });
+            if state.exclusive_to(id) == PageMask::FULL {
+                complete(block);
             }
         }
         self.mapped.residency().release(needed - nr_arrived);
