@@ -220,7 +220,7 @@ fn an_update_of_many_blocks_is_one_call_a_block_and_one_in_all_for_huge_pages() 
             let home = taken(&mut buffer, |_| device.release().unwrap());
             assert_eq!(
                 (home.movement_calls(), home.to_host_explicit_pages),
-                (NR_BLOCKS, NR_BLOCKS * 512),
+                (calls, NR_BLOCKS * 512),
                 "{home:?}"
             );
         }

@@ -79,6 +79,68 @@ fn a_device_write_moves_a_granule_by_one_call_and_it_comes_home_by_one() {
     });
 }
 
+/// Whole blocks on huge pages come home from a device by one call for all of them; what keeps one from that keeps no other from home.
+#[test]
+fn huge_blocks_come_home_by_one_call() {
+    const BLOCK: usize = 2 << 20;
+    const NR: usize = 6;
+    both_doors("huge blocks", |delivery| {
+        let options = options(delivery, Granule::Huge).huge_pages(true);
+        let mut buffer = filled(NR * BLOCK / 8, &options);
+        let (device, other) = (TestDevice::new().unwrap(), TestDevice::new().unwrap());
+        let fetch = |buffer: &mut svm::Buffer<u64>| {
+            let view = buffer.view_mut();
+            device
+                .fault_in(view.region(), view.addr(), NR * BLOCK, Access::Write)
+                .unwrap();
+            assert_eq!(device.attachment().resident_bytes(), NR * BLOCK);
+            buffer.stats()
+        };
+        let away = fetch(&mut buffer);
+        device.release().unwrap();
+        let home = buffer.stats() - away;
+        assert_eq!(
+            (home.move_calls, home.to_host_runs, home.movement_calls()),
+            (1, 1, 1),
+            "{home:?}"
+        );
+        assert_eq!(home.to_host_explicit_pages, (NR * BLOCK / PAGE) as u64);
+
+        // The CPU has fetched one block of them, and another device reads another.
+        let _ = fetch(&mut buffer);
+        buffer.as_mut_slice()[BLOCK / 8] = BLOCK as u64 / 8;
+        let view = buffer.view();
+        let mut word = [0; 8];
+        other
+            .read(view.region(), view.addr() + 3 * BLOCK, &mut word)
+            .unwrap();
+        let away = buffer.stats();
+        device.release().unwrap();
+        let home = buffer.stats() - away;
+        // All but the block that is home and the page that the other has: that one's goes there, and not here.
+        let nr_alone = (5 * BLOCK / PAGE - 1) as u64;
+        assert_eq!(home.to_host_explicit_pages, nr_alone);
+        assert_eq!(device.attachment().resident_bytes(), 0);
+        other.release().unwrap();
+
+        // A part of them alone, and of the last a part.
+        let away = fetch(&mut buffer);
+        let region = buffer.view().region();
+        let first = (buffer.view().addr() - region.base()) / PAGE;
+        let pages = first + BLOCK / PAGE..first + 3 * BLOCK / PAGE + 1;
+        let nr_pages = pages.len();
+        device.attachment().bring_home(region, pages).unwrap();
+        let home = buffer.stats() - away;
+        assert_eq!((home.move_calls, home.to_host_runs), (2, 2), "{home:?}");
+        assert_eq!(home.to_host_explicit_pages, nr_pages as u64);
+        let left = NR * BLOCK - nr_pages * PAGE;
+        assert_eq!(device.attachment().resident_bytes(), left);
+        let mut elements = buffer.as_slice().iter().enumerate();
+        assert!(elements.all(|(i, &x)| x == i as u64));
+        assert_eq!(buffer.stats().anomalies, 0);
+    });
+}
+
 #[test]
 fn a_whole_transfer_is_one_round() {
     both_doors("one round", |delivery| {

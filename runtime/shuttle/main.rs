@@ -81,6 +81,7 @@ runtime! {
     ptr "../src/ptr.rs"
     range "../src/range/mod.rs"
     region "../src/region.rs"
+    release "../src/release.rs"
     rights "../src/rights.rs"
     round "../src/round/mod.rs"
     scratch "../src/scratch.rs"

@@ -9,9 +9,9 @@ use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use crate::block::DeviceId;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
-use crate::evict::{self, Stale};
 use crate::mapped::{AnyMapped, Mapped, MappedRef, RegionRef};
 use crate::mask::PageMask;
+use crate::release::{self, Stale};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Gated};
 use crate::stats::{Cause, Counters, Stats};
@@ -303,7 +303,7 @@ impl<D: Device> Attachment<D> {
         let mapped = self.attached.mapped_list();
         let mut release = |mapped: &MapArc<Mapped<D>>| {
             let (region, cause) = (mapped.shared_region(), Cause::Explicit);
-            evict::release_region(&**mapped, region, &mut scratch, cause, stale)
+            release::release_region(&**mapped, region, &mut scratch, cause, stale)
         };
         mapped.iter().map(&mut release).fold(Ok(()), Result::and)
     }
@@ -321,13 +321,22 @@ impl<D: Device> Attachment<D> {
         let end = pages.end.min(region.region.nr_blocks() * PAGES_PER_BLOCK);
         let mut at = pages.start;
         while at < end {
-            let origin = at / PAGES_PER_BLOCK * PAGES_PER_BLOCK;
+            let block = at / PAGES_PER_BLOCK;
+            let origin = block * PAGES_PER_BLOCK;
+            if at == origin {
+                let whole = block..end / PAGES_PER_BLOCK;
+                let nr = release::release_blocks(&*mapped.0, region.region, whole, Cause::Explicit);
+                if nr > 0 {
+                    at += nr * PAGES_PER_BLOCK;
+                    continue;
+                }
+            }
             let part = at..end.min(origin + PAGES_PER_BLOCK);
             let mask = PageMask::range(part.start - origin..part.end - origin);
-            evict::release_pages(
+            release::release_pages(
                 &*mapped.0,
                 region.region,
-                origin / PAGES_PER_BLOCK,
+                block,
                 mask,
                 &mut scratch,
                 Cause::Explicit,
@@ -439,7 +448,7 @@ impl<D: Device> Drop for Attachment<D> {
         gate.synchronize();
         let mapped = self.attached.mapped_list();
         let withdraw = |mapped: &MapArc<Mapped<D>>| {
-            evict::withdraw_in_place(&**mapped, mapped.shared_region())
+            release::withdraw_in_place(&**mapped, mapped.shared_region())
         };
         let withdrawn = mapped.iter().map(withdraw).fold(Ok(()), Result::and);
         if withdrawn

@@ -265,6 +265,15 @@ impl BlockState {
         self.occupied == 0 && self.exceptional == 0 && self.away.is_empty()
     }
 
+    /// Whether every page is `device`'s alone.
+    #[inline]
+    pub(crate) fn is_all_with(&self, device: DeviceId) -> bool {
+        self.occupied == 1 << device.0
+            && self.exceptional == 0
+            && self.away == PageMask::FULL
+            && self.frames(device) == PageMask::FULL
+    }
+
     /// As [`is_plain_for`](Self::is_plain_for), of the pages `bits` of one word.
     #[inline]
     pub(crate) fn is_plain_word(&self, device: DeviceId, word: usize, bits: u64) -> bool {

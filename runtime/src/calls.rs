@@ -43,11 +43,11 @@ use crate::block::{BlockState, DeviceSet};
 use crate::device::{Invalidation, Keep};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::{self, PendingList, blocks};
-use crate::evict::{self, Stale};
 use crate::fault::{self, Flight};
 use crate::mask::PageMask;
 use crate::notifier::{Bracket, Full, Interval};
 use crate::overrun;
+use crate::release::{self, Stale};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, PlaceKind};
 use crate::stats::Cause;
@@ -809,7 +809,7 @@ impl Part {
         loop {
             for device in devices.iter().flatten() {
                 let (cause, stale) = (Cause::Explicit, Stale::Kept);
-                evict::release_pages(&**device, region, block, pages, scratch, cause, stale)?;
+                release::release_pages(&**device, region, block, pages, scratch, cause, stale)?;
             }
             let is_home = |state: &BlockState, mask: PageMask| {
                 !(state.away() | state.held_by_devices(None)).intersects(&mask)

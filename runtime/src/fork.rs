@@ -16,8 +16,8 @@ use core::sync::atomic::{AtomicBool, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use crate::addr::PageRange;
-use crate::evict::{self, Stale};
 use crate::region::Region;
+use crate::release::{self, Stale};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Inside, Place, PlaceKind};
 use crate::stats::Cause;
@@ -176,7 +176,7 @@ extern "C" fn prepare() {
         let devices = region.devices(&space.gate().enter()).clone();
         let mut is_home = true;
         for device in devices.iter().flatten() {
-            let released = evict::release_region(
+            let released = release::release_region(
                 &**device,
                 &region,
                 &mut scratch,

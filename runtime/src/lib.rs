@@ -127,6 +127,7 @@ mod pin;
 mod ptr;
 mod range;
 mod region;
+mod release;
 mod rights;
 mod round;
 mod scratch;

@@ -44,13 +44,13 @@ use crate::addr::{PAGE_SIZE, PageRange};
 use crate::block::DeviceSet;
 use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
-use crate::evict::{self, Stale};
 use crate::fork;
 use crate::mask::PageMask;
 use crate::options::Options;
 use crate::overrun;
 use crate::pin::{self, Pin};
 use crate::region::{Region, RegionKind};
+use crate::release::{self, Stale};
 use crate::scratch::Scratch;
 use crate::share::Shared;
 use crate::space::{AddressSpace, Inside, Orphaned, Place, PlaceKind};
@@ -327,9 +327,9 @@ impl Raw {
         let mut result = Ok(());
         for device in devices.iter().flatten() {
             // All of it, whatever each comes to.
-            let withdrawn = evict::withdraw_in_place(&**device, region);
+            let withdrawn = release::withdraw_in_place(&**device, region);
             let (cause, stale) = (Cause::Drop, Stale::GoWithWindow);
-            let released = evict::release_region(&**device, region, &mut scratch, cause, stale);
+            let released = release::release_region(&**device, region, &mut scratch, cause, stale);
             result = result.and(withdrawn).and(released);
         }
         if result.is_ok() && region.has_away() {

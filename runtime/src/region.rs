@@ -17,6 +17,7 @@ use crate::door::Role;
 use crate::error::{Error, ErrorKind, Result};
 use crate::mapped::AnyMapped;
 use crate::mask::PageMask;
+use crate::movement::MAX_BLOCKS_AT_ONCE;
 use crate::notifier::Hub;
 use crate::options::Options;
 use crate::space::{AddressSpace, Door, Gated, Inside, let_copiers_go_on};
@@ -317,6 +318,24 @@ impl Region {
     #[inline]
     pub(crate) fn try_lock_block(&self, block: usize) -> Option<MutexGuard<'_, BlockState>> {
         self.blocks[block].try_lock()
+    }
+
+    /// The directories of whole blocks, from the first of `blocks` on, locked: as many as nobody else has and `takes` says yes to, up to
+    /// what one movement is to take. Tried, not waited for (hazards W3).
+    pub(crate) fn try_lock_blocks(
+        &self,
+        blocks: Range<usize>,
+        mut takes: impl FnMut(&mut BlockState) -> bool,
+    ) -> [Option<MutexGuard<'_, BlockState>>; MAX_BLOCKS_AT_ONCE] {
+        let mut states = [const { None }; MAX_BLOCKS_AT_ONCE];
+        for (slot, block) in states.iter_mut().zip(blocks) {
+            let state = self.try_lock_block(block).filter(|_| self.is_whole(block));
+            *slot = state.and_then(|mut state| takes(&mut state).then_some(state));
+            if slot.is_none() {
+                break;
+            }
+        }
+        states
     }
 
     /// The devices that map this region.

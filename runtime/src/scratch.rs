@@ -46,17 +46,24 @@ impl Scratch {
     /// [`ensure`](Self::ensure) for the fault path: an `Error` is on the heap. `Err` gives the errno.
     #[inline]
     pub(crate) fn reserve(&mut self, door: &'static Door) -> Result<(), i32> {
-        let index = door.index();
-        self.current = index;
-        match &self.areas[index] {
-            Some(area) if area.has_room() => Ok(()),
-            _ => self.make_room(index, door),
+        if self.is_ready(door) {
+            return Ok(());
         }
+        self.make_room(door)
+    }
+
+    /// Whether there is room for one round of a region behind `door` as it is.
+    #[inline]
+    pub(crate) fn is_ready(&mut self, door: &'static Door) -> bool {
+        self.current = door.index();
+        self.areas[self.current]
+            .as_ref()
+            .is_some_and(Area::has_room)
     }
 
     #[cold]
-    fn make_room(&mut self, index: usize, door: &'static Door) -> Result<(), i32> {
-        match &mut self.areas[index] {
+    fn make_room(&mut self, door: &'static Door) -> Result<(), i32> {
+        match &mut self.areas[self.current] {
             Some(area) => area.empty()?,
             none => *none = Some(Area::new(door)?),
         }

@@ -1,5 +1,6 @@
 //! M: moving pages, and what somebody else holds on to.
 
+use svm::{Access, Granule};
 use tests::{Map, TestDevice};
 
 use crate::PAGE;
@@ -72,5 +73,48 @@ fn pinned_stale_frames_keep_no_mirror_from_closing() {
             drop(ring);
         }
         map.unmap();
+    });
+}
+
+/// Of blocks that would come home together one has a frame that the kernel holds for DMA: it comes by a copy, and keeps no other.
+#[test]
+fn a_pinned_frame_keeps_no_other_block_from_home() {
+    const BLOCK: usize = 2 << 20;
+    const NR: usize = 5;
+    both_doors("pinned among blocks", |options| {
+        let options = options.clone().granule(Granule::Huge).huge_pages(true);
+        let mut buffer = svm::Buffer::<u8>::with_options(NR * BLOCK, &options).unwrap();
+        let device = TestDevice::new().unwrap();
+        let fill = |buffer: &mut svm::Buffer<u8>, with: u8| {
+            let pages = buffer.as_mut_slice().chunks_mut(PAGE);
+            pages.for_each(|page| page.fill(with));
+        };
+        for with in [5, 6] {
+            fill(&mut buffer, with);
+            let view = buffer.view();
+            device
+                .fault_in(view.region(), view.addr(), NR * BLOCK, Access::Write)
+                .unwrap();
+            let offset = device.attachment().map(view.region()).unwrap().offset();
+            let frames = view.addr().wrapping_add_signed(offset) + 2 * BLOCK + 3 * PAGE;
+            let Some(ring) = ring::Ring::holding(frames, PAGE) else {
+                tests::skip("no io_uring here");
+                return;
+            };
+            let before = buffer.stats();
+            device.release().unwrap();
+            let home = buffer.stats() - before;
+            assert_eq!(home.to_host_explicit_pages, (NR * BLOCK / PAGE) as u64);
+            // What stays is stale, and no more than what is held, which is a huge page's worth where it is one.
+            assert!(device.attachment().resident_bytes() <= BLOCK);
+            assert!(buffer.as_slice().iter().all(|&byte| byte == with));
+            drop(ring);
+            // The kernel lets go of it when it gets to that.
+            while device.attachment().resident_bytes() > 0 {
+                std::thread::yield_now();
+                device.release().unwrap();
+            }
+        }
+        assert_eq!(buffer.stats().anomalies, 0);
     });
 }

@@ -120,7 +120,12 @@ impl Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        // SAFETY: opened by `holding`; the mappings stay until the process ends.
+        for at in [self.rings, self.entries] {
+            // They hold the ring as the descriptor does.
+            // SAFETY: a page that `holding` mapped, and nobody refers to any more.
+            unsafe { libc::munmap(ptr::with_exposed_provenance_mut(at), 4096) };
+        }
+        // SAFETY: opened by `holding`.
         unsafe { libc::close(self.fd) };
     }
 }

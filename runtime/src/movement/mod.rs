@@ -68,6 +68,9 @@ pub(crate) struct Mover<'a> {
     asleep: bool,
 }
 
+/// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
+pub(crate) const MAX_BLOCKS_AT_ONCE: usize = 32;
+
 /// How often a frame that is in use is tried again before it is copied.
 const MAX_BUSY: u32 = 64;
 

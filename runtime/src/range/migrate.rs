@@ -4,10 +4,10 @@ use super::{Appetite, Progress, Update, round_info};
 use crate::addr::PAGES_PER_BLOCK;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Result};
-use crate::evict::{self, Stale};
 use crate::mapped::{AnyMapped, MappedRef};
 use crate::mask::PageMask;
 use crate::region::RegionKind;
+use crate::release::{self, Stale};
 use crate::round::{Outcome, Round, Valid};
 use crate::space::AddressSpace;
 use crate::stats::Cause;
@@ -183,7 +183,7 @@ impl<D: Device> Update<'_, D> {
         for slot in (0..crate::block::MAX_DEVICES).filter(|&slot| slot != mapped.id().index()) {
             let other = region.devices(&AddressSpace::global().gate().enter())[slot].clone();
             if let Some(other) = other {
-                evict::release_pages(
+                release::release_pages(
                     &*other,
                     region,
                     block,

@@ -180,7 +180,10 @@ impl<D: Device> Round<'_, D> {
             }
             let mut valid = Valid::nothing();
             match self.take_run(&mut state, &run, scratch, &mut valid) {
-                Ok(()) => return Outcome::Done(self.commit(&mut state, &valid, commit)),
+                Ok(()) => {
+                    self.note_served(&mut state, &valid);
+                    return Outcome::Done(commit(&valid));
+                }
                 Err(Some(outcome)) => return outcome,
                 // Not as plain as it looked: the mapping is protected, or of another kind.
                 Err(None) => {}
@@ -576,13 +579,19 @@ impl<D: Device> Round<'_, D> {
         }
     }
 
-    #[inline]
     fn commit<T>(
         &self,
         state: &mut BlockState,
         valid: &Valid,
         commit: impl FnOnce(&Valid) -> T,
     ) -> T {
+        self.note_served(state, valid);
+        commit(valid)
+    }
+
+    /// Before the commit: what is counted and remembered of a round that has come to its end.
+    #[inline(always)]
+    fn note_served(&self, state: &mut BlockState, valid: &Valid) {
         const SLICE_NS: u64 = 10_000;
         const MAX_SHIFT: u32 = 12;
         point!(RoundMoved, self.region.addr_of(self.block, 0));
@@ -594,7 +603,6 @@ impl<D: Device> Round<'_, D> {
         if !valid.in_place.is_empty() {
             self.count_in_place(valid);
         }
-        commit(valid)
     }
 
     #[cold]

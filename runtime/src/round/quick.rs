@@ -18,9 +18,6 @@ use crate::space::AddressSpace;
 use crate::stats::count;
 use crate::sync::mutation::{Mutation, mutated};
 
-/// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
-const MAX_BLOCKS_AT_ONCE: usize = 32;
-
 /// One run of pages that are all the CPU's alone.
 pub(super) struct Run {
     pages: core::ops::Range<usize>,
@@ -332,20 +329,10 @@ impl<D: Device> Round<'_, D> {
         if AddressSpace::forking().load(Ordering::SeqCst) != 0 || self.is_over() {
             return 0;
         }
-        let mut states = [const { None }; MAX_BLOCKS_AT_ONCE];
-        let mut n = 0;
-        for slot in states.iter_mut().take(nr) {
-            let block = self.block + n;
-            let Some(mut state) = region.try_lock_block(block) else {
-                break;
-            };
-            let is_plain = region.is_whole(block) && state.is_at_rest();
-            if !is_plain || lease_of_cpu(&mut state).is_some() {
-                break;
-            }
-            *slot = Some(state);
-            n += 1;
-        }
+        let mut states = region.try_lock_blocks(self.block..self.block + nr, |state| {
+            state.is_at_rest() && lease_of_cpu(state).is_none()
+        });
+        let n = states.iter().flatten().count();
         let needed = n * PAGES_PER_BLOCK;
         let residency = self.mapped.residency();
         if n < 2 || residency.take_failure() || !residency.reserve(needed) {
