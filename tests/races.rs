@@ -256,3 +256,38 @@ fn two_accelerators_take_pages_from_each_other() {
         assert!(accels.iter().all(|a| a.resident_bytes() == 0));
     });
 }
+
+/// Blocks are brought home, as many as nobody uses by one call, while kernels work on them: no increment is lost.
+#[test]
+fn huge_blocks_come_home_while_kernels_work_on_them() {
+    const LEN: usize = (6 << 20) + PAGE;
+    const ROUNDS: u64 = 40;
+    both_doors("home beside kernels", |options| {
+        let options = options.clone().granule(Granule::Huge).huge_pages(true);
+        let mut buffer = Buffer::<u64>::with_options(LEN / 8, &options).unwrap();
+        let accel = accel(3);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            let home = threads.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    accel.release().unwrap();
+                }
+            });
+            for round in 1..=ROUNDS {
+                accel
+                    .run(buffer.view_mut(), |words| {
+                        words.iter_mut().for_each(|word| *word += 1);
+                    })
+                    .unwrap();
+                if round % 8 == 0 {
+                    assert!(buffer.as_slice().iter().all(|&word| word == round));
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            home.join().unwrap();
+        });
+        let stats = buffer.stats();
+        assert_eq!((stats.anomalies, stats.overruns), (0, 0), "{stats:?}");
+        assert!(stats.to_host_explicit_pages > 0, "{stats:?}");
+    });
+}
