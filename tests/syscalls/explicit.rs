@@ -136,6 +136,9 @@ fn a_pin_is_three_calls_a_block_and_its_end_none() {
             "MOVE",
             "WRITEPROTECT",
             "PAGEMAP_SCAN",
+            "MOVE",
+            "WRITEPROTECT",
+            "PAGEMAP_SCAN",
             "rt_sigprocmask",
         ],
     )];
@@ -143,6 +146,8 @@ fn a_pin_is_three_calls_a_block_and_its_end_none() {
         "caller",
         &[
             "rt_sigprocmask",
+            "WRITEPROTECT",
+            "PAGEMAP_SCAN",
             "WRITEPROTECT",
             "PAGEMAP_SCAN",
             "rt_sigprocmask",
@@ -156,7 +161,7 @@ fn a_pin_is_three_calls_a_block_and_its_end_none() {
             rig.prefetch();
             for _ in 0..2 {
                 let mut pin = None;
-                step(|| pin = Some(rig.buffer.pin(..4 * PAGE).unwrap()));
+                step(|| pin = Some(rig.buffer.pin(BLOCK - PAGE..BLOCK + PAGE).unwrap()));
                 step(|| drop(pin.take()));
             }
         },
