@@ -57,7 +57,8 @@ unsafe impl Device for Idle {
 
     fn quiesced(&self, (): &(), inv: &Invalidation) -> bool {
         let asked = self.seen.asked.fetch_add(1, Ordering::SeqCst);
-        let is_stuck = self.stuck.load(Ordering::SeqCst) >> inv.block() & 1 == 1;
+        let stuck = self.stuck.load(Ordering::SeqCst);
+        let is_stuck = inv.block() < 64 && stuck >> inv.block() & 1 == 1;
         !is_stuck && asked >= self.busy.load(Ordering::SeqCst)
     }
 

@@ -52,18 +52,19 @@ pub fn lacks_userfaultfd(why: &dyn Display) {
     skip(why);
 }
 
-/// Says that the rest of the test is skipped. What a test prints that passes is not shown, so it is also added to the file that
-/// `SVM_SKIPPED` names.
+/// Says that the rest of the test is skipped, past what keeps the output of tests that pass from being shown; and adds it to the file
+/// that `SVM_SKIPPED` names.
 ///
 /// # Panics
-/// If the file cannot be written: a skip must not pass unseen.
+/// If that cannot be written: a skip must not pass unseen.
 pub fn skip(why: impl Display) {
     let program = std::env::current_exe().unwrap_or_default();
     let program = program.file_stem().unwrap_or_default().display();
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a thread");
     let line = format!("SKIPPED: {program} {test}: {why}\n");
-    print!("{line}");
+    let said = std::io::stderr().write_all(line.as_bytes());
+    assert!(said.is_ok(), "{said:?}: {line}");
     let Some(path) = std::env::var_os("SVM_SKIPPED") else {
         return;
     };

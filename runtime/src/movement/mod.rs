@@ -227,9 +227,10 @@ impl<'a> Mover<'a> {
     pub(crate) fn populate_host(&mut self, run: Range<usize>) -> Movement {
         let mut at = run.start;
         while at < run.end {
-            count(&self.region.counters().scan_calls, 2);
+            count(&self.region.counters().scan_calls, 1);
             at += AddressSpace::global().nr_populated(self.host(at), run.end - at);
             if at < run.end {
+                count(&self.region.counters().scan_calls, 1);
                 let hole = AddressSpace::global()
                     .nr_empty(self.host(at), run.end - at)
                     .max(1);

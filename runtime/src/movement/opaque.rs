@@ -50,8 +50,12 @@ impl Mover<'_> {
         let body = self.region.body_mask(self.block).bounds().unwrap_or(run);
         let mut at = body.start;
         while at < body.end {
-            count(&self.region.counters().scan_calls, 2);
+            count(&self.region.counters().scan_calls, 1);
             at += AddressSpace::global().nr_empty(self.frame(device, at), body.end - at);
+            if at == body.end {
+                break;
+            }
+            count(&self.region.counters().scan_calls, 1);
             let left = AddressSpace::global().nr_populated(self.frame(device, at), body.end - at);
             if left > 0 {
                 self.empty_window(device, at..at + left, scratch)?;

@@ -1,0 +1,125 @@
+//! What moves because it is asked for, or for want of room.
+
+use svm::{Access, AttachOptions, Granule, Options};
+use tests::TestDevice;
+
+use crate::{GRANULE, PAGE, alone, assert_quiet, cpu_faults, filled, taken};
+
+#[test]
+fn an_update_of_many_blocks_is_one_call_a_block_and_one_in_all_for_huge_pages() {
+    alone("prefetch", || {
+        const NR_BLOCKS: u64 = 8;
+        for huge in [false, true] {
+            let mut buffer = filled(
+                NR_BLOCKS as usize * (2 << 20),
+                &Options::new().granule(Granule::Huge).huge_pages(huge),
+            );
+            let device = TestDevice::new().unwrap();
+            let out = taken(&mut buffer, |b| {
+                let view = b.view_mut();
+                device
+                    .fault_in(view.region(), view.addr(), view.len(), Access::Write)
+                    .unwrap();
+            });
+            assert_quiet(&out);
+            let calls = if huge { 1 } else { NR_BLOCKS };
+            assert_eq!(
+                (
+                    out.device_write_faults,
+                    out.movement_calls(),
+                    out.to_device_pages()
+                ),
+                (1, calls, NR_BLOCKS * 512),
+                "{out:?}"
+            );
+            assert_eq!(device.attachment().resident_bytes(), buffer.len());
+            let home = taken(&mut buffer, |_| device.release().unwrap());
+            assert_eq!(
+                (home.movement_calls(), home.to_host_explicit_pages),
+                (calls, NR_BLOCKS * 512),
+                "{home:?}"
+            );
+        }
+    });
+}
+
+#[test]
+fn explicit_movement_takes_a_call_a_block_and_a_pin_two() {
+    alone("explicit", || {
+        const NR_BLOCKS: u64 = 4;
+        let mut buffer = filled(NR_BLOCKS as usize * (2 << 20), &Options::new());
+        let device = TestDevice::new().unwrap();
+        let out = taken(&mut buffer, |b| {
+            let view = b.view_mut();
+            device
+                .migrate_to_device(view.region(), view.addr(), view.len() / PAGE)
+                .unwrap();
+        });
+        assert_quiet(&out);
+        let pages = NR_BLOCKS * 512;
+        let counts = (out.movement_calls(), out.to_device_explicit_pages);
+        assert_eq!(counts, (NR_BLOCKS, pages), "{out:?}");
+        // A pin also lifts what protection there is, and populates what is not there, after a look.
+        let pinned = taken(&mut buffer, |b| drop(b.pin(..).unwrap()));
+        let wasted = (pinned.retries, pinned.waits, pinned.anomalies);
+        assert_eq!(wasted, (0, 0, 0), "{pinned:?}");
+        let counts = (
+            pinned.move_calls,
+            pinned.write_protect_calls,
+            pinned.movement_calls(),
+            pinned.scan_calls,
+            pinned.to_host_explicit_pages,
+        );
+        let expected = (NR_BLOCKS, NR_BLOCKS, 2 * NR_BLOCKS, NR_BLOCKS, pages);
+        assert_eq!(counts, expected, "{pinned:?}");
+        // What is home already stays where it is.
+        let again = taken(&mut buffer, |b| drop(b.pin(..).unwrap()));
+        let counts = (
+            again.write_protect_calls,
+            again.movement_calls(),
+            again.scan_calls,
+            again.to_host_pages(),
+        );
+        assert_eq!(counts, (NR_BLOCKS, NR_BLOCKS, NR_BLOCKS, 0), "{again:?}");
+    });
+}
+
+#[test]
+fn a_mirror_that_nobody_uses_moves_nothing() {
+    alone("unused", || {
+        let mut data = vec![1_u8; 4 << 20];
+        let mirror = svm::mirror(&mut data).unwrap();
+        let device = TestDevice::new().unwrap();
+        device.attachment().map(mirror.view().region()).unwrap();
+        let stats = mirror.stats();
+        assert_eq!((stats.movement_calls(), cpu_faults(&stats)), (0, 0));
+        mirror.close().unwrap();
+        assert_eq!(data[0], 1);
+    });
+}
+
+#[test]
+fn a_scan_of_twice_the_memory_evicts_each_page_once() {
+    alone("eviction", || {
+        const MEMORY: usize = 4 << 20;
+        let mut buffer = filled(2 * MEMORY, &Options::new());
+        let device = TestDevice::with_options(AttachOptions::new().memory_bytes(MEMORY)).unwrap();
+        let scan = taken(&mut buffer, |b| {
+            let view = b.view_mut();
+            for at in (0..view.len()).step_by(GRANULE) {
+                device
+                    .fault_in(view.region(), view.addr() + at, 1, Access::Write)
+                    .unwrap();
+            }
+        });
+        let wasted = (scan.retries, scan.anomalies, cpu_faults(&scan));
+        assert_eq!(wasted, (0, 0, 0), "{scan:?}");
+        let granules = (2 * MEMORY / GRANULE) as u64;
+        assert_eq!(scan.device_write_faults, granules, "{scan:?}");
+        assert_eq!(scan.to_device_pages() as usize * PAGE, 2 * MEMORY);
+        // No more than had to go, an eighth of the memory at once; and a call for each granule that goes out, and each of these.
+        assert_eq!(scan.to_host_evict_pages as usize * PAGE, MEMORY, "{scan:?}");
+        let calls = (scan.move_calls, scan.movement_calls());
+        assert_eq!(calls, (granules + 8, granules + 8), "{scan:?}");
+    });
+}
