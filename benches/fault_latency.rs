@@ -568,6 +568,7 @@ fn counts(rounds: usize) -> Result<Vec<Note>> {
                 // What looking takes itself.
                 let (first, second) = (counters.read(), counters.read());
                 let (mut moving, mut nr) = (0, [0; Counters::NR]);
+                let of = |count: [Option<u64>; Counters::NR], i: usize| count[i].unwrap_or(0);
                 let mut samples = Samples::new();
                 for _ in 0..rounds {
                     ours.arm()?;
@@ -576,17 +577,20 @@ fn counts(rounds: usize) -> Result<Vec<Note>> {
                     let after = (ours.rig.stats(), counters.read());
                     moving += (after.0 - before.0).movement_calls();
                     for (i, sum) in nr.iter_mut().enumerate() {
-                        let looking = second[i] - first[i];
-                        *sum += (after.1[i] - before.1[i]).saturating_sub(looking);
+                        let looking = of(second, i) - of(first, i);
+                        *sum += (of(after.1, i) - of(before.1, i)).saturating_sub(looking);
                     }
                 }
                 let door = match delivery {
                     Delivery::Inline => "inline",
                     Delivery::Thread => "thread",
                 };
-                let what = counters.names().into_iter().zip(nr);
-                let what = what.filter_map(|(name, n)| Some((name?, n)));
-                for (what, n) in std::iter::once(("system calls that move", moving)).chain(what) {
+                let kinds = counters.kinds().into_iter().zip(first).zip(nr);
+                let what = kinds.filter_map(|((kind, offered), n)| {
+                    offered.map(|_| (format!("{} ({})", kind.what, kind.source), n))
+                });
+                let own = ("system calls that move".to_owned(), moving);
+                for (what, n) in std::iter::once(own).chain(what) {
                     notes.push(Note::new(
                         format!("count: {name}, {door}, {}: {what}", setting.name()),
                         n as f64 / samples.len() as f64,

@@ -107,11 +107,20 @@ fn set_affinity(fill: impl FnOnce(&mut libc::cpu_set_t)) {
     unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
 }
 
-/// What the kernel counts of this process. Where it offers no such count, a machine-wide one stands in, and its name says so.
+/// What the kernel counts of this process. Where it offers no such count, a machine-wide one stands in, or none.
 #[derive(Debug)]
 pub struct Counters {
     system_calls: Option<Tracepoint>,
     flushes: Option<Tracepoint>,
+}
+
+/// One of the figures: what it counts, and whose count it is.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Counter {
+    /// What.
+    pub what: &'static str,
+    /// Of which line or place of the kernel; or why there is none.
+    pub source: &'static str,
 }
 
 impl Counters {
@@ -129,52 +138,68 @@ impl Counters {
         }
     }
 
-    /// What they are; `None` for what cannot be had here.
+    /// What they are, in the order of [`read`](Self::read).
     #[must_use]
-    pub fn names(&self) -> [Option<&'static str>; Self::NR] {
+    pub fn kinds(&self) -> [Counter; Self::NR] {
+        let untraced = "not counted: tracefs is not mounted, or may not be read";
+        let or = |tracepoint: &Option<Tracepoint>, traced, otherwise| match tracepoint {
+            Some(_) => traced,
+            None => otherwise,
+        };
+        let kind = |what, source| Counter { what, source };
         [
-            self.system_calls.is_some().then_some("system calls"),
-            Some("context switches"),
-            Some(match self.flushes {
-                Some(_) => "TLB flushes of other CPUs",
-                None => "TLB flushes of other CPUs (of the whole machine)",
-            }),
-            Some("interrupts that wake a CPU (of the whole machine)"),
+            kind(
+                "system calls",
+                or(
+                    &self.system_calls,
+                    "of this process, tracepoint sys_enter",
+                    untraced,
+                ),
+            ),
+            kind("context switches", "of this process, getrusage"),
+            kind(
+                "TLB flushes of other CPUs",
+                or(
+                    &self.flushes,
+                    "sent by this process, tracepoint tlb_flush",
+                    "received on the whole machine, line TLB of /proc/interrupts",
+                ),
+            ),
+            kind(
+                "interrupts that wake a CPU",
+                "on the whole machine, line RES of /proc/interrupts",
+            ),
         ]
     }
 
-    /// The figures now.
+    /// The figures now; `None` for what cannot be had here.
     #[must_use]
-    pub fn read(&self) -> [u64; Self::NR] {
+    pub fn read(&self) -> [Option<u64>; Self::NR] {
         // SAFETY: an rusage is integers: zero is a value.
         let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
         // SAFETY: `usage` is valid for the call.
         unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
         let count = |tracepoint: &Option<Tracepoint>| tracepoint.as_ref().map(Tracepoint::read);
         [
-            count(&self.system_calls).unwrap_or(0),
-            (usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs(),
-            // Flushes come as either, by kernel and processor.
-            count(&self.flushes).unwrap_or_else(|| interrupts(&["TLB:", "CAL:"])),
-            interrupts(&["RES:"]),
+            count(&self.system_calls),
+            Some((usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs()),
+            // Without CAL, whose line has counted these interrupts once more since 2016 (`arch_show_interrupts` in
+            // arch/x86/kernel/irq.c prints `irq_call_count`, from which `irq_tlb_count` was subtracted before).
+            count(&self.flushes).or_else(|| interrupts("TLB:")),
+            interrupts("RES:"),
         ]
     }
 }
 
-/// Interrupts from one CPU to another, of these lines of /proc/interrupts.
-fn interrupts(of: &[&str]) -> u64 {
-    let table = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
-    table
-        .lines()
-        .filter_map(|line| {
-            of.iter()
-                .find_map(|name| line.trim_start().strip_prefix(name))
-        })
-        .flat_map(|line| {
-            line.split_whitespace()
-                .map_while(|word| word.parse::<u64>().ok())
-        })
-        .sum()
+/// Interrupts of this line of /proc/interrupts, on all CPUs together; `None` where there is no such line.
+fn interrupts(name: &str) -> Option<u64> {
+    let table = std::fs::read_to_string("/proc/interrupts").ok()?;
+    let mut lines = table.lines().map(str::trim_start);
+    let line = lines.find_map(|line| line.strip_prefix(name))?;
+    let of_cpus = line
+        .split_whitespace()
+        .map_while(|word| word.parse::<u64>().ok());
+    Some(of_cpus.sum())
 }
 
 /// How often a place in the kernel was passed by threads of this process: where tracefs is mounted, and perf events are permitted.
