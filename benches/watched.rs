@@ -4,9 +4,11 @@
 //! The workers are the bench's, so that they do nothing else than use one page over and over: they go by the accelerator's handshake
 //! (its files are included as they are), in spans as slice kernels do or by single elements.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -53,6 +55,11 @@ struct Shared {
     uses: AtomicU64,
     used: AtomicU64,
     misses: AtomicU64,
+    /// Whether the call that gave the page up has returned, and uses that began after that.
+    returned: AtomicBool,
+    late: AtomicU64,
+    /// The worker's thread, or 0 before it runs.
+    tid: AtomicI32,
     stop: AtomicBool,
 }
 
@@ -123,6 +130,7 @@ pub(crate) struct Target {
     _attachment: Attachment<Watched>,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
+    turns: Turns,
     _mirror: Mirror<'static, u8>,
     map: Map,
     page: usize,
@@ -170,6 +178,9 @@ impl Target {
             uses: AtomicU64::new(0),
             used: AtomicU64::new(0),
             misses: AtomicU64::new(0),
+            returned: AtomicBool::new(false),
+            late: AtomicU64::new(0),
+            tid: AtomicI32::new(0),
             stop: AtomicBool::new(false),
         });
         let attach = AttachOptions::new().span_deadline(SPAN_DEADLINE);
@@ -179,8 +190,12 @@ impl Target {
             let (shared, mapped) = (shared.clone(), mapped.clone());
             std::thread::spawn(move || work(&shared, &mapped, how))
         });
+        if worker.is_some() {
+            wait_until(|| shared.tid.load(Ordering::Relaxed) != 0);
+        }
         pin_to_cpu(HERE);
         Ok(Self {
+            turns: Turns::of(shared.tid.load(Ordering::Relaxed)),
             range: attachment.range()?,
             mapped,
             _attachment: attachment,
@@ -213,7 +228,9 @@ impl Target {
         )?;
         self.shared.begun.store(0, Ordering::Relaxed);
         self.shared.clean.store(0, Ordering::Relaxed);
-        self.shared.page.store(page, Ordering::Relaxed);
+        self.shared.returned.store(false, Ordering::Relaxed);
+        // Release: who uses this page sees what was reset for it.
+        self.shared.page.store(page, Ordering::Release);
         if self.worker.is_some() {
             let before = self.shared.uses.load(Ordering::Relaxed);
             wait_until(|| self.shared.uses.load(Ordering::Relaxed) > before + 1);
@@ -221,15 +238,17 @@ impl Target {
         Ok(())
     }
 
-    /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean.
-    fn shoot(&mut self) -> Result<u64> {
+    /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean; and
+    /// whether the worker kept its CPU meanwhile, as far as the kernel tells.
+    fn shoot(&mut self) -> Result<(u64, bool)> {
         self.give_next()?;
+        let turns = self.turns.so_far();
         // SAFETY: in the mapping; volatile, as the fault is what it is for.
         unsafe { self.map.at(self.page).write_volatile(2) };
         let begun = self.shared.begun.load(Ordering::Relaxed);
         let clean = self.shared.clean.load(Ordering::Relaxed);
         ensure!(begun != 0 && clean >= begun, "the page was not taken away");
-        Ok(clean - begun)
+        Ok((clean - begun, turns == self.turns.so_far()))
     }
 
     /// Takes the page's contents, or the page, by a call of the application's: for how long after the call had returned the device
@@ -237,6 +256,7 @@ impl Target {
     fn discard(&mut self, call: Call) -> Result<u64> {
         self.give_next()?;
         call.make(self.map.at(self.page))?;
+        self.shared.returned.store(true, Ordering::Release);
         let returned = now();
         let before = self.shared.misses.load(Ordering::Relaxed);
         // Two in a row: the first may be of a pause. From then on there is no use.
@@ -244,6 +264,27 @@ impl Target {
         // Acquire: pairs with the Release of the misses.
         let used = self.shared.used.load(Ordering::Acquire);
         Ok(used.saturating_sub(returned))
+    }
+}
+
+/// How often the worker was given a CPU. More often than before: it had lost it.
+struct Turns(Option<File>);
+
+impl Turns {
+    fn of(tid: i32) -> Self {
+        Self(File::open(format!("/proc/self/task/{tid}/schedstat")).ok())
+    }
+
+    /// 0 where the kernel does not tell.
+    fn so_far(&self) -> u64 {
+        let mut line = [0; 96];
+        let read = self
+            .0
+            .as_ref()
+            .and_then(|file| file.read_at(&mut line, 0).ok());
+        let line = std::str::from_utf8(&line[..read.unwrap_or(0)]).unwrap_or_default();
+        let turns = line.split_whitespace().nth(2);
+        turns.and_then(|turns| turns.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -260,6 +301,10 @@ impl Drop for Target {
 /// A worker: uses the page, while it has a translation for it.
 fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     pin_to_cpu(THERE);
+    // SAFETY: gettid takes nothing and changes nothing.
+    shared
+        .tid
+        .store(unsafe { libc::gettid() }, Ordering::Relaxed);
     let signals = svm::worker_thread();
     let (slot, generation) = (shared.sim.slot(0), shared.sim.generation());
     shared.sim.take_post(0, signals.id());
@@ -268,7 +313,8 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     }
     let bits = mapped.table().bits();
     while !shared.stop.load(Ordering::Relaxed) {
-        let page = shared.page.load(Ordering::Relaxed);
+        // Acquire: pairs with the Release in `give_next`.
+        let page = shared.page.load(Ordering::Acquire);
         let host = mapped.region().base() + page * PAGE_SIZE;
         let window = host.wrapping_add_signed(mapped.offset());
         let touch = |word: usize| {
@@ -301,6 +347,10 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
                     place.filter(|_| !Generation::is_paused(generation))
                 };
                 let access = |_| {
+                    // Acquire: a use that sees it begins after the call has returned, whatever clocks say.
+                    if shared.returned.load(Ordering::Acquire) {
+                        shared.late.fetch_add(1, Ordering::Relaxed);
+                    }
                     touch(0);
                     shared.used.store(now(), Ordering::Relaxed);
                 };
@@ -328,7 +378,11 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
 pub(crate) const SHOTS: usize = 200;
 
 /// From the call that takes translations away until the last worker is done with them.
-pub(crate) struct Shootdown<'a>(pub(crate) &'a std::cell::RefCell<Target>);
+pub(crate) struct Shootdown<'a> {
+    pub(crate) target: &'a std::cell::RefCell<Target>,
+    /// Those in which the worker kept its CPU.
+    pub(crate) undisturbed: Samples,
+}
 
 impl Subject for Shootdown<'_> {
     fn arm(&mut self) -> Result<()> {
@@ -336,9 +390,13 @@ impl Subject for Shootdown<'_> {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let mut target = self.0.borrow_mut();
+        let mut target = self.target.borrow_mut();
         for _ in 0..SHOTS {
-            samples.record(target.shoot()?);
+            let (ns, kept_cpu) = target.shoot()?;
+            samples.record(ns);
+            if kept_cpu {
+                self.undisturbed.record(ns);
+            }
         }
         Ok(())
     }
@@ -383,10 +441,11 @@ impl Call {
 }
 
 /// For how long a device goes on using what an application has given up, after the call has returned. Only behind the thread door, and
-/// only for a bare call, is there such a time (`runtime/src/events.rs`); what is to be zero is measured all the same.
-pub(crate) fn windows(quick: bool) -> Result<Vec<Note>> {
+/// only for a bare call, is there such a time (`runtime/src/events.rs`); what is to be zero is measured all the same. Beside the figures,
+/// says where a use began after the return that must not: that is an error, not a figure.
+pub(crate) fn windows(quick: bool) -> Result<(Vec<Note>, Vec<String>)> {
     let nr_calls: usize = if quick { 64 } else { 1_000 };
-    let mut notes = Vec::new();
+    let (mut notes, mut broken) = (Vec::new(), Vec::new());
     for (door, delivery) in [("thread", Delivery::Thread), ("inline", Delivery::Inline)] {
         for call in [
             Call::Madvise,
@@ -394,35 +453,52 @@ pub(crate) fn windows(quick: bool) -> Result<Vec<Note>> {
             Call::SvmMadvise,
             Call::SvmMunmap,
         ] {
-            let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
-            let mut seen = Vec::with_capacity(nr_calls);
-            for _ in 0..nr_calls {
-                seen.push(target.discard(call)?);
-            }
-            seen.sort_unstable();
-            let is_bounded_only =
+            let name = format!("window of a call, {door} door, {}", call.name());
+            let (seen, late) = windows_of(call, delivery, nr_calls)?;
+            let has_window =
                 delivery == Delivery::Thread && matches!(call, Call::Madvise | Call::Munmap);
-            let note = |what: &str, value: f64, unit, target| {
-                let name = format!("window of a call, {door} door, {}: {what}", call.name());
-                Note::new(name, value, unit, target)
-            };
+            if has_window {
+                notes.extend(distribution(&name, &seen));
+                continue;
+            }
             let longest = *seen.last().context("no calls")?;
-            if is_bounded_only {
-                let open = seen.iter().filter(|&&ns| ns > 0).count();
-                let at = |q: f64| seen[((nr_calls - 1) as f64 * q) as usize] as f64;
-                notes.push(note(
-                    "calls that have one",
-                    open as f64 / nr_calls as f64,
-                    "of all",
-                    None,
-                ));
-                notes.push(note("p50", at(0.5), "ns", None));
-                notes.push(note("p99", at(0.99), "ns", None));
-                notes.push(note("longest", longest as f64, "ns", None));
-            } else {
-                notes.push(note("longest", longest as f64, "ns", Some(0.0)));
+            notes.push(Note::new(
+                format!("{name}: longest"),
+                longest as f64,
+                "ns",
+                Some(0.0),
+            ));
+            if late > 0 {
+                broken.push(format!("{name}: {late} uses began after it had returned"));
             }
         }
     }
-    Ok(notes)
+    Ok((notes, broken))
+}
+
+/// The windows of that many calls, from short to long, and how many uses began in them.
+fn windows_of(call: Call, delivery: Delivery, nr_calls: usize) -> Result<(Vec<u64>, u64)> {
+    let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
+    let mut seen = (0..nr_calls)
+        .map(|_| target.discard(call))
+        .collect::<Result<Vec<_>>>()?;
+    seen.sort_unstable();
+    Ok((seen, target.shared.late.load(Ordering::Relaxed)))
+}
+
+/// Of windows from short to long, how many are open at all, and for how long.
+fn distribution(name: &str, seen: &[u64]) -> [Note; 4] {
+    let note = |what, value, unit| Note::new(format!("{name}: {what}"), value, unit, None);
+    let open = seen.iter().filter(|&&ns| ns > 0).count();
+    let at = |q: f64| seen[((seen.len() - 1) as f64 * q) as usize] as f64;
+    [
+        note(
+            "calls that have one",
+            open as f64 / seen.len() as f64,
+            "of all",
+        ),
+        note("p50", at(0.5), "ns"),
+        note("p99", at(0.99), "ns"),
+        note("longest", at(1.0), "ns"),
+    ]
 }
