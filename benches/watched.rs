@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering}
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use benches::harness::{Samples, Subject};
 use benches::machine::{pin_to_cpu, unpin};
 use benches::report::Note;
@@ -127,10 +127,11 @@ pub(crate) struct Target {
     // In the order in which they go.
     range: Range<Watched>,
     mapped: MappedRef<Watched>,
-    _attachment: Attachment<Watched>,
+    attachment: Attachment<Watched>,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
-    turns: Turns,
+    /// Of the worker, and of the thread that takes pages away.
+    turns: [Turns; 2],
     _mirror: Mirror<'static, u8>,
     map: Map,
     page: usize,
@@ -195,10 +196,10 @@ impl Target {
         }
         pin_to_cpu(HERE);
         Ok(Self {
-            turns: Turns::of(shared.tid.load(Ordering::Relaxed)),
+            turns: [shared.tid.load(Ordering::Relaxed), tid()].map(Turns::of),
             range: attachment.range()?,
             mapped,
-            _attachment: attachment,
+            attachment,
             shared,
             worker,
             _mirror: mirror,
@@ -239,22 +240,25 @@ impl Target {
     }
 
     /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean; and
-    /// whether the worker kept its CPU meanwhile, as far as the kernel tells.
+    /// whether worker and waiter kept their CPUs meanwhile, as far as the kernel tells.
     fn shoot(&mut self) -> Result<(u64, bool)> {
         self.give_next()?;
-        let turns = self.turns.so_far();
+        let turns = self.turns.each_ref().map(Turns::so_far);
         // SAFETY: in the mapping; volatile, as the fault is what it is for.
         unsafe { self.map.at(self.page).write_volatile(2) };
         let begun = self.shared.begun.load(Ordering::Relaxed);
         let clean = self.shared.clean.load(Ordering::Relaxed);
         ensure!(begun != 0 && clean >= begun, "the page was not taken away");
-        Ok((clean - begun, turns == self.turns.so_far()))
+        let kept_cpu = turns == self.turns.each_ref().map(Turns::so_far);
+        Ok((clean - begun, kept_cpu))
     }
 
     /// Takes the page's contents, or the page, by a call of the application's: for how long after the call had returned the device
-    /// went on using its translation.
-    fn discard(&mut self, call: Call) -> Result<u64> {
+    /// went on using its translation, and how many uses began in that time. `None` if the call did not wait for an access in flight,
+    /// whose thread was kept from running for longer than an event may be kept waiting (`PAUSE_NS` in `runtime/src/events.rs`).
+    fn discard(&mut self, call: Call) -> Result<Option<(u64, u64)>> {
         self.give_next()?;
+        let outstayed = self.attachment.stats().outstayed_pauses;
         call.make(self.map.at(self.page))?;
         self.shared.returned.store(true, Ordering::Release);
         let returned = now();
@@ -263,11 +267,20 @@ impl Target {
         wait_until(|| self.shared.misses.load(Ordering::Relaxed) > before + 1);
         // Acquire: pairs with the Release of the misses.
         let used = self.shared.used.load(Ordering::Acquire);
-        Ok(used.saturating_sub(returned))
+        let late = self.shared.late.swap(0, Ordering::Relaxed);
+        // Ours wait for it all the same.
+        let is_waited_for =
+            call.is_of_svm() || self.attachment.stats().outstayed_pauses == outstayed;
+        Ok(is_waited_for.then(|| (used.saturating_sub(returned), late)))
     }
 }
 
-/// How often the worker was given a CPU. More often than before: it had lost it.
+fn tid() -> i32 {
+    // SAFETY: gettid takes nothing and changes nothing.
+    unsafe { libc::gettid() }
+}
+
+/// How often a thread was given a CPU. More often than before: it had lost it.
 struct Turns(Option<File>);
 
 impl Turns {
@@ -301,10 +314,7 @@ impl Drop for Target {
 /// A worker: uses the page, while it has a translation for it.
 fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     pin_to_cpu(THERE);
-    // SAFETY: gettid takes nothing and changes nothing.
-    shared
-        .tid
-        .store(unsafe { libc::gettid() }, Ordering::Relaxed);
+    shared.tid.store(tid(), Ordering::Relaxed);
     let signals = svm::worker_thread();
     let (slot, generation) = (shared.sim.slot(0), shared.sim.generation());
     shared.sim.take_post(0, signals.id());
@@ -380,7 +390,7 @@ pub(crate) const SHOTS: usize = 200;
 /// From the call that takes translations away until the last worker is done with them.
 pub(crate) struct Shootdown<'a> {
     pub(crate) target: &'a std::cell::RefCell<Target>,
-    /// Those in which the worker kept its CPU.
+    /// Those in which worker and waiter kept their CPUs.
     pub(crate) undisturbed: Samples,
 }
 
@@ -421,6 +431,10 @@ impl Call {
         }
     }
 
+    fn is_of_svm(self) -> bool {
+        matches!(self, Self::SvmMadvise | Self::SvmMunmap)
+    }
+
     fn make(self, page: *mut u8) -> Result<()> {
         let advice = libc::MADV_DONTNEED;
         let result = match self {
@@ -454,51 +468,74 @@ pub(crate) fn windows(quick: bool) -> Result<(Vec<Note>, Vec<String>)> {
             Call::SvmMunmap,
         ] {
             let name = format!("window of a call, {door} door, {}", call.name());
-            let (seen, late) = windows_of(call, delivery, nr_calls)?;
-            let has_window =
-                delivery == Delivery::Thread && matches!(call, Call::Madvise | Call::Munmap);
-            if has_window {
-                notes.extend(distribution(&name, &seen));
+            let seen = Windows::of(call, delivery, nr_calls)?;
+            if delivery == Delivery::Thread && !call.is_of_svm() {
+                notes.extend(seen.distribution(&name));
                 continue;
             }
-            let longest = *seen.last().context("no calls")?;
-            notes.push(Note::new(
-                format!("{name}: longest"),
-                longest as f64,
-                "ns",
-                Some(0.0),
-            ));
-            if late > 0 {
-                broken.push(format!("{name}: {late} uses began after it had returned"));
+            notes.extend(seen.that_must_not_be(&name));
+            if seen.late > 0 {
+                broken.push(format!("{name}: {} uses began after it", seen.late));
             }
         }
     }
     Ok((notes, broken))
 }
 
-/// The windows of that many calls, from short to long, and how many uses began in them.
-fn windows_of(call: Call, delivery: Delivery, nr_calls: usize) -> Result<(Vec<u64>, u64)> {
-    let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
-    let mut seen = (0..nr_calls)
-        .map(|_| target.discard(call))
-        .collect::<Result<Vec<_>>>()?;
-    seen.sort_unstable();
-    Ok((seen, target.shared.late.load(Ordering::Relaxed)))
+/// What a device did after calls had returned.
+struct Windows {
+    /// For how long, from short to long.
+    ns: Vec<u64>,
+    /// How many uses began in them all.
+    late: u64,
+    /// Calls that did not wait for an access in flight: they are not among the others.
+    nr_outstayed: usize,
 }
 
-/// Of windows from short to long, how many are open at all, and for how long.
-fn distribution(name: &str, seen: &[u64]) -> [Note; 4] {
-    let note = |what, value, unit| Note::new(format!("{name}: {what}"), value, unit, None);
-    let open = seen.iter().filter(|&&ns| ns > 0).count();
-    let at = |q: f64| seen[((seen.len() - 1) as f64 * q) as usize] as f64;
-    [
-        note(
-            "calls that have one",
-            open as f64 / seen.len() as f64,
-            "of all",
-        ),
-        note("p50", at(0.5), "ns"),
-        note("p99", at(0.99), "ns"),
-        note("longest", at(1.0), "ns"),
-    ]
+impl Windows {
+    fn of(call: Call, delivery: Delivery, nr_calls: usize) -> Result<Self> {
+        let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
+        let (mut ns, mut late) = (Vec::with_capacity(nr_calls), 0);
+        for _ in 0..nr_calls {
+            if let Some((window, began)) = target.discard(call)? {
+                ns.push(window);
+                late += began;
+            }
+        }
+        ns.sort_unstable();
+        ensure!(!ns.is_empty(), "no call waited for the worker");
+        Ok(Self {
+            nr_outstayed: nr_calls - ns.len(),
+            ns,
+            late,
+        })
+    }
+
+    fn at(&self, q: f64) -> f64 {
+        self.ns[((self.ns.len() - 1) as f64 * q) as usize] as f64
+    }
+
+    fn distribution(&self, name: &str) -> [Note; 4] {
+        let note = |what, value, unit| Note::new(format!("{name}: {what}"), value, unit, None);
+        let open = self.ns.iter().filter(|&&ns| ns > 0).count();
+        [
+            note(
+                "calls that have one",
+                open as f64 / self.ns.len() as f64,
+                "of all",
+            ),
+            note("p50", self.at(0.5), "ns"),
+            note("p99", self.at(0.99), "ns"),
+            note("longest", self.at(1.0), "ns"),
+        ]
+    }
+
+    fn that_must_not_be(&self, name: &str) -> [Note; 2] {
+        let longest = format!("{name}: longest");
+        let outstayed = format!("{name}: calls in which a worker without a CPU was not waited for");
+        [
+            Note::new(longest, self.at(1.0), "ns", Some(0.0)),
+            Note::new(outstayed, self.nr_outstayed as f64, "calls", None),
+        ]
+    }
 }
