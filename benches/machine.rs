@@ -5,8 +5,8 @@ use std::fs::File;
 use std::hint::black_box;
 use std::io::Read as _;
 use std::os::fd::FromRawFd as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
 use serde::Serialize;
@@ -267,7 +267,8 @@ impl Tracepoint {
 pub enum Setting {
     /// No other thread of this process.
     Quiet,
-    /// One thread computes on the other CPU, as a device's worker does: flushes of the translation cache interrupt it.
+    /// One thread computes on the other CPU, as a device's worker does, on memory of its own: flushes of the translation cache interrupt
+    /// it.
     Busy,
 }
 
@@ -282,34 +283,56 @@ impl Setting {
     }
 }
 
-/// A thread that computes on one CPU until it is dropped.
+/// A thread that computes on one CPU until it is dropped: a loop over ordinary memory of its own, which nobody mirrors. It uses the
+/// memory's bandwidth, the caches and the translation cache as a device's kernel does, and asks nothing of the runtime, so that ours
+/// and the floors have the same company.
 #[derive(Debug)]
 pub struct Company {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<u64>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Company {
-    /// Starts it where `setting` asks for it.
+    /// Starts it where `setting` asks for it. When this returns it has all its memory, and computes.
     #[must_use]
     pub fn for_setting(setting: Setting, cpu: usize) -> Option<Self> {
         (setting == Setting::Busy).then(|| {
             let stop = Arc::new(AtomicBool::new(false));
             let seen = stop.clone();
+            let ready = Arc::new(Barrier::new(2));
+            let at_work = ready.clone();
             let thread = std::thread::spawn(move || {
                 pin_to_cpu(cpu);
-                let mut x = 1_u64;
-                // Relaxed: it orders nothing.
-                while !seen.load(Ordering::Relaxed) {
-                    x = black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
-                }
-                x
+                keep_busy(&at_work, &seen);
             });
+            ready.wait();
             Self {
                 stop,
                 thread: Some(thread),
             }
         })
+    }
+}
+
+/// A triad, over and over: 6 MiB, so that it is more than a core's own caches.
+fn keep_busy(ready: &Barrier, stop: &AtomicBool) {
+    const LEN: usize = 1 << 18;
+    /// Elements between two looks whether it is to stop.
+    const PIECE: usize = 1 << 12;
+    let (mut a, b, c) = (vec![1.0_f64; LEN], vec![2.0_f64; LEN], vec![3.0_f64; LEN]);
+    ready.wait();
+    let pieces = (0..LEN).step_by(PIECE).cycle();
+    for at in pieces {
+        // Relaxed: it orders nothing.
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let piece = at..at + PIECE;
+        let sources = b[piece.clone()].iter().zip(&c[piece.clone()]);
+        for (a, (b, c)) in a[piece].iter_mut().zip(sources) {
+            *a = b + 0.5 * c;
+        }
+        black_box(&mut a);
     }
 }
 

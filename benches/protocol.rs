@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use accel_sim::Accelerator;
 use anyhow::{Context, Result, ensure};
 use benches::harness::{Args, Case, Progress, Samples, Subject, WARM_UP, compare};
-use benches::machine::{Machine, Setting};
+use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Outcome, Results, Target as Goal, publish};
 use criterion::Criterion;
 use svm::notifier::{Hub, Interval, Subscription};
@@ -77,6 +77,10 @@ mod sync {
     /// Names a lock; the bench has the directory to itself.
     pub(crate) struct Mutex<T>(core::marker::PhantomData<T>);
 }
+
+/// The measuring thread's CPU, and the one of its company or of the worker that it takes pages from.
+const HERE: usize = 0;
+const THERE: usize = 1;
 
 /// Operations for each sample, so that the clock does not count.
 const BATCH: u64 = 256;
@@ -292,8 +296,11 @@ fn retries(n: u64, quick: bool) -> Vec<Note> {
 }
 
 /// A translation-cache hit: nanoseconds for a load, a store, and a load that the next one's address depends on.
-fn hits(criterion: &mut Criterion) -> Result<()> {
+fn hits(criterion: &mut Criterion, setting: Setting) -> Result<()> {
     const LEN: usize = 1 << 13;
+    // The worker, too: it starts with its maker's CPU.
+    pin_to_cpu(HERE);
+    let _company = Company::for_setting(setting, THERE);
     let accel = Accelerator::with_options(accel_sim::Options::new().workers(1))?;
     let mut data = Buffer::<u64>::zeroed(LEN)?;
     // A cycle through all elements, far from one to the next.
@@ -342,7 +349,7 @@ fn hits(criterion: &mut Criterion) -> Result<()> {
             .expect("nobody panics")
             .expect("the kernel ran")
     };
-    let mut group = criterion.benchmark_group("translation-cache hit");
+    let mut group = criterion.benchmark_group(group_of_hits(setting));
     for (name, step) in [
         ("load", HitStep::Load),
         ("store", HitStep::Store),
@@ -351,7 +358,15 @@ fn hits(criterion: &mut Criterion) -> Result<()> {
         group.bench_function(name, |b| b.iter_custom(|nr| timed(nr, step)));
     }
     group.finish();
+    unpin();
     Ok(())
+}
+
+fn group_of_hits(setting: Setting) -> &'static str {
+    match setting {
+        Setting::Quiet => "translation-cache hit",
+        Setting::Busy => "translation-cache hit beside a busy CPU",
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -451,7 +466,8 @@ fn pure(criterion: &mut Criterion) {
 /// What criterion found, in nanoseconds, with the targets of those that have one.
 fn found(dir: &Path) -> Result<Vec<Note>> {
     let mut notes = Vec::new();
-    for group in ["hub", "rfc", "directory", "translation-cache hit"] {
+    let hits = [Setting::Quiet, Setting::Busy].map(group_of_hits);
+    for group in ["hub", "rfc", "directory"].into_iter().chain(hits) {
         let mut of_group = Vec::new();
         let Ok(entries) = std::fs::read_dir(dir.join(group)) else {
             continue;
@@ -541,14 +557,14 @@ fn judged(outcome: &Outcome) -> [Note; 2] {
     ]
 }
 
-/// How often the worker lost its CPU to another thread while it was waited for, and what the others took. Who waits for an access can
-/// do nothing about that: a thread in the middle of a span has to run to end it. (An interrupt needs the CPU alone, whoever runs there.)
+/// How often the worker, or who waits for it, lost its CPU to another thread meanwhile, and what the others took. Who waits for an access
+/// can do nothing about that: a thread in the middle of a span has to run to end it. (An interrupt needs the CPU alone, whoever runs there.)
 fn of_undisturbed(outcome: &Outcome, undisturbed: &Samples, rounds: usize) -> [Note; 2] {
     let all = ((rounds + WARM_UP) * watched::SHOTS) as f64;
     let name = &outcome.name;
     [
         Note::new(
-            format!("{name}: in which the worker lost its CPU"),
+            format!("{name}: in which a thread lost its CPU"),
             (all - undisturbed.len() as f64) * 1000.0 / all,
             "of 1000",
             None,
@@ -651,7 +667,8 @@ fn main() -> Result<()> {
             .measurement_time(time(600))
             .sample_size(if args.quick { 10 } else { 50 });
         pure(&mut criterion);
-        hits(&mut criterion)?;
+        hits(&mut criterion, Setting::Quiet)?;
+        hits(&mut criterion, Setting::Busy)?;
         notes.extend(found(&dir)?);
     }
     publish(

@@ -25,14 +25,11 @@ use svm::{
 use crate::device::{RegionTable, Sim};
 use crate::fences;
 use crate::shootdown::{Generation, Rights};
-use crate::wait_until;
+use crate::{HERE, THERE, wait_until};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// As of an accelerator.
 const SPAN_DEADLINE: Duration = Duration::from_secs(2);
-/// The thread that takes pages away, and the worker.
-const HERE: usize = 0;
-const THERE: usize = 1;
 
 /// Nanoseconds of the monotonic clock.
 fn now() -> u64 {
