@@ -26,12 +26,14 @@ pub struct Machine {
     pub unix_time: u64,
     /// Load averages (1, 5, 15 minutes) at the start: what else went on.
     pub load: String,
-    /// What the runtime found here.
-    pub capabilities: String,
+    /// What was built: the commit, "unknown" without git.
+    pub commit: String,
+    /// Whether files differed from it, results and the README apart, which a run writes.
+    pub is_changed: bool,
 }
 
 impl Machine {
-    /// Looks around.
+    /// Looks around. Asks nothing of the runtime: what that keeps from its first use on is measured later.
     #[must_use]
     pub fn here() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -46,6 +48,16 @@ impl Machine {
                 .trim()
                 .to_owned()
         };
+        let head = git(&["rev-parse", "HEAD"]);
+        let changes = git(&[
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ":(top)",
+            ":(top,exclude)benches/results",
+            ":(top,exclude)README.md",
+        ]);
         Self {
             cpu: field("model name"),
             nr_cpus: std::thread::available_parallelism().map_or(1, usize::from),
@@ -55,12 +67,30 @@ impl Machine {
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(0, |d| d.as_secs()),
             load: read("/proc/loadavg"),
-            capabilities: format!("{:?}", svm::Capabilities::probe()),
+            commit: head.unwrap_or_else(|| "unknown".to_owned()),
+            is_changed: changes.is_some_and(|changes| !changes.is_empty()),
         }
     }
 }
 
+/// What git answers where the benches' sources are.
+fn git(args: &[&str]) -> Option<String> {
+    let sources = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| ".".into());
+    let mut git = std::process::Command::new("git");
+    let output = git.arg("-C").arg(sources).args(args).output().ok()?;
+    let answer = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| answer.trim().to_owned())
+}
+
 impl Machine {
+    /// What was built, as a reader likes it.
+    #[must_use]
+    pub fn build(&self) -> String {
+        let commit = self.commit.get(..12).unwrap_or(&self.commit);
+        let changed = if self.is_changed { " with changes" } else { "" };
+        format!("{commit}{changed}")
+    }
+
     /// The day of the run, as in 2026-01-31 (UTC).
     #[must_use]
     pub fn date(&self) -> String {

@@ -306,6 +306,8 @@ struct Document<'a> {
     date: String,
     quick: bool,
     machine: &'a Machine,
+    /// What the runtime found here.
+    capabilities: String,
     #[serde(flatten)]
     results: &'a Results,
 }
@@ -321,8 +323,12 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
         series,
     } = results;
     println!(
-        "{bench}: {} x {}, Linux {}, load {}",
-        machine.nr_cpus, machine.cpu, machine.kernel, machine.load
+        "{bench}: {} x {}, Linux {}, commit {}, load {}",
+        machine.nr_cpus,
+        machine.cpu,
+        machine.kernel,
+        machine.build(),
+        machine.load
     );
     println!("{}", table(outcomes));
     for note in notes {
@@ -350,6 +356,8 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
             date: machine.date(),
             quick: args.quick,
             machine,
+            // Now, and not at the start: what probing leaves behind is among what the first mirror is to answer for.
+            capabilities: format!("{:?}", svm::Capabilities::probe()),
             results,
         };
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
