@@ -24,7 +24,8 @@ if [ "${1:-}" = --quick ]; then
 fi
 
 tracefs=/sys/kernel/tracing
-if [ ! -r "$tracefs/events/raw_syscalls/sys_enter/id" ]; then
+tracepoint=events/raw_syscalls/sys_enter/id
+if [ ! -r "$tracefs/$tracepoint" ] && [ ! -r "/sys/kernel/debug/tracing/$tracepoint" ]; then
     if [ "$(id -u)" = 0 ] && mount -t tracefs nodev "$tracefs" 2>/dev/null; then
         trap 'umount "$tracefs"' EXIT
     else
