@@ -470,7 +470,13 @@ pub(crate) fn windows(quick: bool) -> Result<(Vec<Note>, Vec<String>)> {
                 notes.extend(seen.distribution(&name));
                 continue;
             }
-            notes.extend(seen.that_must_not_be(&name));
+            let longest = format!("{name}: longest");
+            notes.push(Note::new(longest, seen.at(1.0), "ns", Some(0.0)));
+            if !call.is_of_svm() {
+                let what = "calls in which a worker without a CPU was not waited for";
+                let nr = seen.nr_outstayed as f64;
+                notes.push(Note::new(format!("{name}: {what}"), nr, "calls", None));
+            }
             if seen.late > 0 {
                 broken.push(format!("{name}: {} uses began after it", seen.late));
             }
@@ -524,15 +530,6 @@ impl Windows {
             note("p50", self.at(0.5), "ns"),
             note("p99", self.at(0.99), "ns"),
             note("longest", self.at(1.0), "ns"),
-        ]
-    }
-
-    fn that_must_not_be(&self, name: &str) -> [Note; 2] {
-        let longest = format!("{name}: longest");
-        let outstayed = format!("{name}: calls in which a worker without a CPU was not waited for");
-        [
-            Note::new(longest, self.at(1.0), "ns", Some(0.0)),
-            Note::new(outstayed, self.nr_outstayed as f64, "calls", None),
         ]
     }
 }
