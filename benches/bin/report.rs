@@ -182,25 +182,29 @@ fn against_rfc(run: &Value) -> String {
         });
         let figures: Vec<_> = of_step
             .map(|case| {
-                let ranges = text(case, "name").rsplit(", ").next().unwrap_or_default();
+                let nr = text(case, "name").rsplit(", ").next().unwrap_or_default();
+                let nr = nr.trim_end_matches(" ranges");
                 let mark = match case["met"].as_bool() {
                     Some(true) => " ✓",
                     Some(false) => " ✗",
                     None => "",
                 };
-                format!("{:.2} x of {ranges}{mark}", number(&case["ratio"]))
+                format!("{:.2} x{mark} of {nr}", number(&case["ratio"]))
             })
             .collect();
         if !figures.is_empty() {
             let figures = figures.join(", ");
-            let _ = writeln!(out, "- {step}, over the RFC's: {figures}");
+            let _ = writeln!(
+                out,
+                "- {step}, over the RFC's, by number of ranges: {figures}"
+            );
         }
     }
     if !out.is_empty() {
         out.push_str(
-            "\nWhere ranges are few the RFC's list costs less: its begin takes one lock and reads two words, whatever the ranges, and its start \
-             looks through a list that is short. What it saves there it loses in retries, for its number is one for all ranges (above); the \
-             targets (at most 1) are of many ranges.\n",
+            "\nThe RFC's begin costs less whatever their number, for it takes a lock and reads two words; its start does where ranges are few, for it \
+             looks through a list. What that saves it loses in retries, since its number is one for all ranges (above). The targets, at most 1, are \
+             of many ranges.\n",
         );
     }
     out
