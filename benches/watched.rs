@@ -245,7 +245,11 @@ impl Target {
         unsafe { self.map.at(self.page).write_volatile(2) };
         let begun = self.shared.begun.load(Ordering::Relaxed);
         let clean = self.shared.clean.load(Ordering::Relaxed);
-        ensure!(begun != 0 && clean >= begun, "the page was not taken away");
+        ensure!(begun != 0, "the page was not taken away");
+        ensure!(
+            clean >= begun,
+            "the page was taken from a worker that had no CPU for {SPAN_DEADLINE:?}: too much else runs here"
+        );
         let kept_cpu = turns == self.turns.each_ref().map(Turns::so_far);
         Ok((clean - begun, kept_cpu))
     }

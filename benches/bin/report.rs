@@ -163,9 +163,14 @@ fn footnote(bench: &str) -> &'static str {
              that CPU. *F3 pinned*: the floor's reader and faulter are on one CPU, and ours is pinned nowhere. The peers have no ratio, for they \
              were not measured in this run.\n"
         }
-        "offload" | "scaling" => {
-            "\n–: not run beside a busy CPU. Either its own workers or threads keep all CPUs busy, or it is no fault: a kernel on data in \
-             place asks nothing of the system, and a mirror made and dropped has no device at work.\n"
+        "offload" => {
+            "\n–: not run beside a busy CPU. All CPUs are workers' there, or the kernel runs on data in place, which asks nothing of the \
+             system.\n"
+        }
+        "scaling" => {
+            "\n–: not run beside a busy CPU. Its own workers or threads keep all CPUs busy, or, where a mirror is made and dropped, no device is at \
+             work. Bookkeeping is what is in RAM beyond the data (RssAnon), page tables apart: a window's take eight bytes for each page that \
+             has been in it.\n"
         }
         _ => "",
     }
