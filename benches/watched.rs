@@ -326,6 +326,17 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     while !shared.stop.load(Ordering::Relaxed) {
         // Acquire: pairs with the Release in `give_next`.
         let page = shared.page.load(Ordering::Acquire);
+        let count = |counter: &AtomicU64| {
+            // Release: who sees a miss sees the last use before it.
+            counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Release);
+        };
+        // Without a translation an accelerator's worker waits in its fault, and publishes nothing. One that tried again and again would be
+        // taken for an access: what a shooter that looks at its slot sees is mostly what its last try has just published.
+        if bits.place(page, Rights::Write).is_none() {
+            count(&shared.misses);
+            std::hint::spin_loop();
+            continue;
+        }
         let host = mapped.region().base() + page * PAGE_SIZE;
         let window = host.wrapping_add_signed(mapped.offset());
         let touch = |word: usize| {
@@ -377,9 +388,7 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
                 .is_some()
             }
         };
-        let counter = if done { &shared.uses } else { &shared.misses };
-        // Release: who sees a miss sees the last use before it.
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Release);
+        count(if done { &shared.uses } else { &shared.misses });
     }
     slot.abandon();
     shared.sim.leave_post(0);
