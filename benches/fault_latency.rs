@@ -9,8 +9,8 @@ use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
-use benches::machine::{Company, Counters, Machine, Setting, pin_to_cpu, unpin};
-use benches::report::{Note, Results, Target, publish};
+use benches::machine::{Company, Counter, Counters, Machine, Setting, pin_to_cpu, unpin};
+use benches::report::{Count, Counted, Note, Results, Target, publish};
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
 use svm::notifier::{Hub, Interval};
 use svm::sync::{Deadline, Gate, Mutex};
@@ -137,15 +137,20 @@ struct At {
 
 impl Subject for At {
     fn arm(&mut self) -> Result<()> {
-        match self.cpu {
-            Some(cpu) => pin_to_cpu(cpu),
-            None => unpin(),
-        }
+        run_on(self.cpu);
         self.subject.arm()
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         self.subject.pass(samples)
+    }
+}
+
+/// The calling thread is on this CPU from now on; on any, if it is none.
+fn run_on(cpu: Option<usize>) {
+    match cpu {
+        Some(cpu) => pin_to_cpu(cpu),
+        None => unpin(),
     }
 }
 
@@ -159,6 +164,15 @@ struct Row {
     huge: bool,
     floor: Floor,
     target: f64,
+}
+
+impl Row {
+    fn delivery_name(&self) -> &'static str {
+        match self.delivery {
+            Delivery::Inline => "inline",
+            Delivery::Thread => "thread",
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -447,31 +461,40 @@ fn alone<R>(mut piece: impl FnMut() -> R) -> f64 {
     samples.quantile(0.5) as f64 / f64::from(BATCH)
 }
 
-/// Where the time of a fault on 4 KiB goes, nothing else running. What the kernel takes follows from floors that are measured here by
-/// turns with ours; the rest is the runtime's, and of it the pieces that can be run alone are: in a fault, where their code is not in
-/// the cache, they cost more.
-fn breakdown(rounds: usize) -> Result<Vec<Note>> {
-    const PAGE: Granule = Granule::Page;
-    let ours = |kind| Ours::new(kind, Delivery::Inline, MIB, PAGE, false);
-    let mut subjects: [Box<dyn Subject>; 10] = [
-        Box::new(Resolve::new(Job::Unprotect, MIB, PAGE.bytes())),
-        Box::new(Inline::new(Job::Unprotect, MIB, PAGE.bytes())),
-        Box::new(ours(Kind::CpuWriteShared)?),
-        Box::new(Resolve::new(Job::MoveHome, MIB, PAGE.bytes())),
-        Box::new(Inline::new(Job::MoveHome, MIB, PAGE.bytes())),
-        Box::new(ours(Kind::CpuTouchAway)?),
-        Box::new(Move::new(MIB, PAGE.bytes(), false)),
-        Box::new(ours(Kind::DeviceMigrates)?),
-        Box::new(ProtectAndCopy::new(MIB, PAGE.bytes())),
-        Box::new(ours(Kind::DeviceDuplicates)?),
-    ];
-    let mut all: [Samples; 10] = std::array::from_fn(|_| Samples::new());
-    for _ in 0..rounds {
-        for (subject, samples) in subjects.iter_mut().zip(&mut all) {
+/// The medians of subjects that take turns, in the other direction every second round.
+fn medians<const N: usize>(rounds: usize, mut subjects: [Box<dyn Subject>; N]) -> Result<[f64; N]> {
+    let mut all: [Samples; N] = std::array::from_fn(|_| Samples::new());
+    for round in 0..rounds {
+        let mut turns: Vec<_> = subjects.iter_mut().zip(&mut all).collect();
+        if round % 2 == 1 {
+            turns.reverse();
+        }
+        for (subject, samples) in turns {
             subject.arm()?;
             subject.pass(samples)?;
         }
     }
+    Ok(all.map(|samples| samples.quantile(0.5) as f64))
+}
+
+/// Where the time of a fault on 4 KiB goes, nothing else running. What the kernel takes follows from floors that are measured here by
+/// turns with ours, and are not those of the table; the rest is the runtime's.
+fn breakdown(rounds: usize) -> Result<Vec<Note>> {
+    let steps = steps_inline(rounds)?
+        .into_iter()
+        .chain(steps_thread(rounds)?)
+        .chain(steps_alone());
+    Ok(steps
+        .map(|(name, ns)| Note::new(format!("step: {name}"), ns, "ns", None))
+        .collect())
+}
+
+type Step = (&'static str, f64);
+
+/// Of faults that the faulting thread resolves, the device's and the CPU's.
+fn steps_inline(rounds: usize) -> Result<[Step; 10]> {
+    const PAGE: Granule = Granule::Page;
+    let ours = |kind| Ours::new(kind, Delivery::Inline, MIB, PAGE, false);
     let [
         unprotect,
         f1,
@@ -483,27 +506,22 @@ fn breakdown(rounds: usize) -> Result<Vec<Note>> {
         migration,
         f4,
         duplication,
-    ] = all.map(|samples| samples.quantile(0.5) as f64);
-    let gate = Gate::new();
-    let lock = Mutex::new(0_u64);
-    let hub = Hub::new();
-    let interval = Interval::new(0x10_0000, 0x10_1000);
-    let range = hub.insert(interval);
-    let begin_and_look = || {
-        range
-            .begin(Deadline::NEVER)
-            .is_ok_and(|token| range.interrupted(token))
-    };
-    let steps = [
-        (
-            "the clock, read twice (in every figure)",
-            2.0 * alone(std::time::Instant::now),
-        ),
-        (
-            "an empty system call",
-            // SAFETY: getppid takes nothing and changes nothing.
-            alone(|| unsafe { libc::getppid() }),
-        ),
+    ] = medians(
+        rounds,
+        [
+            Box::new(Resolve::new(Job::Unprotect, MIB, PAGE.bytes())),
+            Box::new(Inline::new(Job::Unprotect, MIB, PAGE.bytes())),
+            Box::new(ours(Kind::CpuWriteShared)?),
+            Box::new(Resolve::new(Job::MoveHome, MIB, PAGE.bytes())),
+            Box::new(Inline::new(Job::MoveHome, MIB, PAGE.bytes())),
+            Box::new(ours(Kind::CpuTouchAway)?),
+            Box::new(Move::new(MIB, PAGE.bytes(), false)),
+            Box::new(ours(Kind::DeviceMigrates)?),
+            Box::new(ProtectAndCopy::new(MIB, PAGE.bytes())),
+            Box::new(ours(Kind::DeviceDuplicates)?),
+        ],
+    )?;
+    Ok([
         ("cpu write: un-protecting, alone", unprotect),
         (
             "cpu write: exception, signal and return (F1 less that)",
@@ -520,6 +538,67 @@ fn breakdown(rounds: usize) -> Result<Vec<Note>> {
         ("migration: the runtime (ours less F5)", migration - f5),
         ("duplication: protect and copy, alone (F4)", f4),
         ("duplication: the runtime (ours less F4)", duplication - f4),
+    ])
+}
+
+/// Of a CPU touch that the monitor resolves: on the faulter's own CPU, and where the scheduler has both.
+fn steps_thread(rounds: usize) -> Result<[Step; 4]> {
+    const PAGE: Granule = Granule::Page;
+    let ours = || Ours::new(Kind::CpuTouchAway, Delivery::Thread, MIB, PAGE, false);
+    let at = |cpu, subject: Box<dyn Subject>| Box::new(At { cpu, subject });
+    let floor = Reader::new(Job::MoveHome, MIB, PAGE.bytes(), Place::Pinned(HERE));
+    let [move_home, f3, pinned, free] = medians(
+        rounds,
+        [
+            at(
+                Some(HERE),
+                Box::new(Resolve::new(Job::MoveHome, MIB, PAGE.bytes())),
+            ),
+            at(Some(HERE), Box::new(floor)),
+            at(Some(HERE), Box::new(ours()?)),
+            at(None, Box::new(ours()?)),
+        ],
+    )?;
+    pin_to_cpu(HERE);
+    Ok([
+        ("cpu touch, thread door: MOVE home, alone", move_home),
+        (
+            "cpu touch, thread door: exception, message, a switch there and one back (F3 pinned less that)",
+            f3 - move_home,
+        ),
+        (
+            "cpu touch, thread door: the runtime (ours, the faulter pinned too, less F3 pinned)",
+            pinned - f3,
+        ),
+        (
+            "cpu touch, thread door: a faulter left to the scheduler (ours, beyond that)",
+            free - pinned,
+        ),
+    ])
+}
+
+/// Pieces that can be run alone: in a fault, where their code is not in the cache, they cost more.
+fn steps_alone() -> [Step; 6] {
+    let gate = Gate::new();
+    let lock = Mutex::new(0_u64);
+    let hub = Hub::new();
+    let interval = Interval::new(0x10_0000, 0x10_1000);
+    let range = hub.insert(interval);
+    let begin_and_look = || {
+        range
+            .begin(Deadline::NEVER)
+            .is_ok_and(|token| range.interrupted(token))
+    };
+    [
+        (
+            "the clock, read twice (in every figure)",
+            2.0 * alone(std::time::Instant::now),
+        ),
+        (
+            "an empty system call",
+            // SAFETY: getppid takes nothing and changes nothing.
+            alone(|| unsafe { libc::getppid() }),
+        ),
         (
             "of the runtime, warm: gate, entered and left",
             alone(|| drop(gate.enter())),
@@ -536,68 +615,90 @@ fn breakdown(rounds: usize) -> Result<Vec<Note>> {
             "of the runtime, warm: bracket, start and end",
             alone(|| drop(hub.start(interval, None))),
         ),
-    ];
-    Ok(steps
-        .into_iter()
-        .map(|(name, ns)| Note::new(format!("step: {name}"), ns, "ns", None))
-        .collect())
+    ]
 }
 
-/// What a fault takes of the kernel, counted.
-fn counts(rounds: usize) -> Result<Vec<Note>> {
-    let kinds = [
-        ("cpu write, shared page", Kind::CpuWriteShared),
-        ("cpu touch, device page", Kind::CpuTouchAway),
-        ("device duplicates", Kind::DeviceDuplicates),
-        ("device migrates", Kind::DeviceMigrates),
+/// What the jobs of the table take of the kernel, counted; and a CPU touch of a whole block, which the table has not.
+fn counts(rounds: usize) -> Result<Vec<Count>> {
+    let whole = |name, huge| Row {
+        name,
+        kind: Kind::CpuTouchAway,
+        delivery: Delivery::Inline,
+        len: 16 * MIB,
+        granule: Granule::Huge,
+        huge,
+        floor: Floor::Inline(Job::MoveHome),
+        target: 1.25,
+    };
+    let whole = [
+        whole("cpu touch, device page, 2 MiB", false),
+        whole("cpu touch, device page, 2 MiB huge", true),
     ];
-    let mut notes = Vec::new();
-    for (name, kind) in kinds {
-        for delivery in [Delivery::Inline, Delivery::Thread] {
-            let is_cpu = matches!(kind, Kind::CpuWriteShared | Kind::CpuTouchAway);
-            if delivery == Delivery::Thread && !is_cpu {
-                continue;
-            }
-            for setting in [Setting::Quiet, Setting::Busy] {
-                let _company = Company::for_setting(setting, THERE);
-                let mut ours = Ours::new(kind, delivery, MIB, Granule::Page, false)?;
-                // All threads are there, so that each can be counted.
-                ours.arm()?;
-                ours.pass(&mut Samples::new())?;
-                let counters = Counters::of_this_process();
-                // What looking takes itself.
-                let (first, second) = (counters.read(), counters.read());
-                let (mut moving, mut nr) = (0, [0; Counters::NR]);
-                let mut samples = Samples::new();
-                for _ in 0..rounds {
-                    ours.arm()?;
-                    let before = (ours.rig.stats(), counters.read());
-                    ours.pass(&mut samples)?;
-                    let after = (ours.rig.stats(), counters.read());
-                    moving += (after.0 - before.0).movement_calls();
-                    for (i, sum) in nr.iter_mut().enumerate() {
-                        let looking = second[i] - first[i];
-                        *sum += (after.1[i] - before.1[i]).saturating_sub(looking);
-                    }
-                }
-                let door = match delivery {
-                    Delivery::Inline => "inline",
-                    Delivery::Thread => "thread",
-                };
-                let what = counters.names().into_iter().zip(nr);
-                let what = what.filter_map(|(name, n)| Some((name?, n)));
-                for (what, n) in std::iter::once(("system calls that move", moving)).chain(what) {
-                    notes.push(Note::new(
-                        format!("count: {name}, {door}, {}: {what}", setting.name()),
-                        n as f64 / samples.len() as f64,
-                        "a fault",
-                        None,
-                    ));
-                }
-            }
+    let mut counts = Vec::new();
+    for row in rows().iter().chain(&whole) {
+        for setting in [Setting::Quiet, Setting::Busy] {
+            counts.push(count(row, setting, rounds)?);
         }
     }
-    Ok(notes)
+    Ok(counts)
+}
+
+fn count(row: &Row, setting: Setting, rounds: usize) -> Result<Count> {
+    let _company = Company::for_setting(setting, THERE);
+    let cpu = row.floor.cpu_of_ours();
+    run_on(cpu);
+    let mut ours = Ours::new(row.kind, row.delivery, row.len, row.granule, row.huge)?;
+    // All threads are there, so that each can be counted.
+    ours.arm()?;
+    ours.pass(&mut Samples::new())?;
+    let counters = Counters::of_this_process();
+    let looking = difference(counters.read(), counters.read());
+    let (mut moving, mut sums) = (0, [0; Counters::NR]);
+    let mut samples = Samples::new();
+    for _ in 0..rounds {
+        ours.arm()?;
+        // The runtime's outside the kernel's: they are read by system calls too.
+        let (stats, before) = (ours.rig.stats(), counters.read());
+        ours.pass(&mut samples)?;
+        let after = counters.read();
+        moving += (ours.rig.stats() - stats).movement_calls();
+        for ((sum, n), looking) in sums.iter_mut().zip(difference(before, after)).zip(looking) {
+            *sum += n.saturating_sub(looking);
+        }
+    }
+    run_on(Some(HERE));
+    let each = |n: u64| n as f64 / samples.len() as f64;
+    let moving = Counted {
+        counter: Counter {
+            what: "system calls that move",
+            source: "of the runtime's own count",
+        },
+        each: Some(each(moving)),
+    };
+    let kinds = counters.kinds().into_iter().zip(counters.read());
+    let of_kernel = kinds.zip(sums).map(|((counter, offered), sum)| Counted {
+        counter,
+        each: offered.map(|_| each(sum)),
+    });
+    Ok(Count {
+        name: row.name.to_owned(),
+        delivery: row.delivery_name(),
+        setting,
+        is_free: cpu.is_none(),
+        n: samples.len(),
+        figures: std::iter::once(moving).chain(of_kernel).collect(),
+    })
+}
+
+/// By how much each has grown; 0 for what is not counted.
+fn difference(
+    before: [Option<u64>; Counters::NR],
+    after: [Option<u64>; Counters::NR],
+) -> [u64; Counters::NR] {
+    std::array::from_fn(|i| {
+        let [before, after] = [before, after].map(|count| count[i].unwrap_or(0));
+        after - before
+    })
 }
 
 fn main() -> Result<()> {
@@ -633,11 +734,7 @@ fn main() -> Result<()> {
             };
             let case = Case {
                 name: row.name.to_owned(),
-                delivery: if row.delivery == Delivery::Inline {
-                    "inline"
-                } else {
-                    "thread"
-                },
+                delivery: row.delivery_name(),
                 setting,
                 floor: row.floor.name(),
                 target: Some(Target::p50(row.target)),
@@ -647,13 +744,13 @@ fn main() -> Result<()> {
         }
     }
     progress.finish();
-    let mut notes = Vec::new();
+    let (mut notes, mut counted) = (Vec::new(), Vec::new());
     if args.wants("F6") {
         notes.extend(context(rounds)?);
     }
     if args.wants("breakdown") {
         notes.extend(breakdown(rounds)?);
-        notes.extend(counts(if args.quick { 2 } else { 8 })?);
+        counted = counts(if args.quick { 2 } else { 8 })?;
     }
     const { assert!(PAGES_PER_BLOCK * PAGE_SIZE == 2 * MIB) };
     publish(
@@ -663,6 +760,7 @@ fn main() -> Result<()> {
         &Results {
             cases: outcomes,
             notes,
+            counts: counted,
             ..Results::default()
         },
     )

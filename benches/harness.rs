@@ -177,7 +177,7 @@ pub struct Case {
 }
 
 /// Rounds at the start of a case that are thrown away.
-const WARM_UP: usize = 2;
+pub const WARM_UP: usize = 2;
 
 /// Runs the two in turns.
 ///

@@ -5,8 +5,8 @@ use std::fs::File;
 use std::hint::black_box;
 use std::io::Read as _;
 use std::os::fd::FromRawFd as _;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
 use serde::Serialize;
@@ -26,12 +26,14 @@ pub struct Machine {
     pub unix_time: u64,
     /// Load averages (1, 5, 15 minutes) at the start: what else went on.
     pub load: String,
-    /// What the runtime found here.
-    pub capabilities: String,
+    /// What was built: the commit, "unknown" without git.
+    pub commit: String,
+    /// Whether files differed from it, results and the README apart, which a run writes.
+    pub is_changed: bool,
 }
 
 impl Machine {
-    /// Looks around.
+    /// Looks around. Asks nothing of the runtime: what that keeps from its first use on is measured later.
     #[must_use]
     pub fn here() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -46,6 +48,16 @@ impl Machine {
                 .trim()
                 .to_owned()
         };
+        let head = git(&["rev-parse", "HEAD"]);
+        let changes = git(&[
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            ":(top)",
+            ":(top,exclude)benches/results",
+            ":(top,exclude)README.md",
+        ]);
         Self {
             cpu: field("model name"),
             nr_cpus: std::thread::available_parallelism().map_or(1, usize::from),
@@ -55,12 +67,30 @@ impl Machine {
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(0, |d| d.as_secs()),
             load: read("/proc/loadavg"),
-            capabilities: format!("{:?}", svm::Capabilities::probe()),
+            commit: head.unwrap_or_else(|| "unknown".to_owned()),
+            is_changed: changes.is_some_and(|changes| !changes.is_empty()),
         }
     }
 }
 
+/// What git answers where the benches' sources are.
+fn git(args: &[&str]) -> Option<String> {
+    let sources = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| ".".into());
+    let mut git = std::process::Command::new("git");
+    let output = git.arg("-C").arg(sources).args(args).output().ok()?;
+    let answer = String::from_utf8(output.stdout).ok()?;
+    output.status.success().then(|| answer.trim().to_owned())
+}
+
 impl Machine {
+    /// What was built, as a reader likes it.
+    #[must_use]
+    pub fn build(&self) -> String {
+        let commit = self.commit.get(..12).unwrap_or(&self.commit);
+        let changed = if self.is_changed { " with changes" } else { "" };
+        format!("{commit}{changed}")
+    }
+
     /// The day of the run, as in 2026-01-31 (UTC).
     #[must_use]
     pub fn date(&self) -> String {
@@ -107,11 +137,20 @@ fn set_affinity(fill: impl FnOnce(&mut libc::cpu_set_t)) {
     unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) };
 }
 
-/// What the kernel counts of this process. Where it offers no such count, a machine-wide one stands in, and its name says so.
+/// What the kernel counts of this process. Where it offers no such count, a machine-wide one stands in, or none.
 #[derive(Debug)]
 pub struct Counters {
     system_calls: Option<Tracepoint>,
     flushes: Option<Tracepoint>,
+}
+
+/// One of the figures: what it counts, and whose count it is.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Counter {
+    /// What.
+    pub what: &'static str,
+    /// Of which line or place of the kernel; or why there is none.
+    pub source: &'static str,
 }
 
 impl Counters {
@@ -129,52 +168,68 @@ impl Counters {
         }
     }
 
-    /// What they are; `None` for what cannot be had here.
+    /// What they are, in the order of [`read`](Self::read).
     #[must_use]
-    pub fn names(&self) -> [Option<&'static str>; Self::NR] {
+    pub fn kinds(&self) -> [Counter; Self::NR] {
+        let untraced = "not counted: tracefs is not mounted, or may not be read";
+        let or = |tracepoint: &Option<Tracepoint>, traced, otherwise| match tracepoint {
+            Some(_) => traced,
+            None => otherwise,
+        };
+        let kind = |what, source| Counter { what, source };
         [
-            self.system_calls.is_some().then_some("system calls"),
-            Some("context switches"),
-            Some(match self.flushes {
-                Some(_) => "TLB flushes of other CPUs",
-                None => "TLB flushes of other CPUs (of the whole machine)",
-            }),
-            Some("interrupts that wake a CPU (of the whole machine)"),
+            kind(
+                "system calls",
+                or(
+                    &self.system_calls,
+                    "of this process, tracepoint sys_enter",
+                    untraced,
+                ),
+            ),
+            kind("context switches", "of this process, getrusage"),
+            kind(
+                "TLB flushes of other CPUs",
+                or(
+                    &self.flushes,
+                    "sent by this process, tracepoint tlb_flush",
+                    "received on the whole machine, line TLB of /proc/interrupts",
+                ),
+            ),
+            kind(
+                "interrupts that wake a CPU",
+                "on the whole machine, line RES of /proc/interrupts",
+            ),
         ]
     }
 
-    /// The figures now.
+    /// The figures now; `None` for what cannot be had here.
     #[must_use]
-    pub fn read(&self) -> [u64; Self::NR] {
+    pub fn read(&self) -> [Option<u64>; Self::NR] {
         // SAFETY: an rusage is integers: zero is a value.
         let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
         // SAFETY: `usage` is valid for the call.
         unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) };
         let count = |tracepoint: &Option<Tracepoint>| tracepoint.as_ref().map(Tracepoint::read);
         [
-            count(&self.system_calls).unwrap_or(0),
-            (usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs(),
-            // Flushes come as either, by kernel and processor.
-            count(&self.flushes).unwrap_or_else(|| interrupts(&["TLB:", "CAL:"])),
-            interrupts(&["RES:"]),
+            count(&self.system_calls),
+            Some((usage.ru_nvcsw + usage.ru_nivcsw).unsigned_abs()),
+            // Without CAL, whose line has counted these interrupts once more since 2016 (`arch_show_interrupts` in
+            // arch/x86/kernel/irq.c prints `irq_call_count`, from which `irq_tlb_count` was subtracted before).
+            count(&self.flushes).or_else(|| interrupts("TLB:")),
+            interrupts("RES:"),
         ]
     }
 }
 
-/// Interrupts from one CPU to another, of these lines of /proc/interrupts.
-fn interrupts(of: &[&str]) -> u64 {
-    let table = std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
-    table
-        .lines()
-        .filter_map(|line| {
-            of.iter()
-                .find_map(|name| line.trim_start().strip_prefix(name))
-        })
-        .flat_map(|line| {
-            line.split_whitespace()
-                .map_while(|word| word.parse::<u64>().ok())
-        })
-        .sum()
+/// Interrupts of this line of /proc/interrupts, on all CPUs together; `None` where there is no such line.
+fn interrupts(name: &str) -> Option<u64> {
+    let table = std::fs::read_to_string("/proc/interrupts").ok()?;
+    let mut lines = table.lines().map(str::trim_start);
+    let line = lines.find_map(|line| line.strip_prefix(name))?;
+    let of_cpus = line
+        .split_whitespace()
+        .map_while(|word| word.parse::<u64>().ok());
+    Some(of_cpus.sum())
 }
 
 /// How often a place in the kernel was passed by threads of this process: where tracefs is mounted, and perf events are permitted.
@@ -242,7 +297,8 @@ impl Tracepoint {
 pub enum Setting {
     /// No other thread of this process.
     Quiet,
-    /// One thread computes on the other CPU, as a device's worker does: flushes of the translation cache interrupt it.
+    /// One thread computes on the other CPU, as a device's worker does, on memory of its own: flushes of the translation cache interrupt
+    /// it.
     Busy,
 }
 
@@ -257,34 +313,56 @@ impl Setting {
     }
 }
 
-/// A thread that computes on one CPU until it is dropped.
+/// A thread that computes on one CPU until it is dropped: a loop over ordinary memory of its own, which nobody mirrors. It uses the
+/// memory's bandwidth, the caches and the translation cache as a device's kernel does, and asks nothing of the runtime, so that ours
+/// and the floors have the same company.
 #[derive(Debug)]
 pub struct Company {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<u64>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Company {
-    /// Starts it where `setting` asks for it.
+    /// Starts it where `setting` asks for it. When this returns it has all its memory, and computes.
     #[must_use]
     pub fn for_setting(setting: Setting, cpu: usize) -> Option<Self> {
         (setting == Setting::Busy).then(|| {
             let stop = Arc::new(AtomicBool::new(false));
             let seen = stop.clone();
+            let ready = Arc::new(Barrier::new(2));
+            let at_work = ready.clone();
             let thread = std::thread::spawn(move || {
                 pin_to_cpu(cpu);
-                let mut x = 1_u64;
-                // Relaxed: it orders nothing.
-                while !seen.load(Ordering::Relaxed) {
-                    x = black_box(x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1));
-                }
-                x
+                keep_busy(&at_work, &seen);
             });
+            ready.wait();
             Self {
                 stop,
                 thread: Some(thread),
             }
         })
+    }
+}
+
+/// A triad, over and over: 6 MiB, so that it is more than a core's own caches.
+fn keep_busy(ready: &Barrier, stop: &AtomicBool) {
+    const LEN: usize = 1 << 18;
+    /// Elements between two looks whether it is to stop.
+    const PIECE: usize = 1 << 12;
+    let (mut a, b, c) = (vec![1.0_f64; LEN], vec![2.0_f64; LEN], vec![3.0_f64; LEN]);
+    ready.wait();
+    let pieces = (0..LEN).step_by(PIECE).cycle();
+    for at in pieces {
+        // Relaxed: it orders nothing.
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let piece = at..at + PIECE;
+        let sources = b[piece.clone()].iter().zip(&c[piece.clone()]);
+        for (a, (b, c)) in a[piece].iter_mut().zip(sources) {
+            *a = b + 0.5 * c;
+        }
+        black_box(&mut a);
     }
 }
 

@@ -8,7 +8,7 @@ use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde::Serialize;
 
 use crate::harness::{Args, Case, Samples};
-use crate::machine::{Machine, Setting};
+use crate::machine::{Counter, Machine, Setting};
 
 /// What others need for a fault, by what is published or was measured elsewhere: not in the same run, hence not in a ratio.
 #[derive(Clone, Copy, Debug)]
@@ -232,6 +232,33 @@ impl Note {
     }
 }
 
+/// What one job takes of the kernel, counted over many.
+#[derive(Clone, Debug, Serialize)]
+pub struct Count {
+    /// Name of the job.
+    pub name: String,
+    /// How faults reach the resolver.
+    pub delivery: &'static str,
+    /// What else ran.
+    pub setting: Setting,
+    /// Whether the thread that does it is left to the scheduler.
+    pub is_free: bool,
+    /// How many there were.
+    pub n: u64,
+    /// The figures.
+    pub figures: Vec<Counted>,
+}
+
+/// A figure of a [`Count`].
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Counted {
+    /// What was counted, and by whom.
+    #[serde(flatten)]
+    pub counter: Counter,
+    /// For each job; `None` where it cannot be had.
+    pub each: Option<f64>,
+}
+
 /// One point of a [`Series`].
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Point {
@@ -296,6 +323,8 @@ pub struct Results {
     pub cases: Vec<Outcome>,
     /// Figures without a floor.
     pub notes: Vec<Note>,
+    /// What jobs take of the kernel.
+    pub counts: Vec<Count>,
     /// Costs against sizes.
     pub series: Vec<Series>,
 }
@@ -306,6 +335,8 @@ struct Document<'a> {
     date: String,
     quick: bool,
     machine: &'a Machine,
+    /// What the runtime found here.
+    capabilities: String,
     #[serde(flatten)]
     results: &'a Results,
 }
@@ -318,11 +349,16 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
     let Results {
         cases: outcomes,
         notes,
+        counts,
         series,
     } = results;
     println!(
-        "{bench}: {} x {}, Linux {}, load {}",
-        machine.nr_cpus, machine.cpu, machine.kernel, machine.load
+        "{bench}: {} x {}, Linux {}, commit {}, load {}",
+        machine.nr_cpus,
+        machine.cpu,
+        machine.kernel,
+        machine.build(),
+        machine.load
     );
     println!("{}", table(outcomes));
     for note in notes {
@@ -339,6 +375,7 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
         });
         println!("{}: {:.2} {}{verdict}", note.name, note.value, note.unit);
     }
+    print_counts(counts);
     if let Some(path) = &args.json {
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)?;
@@ -350,6 +387,8 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
             date: machine.date(),
             quick: args.quick,
             machine,
+            // Now, and not at the start: what probing leaves behind is among what the first mirror is to answer for.
+            capabilities: format!("{:?}", svm::Capabilities::probe()),
             results,
         };
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
@@ -435,6 +474,43 @@ fn table(outcomes: &[Outcome]) -> Table {
         );
     }
     table
+}
+
+/// A table of what jobs take of the kernel, and below it whose counts these are.
+fn print_counts(counts: &[Count]) {
+    let Some(first) = counts.first() else {
+        return;
+    };
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    let whats = first.figures.iter().map(|figure| figure.counter.what);
+    table.set_header(
+        ["counts, each", "by", "setting", "n"]
+            .into_iter()
+            .chain(whats),
+    );
+    for count in counts {
+        let by = match count.is_free {
+            true => format!("{}, not pinned", count.delivery),
+            false => count.delivery.to_owned(),
+        };
+        let each = |figure: &Counted| {
+            figure
+                .each
+                .map_or_else(|| "-".into(), |n| format!("{n:.2}"))
+        };
+        let row = [
+            count.name.clone(),
+            by,
+            count.setting.name().into(),
+            count.n.to_string(),
+        ];
+        table.add_row(row.into_iter().chain(count.figures.iter().map(each)));
+    }
+    println!("{table}");
+    for Counted { counter, .. } in &first.figures {
+        println!("{}: {}", counter.what, counter.source);
+    }
 }
 
 /// A duration as a reader likes it.

@@ -7,6 +7,9 @@
 # Where much has run before, first, as root: echo 1 > /proc/sys/vm/compact_memory. In memory that is all small pieces a floor and ours may
 # get pages that are not alike.
 #
+# The system calls of a fault are counted by the kernel's tracepoints: as root this mounts tracefs for as long as it runs, where it is not
+# mounted; else it says that they are not counted.
+#
 # At the end stands a table of all targets, met or missed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -18,6 +21,16 @@ out=benches/results/$name
 if [ "${1:-}" = --quick ]; then
     quick=(--quick)
     out=target/bench-quick
+fi
+
+tracefs=/sys/kernel/tracing
+tracepoint=events/raw_syscalls/sys_enter/id
+if [ ! -r "$tracefs/$tracepoint" ] && [ ! -r "/sys/kernel/debug/tracing/$tracepoint" ]; then
+    if [ "$(id -u)" = 0 ] && mount -t tracefs nodev "$tracefs" 2>/dev/null; then
+        trap 'umount "$tracefs"' EXIT
+    else
+        echo "==> tracefs is not mounted, or may not be read: no count of system calls, and TLB flushes are the whole machine's"
+    fi
 fi
 
 benches=(fault_latency offload protocol scaling)

@@ -4,13 +4,15 @@
 //! The workers are the bench's, so that they do nothing else than use one page over and over: they go by the accelerator's handshake
 //! (its files are included as they are), in spans as slice kernels do or by single elements.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use benches::harness::{Samples, Subject};
 use benches::machine::{pin_to_cpu, unpin};
 use benches::report::Note;
@@ -23,14 +25,11 @@ use svm::{
 use crate::device::{RegionTable, Sim};
 use crate::fences;
 use crate::shootdown::{Generation, Rights};
-use crate::wait_until;
+use crate::{HERE, THERE, wait_until};
 
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// As of an accelerator.
 const SPAN_DEADLINE: Duration = Duration::from_secs(2);
-/// The thread that takes pages away, and the worker.
-const HERE: usize = 0;
-const THERE: usize = 1;
 
 /// Nanoseconds of the monotonic clock.
 fn now() -> u64 {
@@ -53,6 +52,11 @@ struct Shared {
     uses: AtomicU64,
     used: AtomicU64,
     misses: AtomicU64,
+    /// Whether the call that gave the page up has returned, and uses that began after that.
+    returned: AtomicBool,
+    late: AtomicU64,
+    /// The worker's thread, or 0 before it runs.
+    tid: AtomicI32,
     stop: AtomicBool,
 }
 
@@ -120,9 +124,11 @@ pub(crate) struct Target {
     // In the order in which they go.
     range: Range<Watched>,
     mapped: MappedRef<Watched>,
-    _attachment: Attachment<Watched>,
+    attachment: Attachment<Watched>,
     shared: Arc<Shared>,
     worker: Option<JoinHandle<()>>,
+    /// Of the worker, and of the thread that takes pages away.
+    turns: [Turns; 2],
     _mirror: Mirror<'static, u8>,
     map: Map,
     page: usize,
@@ -170,6 +176,9 @@ impl Target {
             uses: AtomicU64::new(0),
             used: AtomicU64::new(0),
             misses: AtomicU64::new(0),
+            returned: AtomicBool::new(false),
+            late: AtomicU64::new(0),
+            tid: AtomicI32::new(0),
             stop: AtomicBool::new(false),
         });
         let attach = AttachOptions::new().span_deadline(SPAN_DEADLINE);
@@ -179,11 +188,15 @@ impl Target {
             let (shared, mapped) = (shared.clone(), mapped.clone());
             std::thread::spawn(move || work(&shared, &mapped, how))
         });
+        if worker.is_some() {
+            wait_until(|| shared.tid.load(Ordering::Relaxed) != 0);
+        }
         pin_to_cpu(HERE);
         Ok(Self {
+            turns: [shared.tid.load(Ordering::Relaxed), tid()].map(Turns::of),
             range: attachment.range()?,
             mapped,
-            _attachment: attachment,
+            attachment,
             shared,
             worker,
             _mirror: mirror,
@@ -213,7 +226,9 @@ impl Target {
         )?;
         self.shared.begun.store(0, Ordering::Relaxed);
         self.shared.clean.store(0, Ordering::Relaxed);
-        self.shared.page.store(page, Ordering::Relaxed);
+        self.shared.returned.store(false, Ordering::Relaxed);
+        // Release: who uses this page sees what was reset for it.
+        self.shared.page.store(page, Ordering::Release);
         if self.worker.is_some() {
             let before = self.shared.uses.load(Ordering::Relaxed);
             wait_until(|| self.shared.uses.load(Ordering::Relaxed) > before + 1);
@@ -221,29 +236,69 @@ impl Target {
         Ok(())
     }
 
-    /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean.
-    fn shoot(&mut self) -> Result<u64> {
+    /// Takes the page from the device, by a touch: nanoseconds from the invalidation's beginning until its last worker is clean; and
+    /// whether worker and waiter kept their CPUs meanwhile, as far as the kernel tells.
+    fn shoot(&mut self) -> Result<(u64, bool)> {
         self.give_next()?;
+        let turns = self.turns.each_ref().map(Turns::so_far);
         // SAFETY: in the mapping; volatile, as the fault is what it is for.
         unsafe { self.map.at(self.page).write_volatile(2) };
         let begun = self.shared.begun.load(Ordering::Relaxed);
         let clean = self.shared.clean.load(Ordering::Relaxed);
-        ensure!(begun != 0 && clean >= begun, "the page was not taken away");
-        Ok(clean - begun)
+        ensure!(begun != 0, "the page was not taken away");
+        ensure!(
+            clean >= begun,
+            "the page was taken from a worker that had no CPU for {SPAN_DEADLINE:?}: too much else runs here"
+        );
+        let kept_cpu = turns == self.turns.each_ref().map(Turns::so_far);
+        Ok((clean - begun, kept_cpu))
     }
 
     /// Takes the page's contents, or the page, by a call of the application's: for how long after the call had returned the device
-    /// went on using its translation.
-    fn discard(&mut self, call: Call) -> Result<u64> {
+    /// went on using its translation, and how many uses began in that time. `None` if the call did not wait for an access in flight,
+    /// whose thread was kept from running for longer than an event may be kept waiting (`PAUSE_NS` in `runtime/src/events.rs`).
+    fn discard(&mut self, call: Call) -> Result<Option<(u64, u64)>> {
         self.give_next()?;
+        let outstayed = self.attachment.stats().outstayed_pauses;
         call.make(self.map.at(self.page))?;
+        self.shared.returned.store(true, Ordering::Release);
         let returned = now();
         let before = self.shared.misses.load(Ordering::Relaxed);
         // Two in a row: the first may be of a pause. From then on there is no use.
         wait_until(|| self.shared.misses.load(Ordering::Relaxed) > before + 1);
         // Acquire: pairs with the Release of the misses.
         let used = self.shared.used.load(Ordering::Acquire);
-        Ok(used.saturating_sub(returned))
+        let late = self.shared.late.swap(0, Ordering::Relaxed);
+        // Ours wait for it all the same.
+        let is_waited_for =
+            call.is_of_svm() || self.attachment.stats().outstayed_pauses == outstayed;
+        Ok(is_waited_for.then(|| (used.saturating_sub(returned), late)))
+    }
+}
+
+fn tid() -> i32 {
+    // SAFETY: gettid takes nothing and changes nothing.
+    unsafe { libc::gettid() }
+}
+
+/// How often a thread was given a CPU. More often than before: it had lost it.
+struct Turns(Option<File>);
+
+impl Turns {
+    fn of(tid: i32) -> Self {
+        Self(File::open(format!("/proc/self/task/{tid}/schedstat")).ok())
+    }
+
+    /// 0 where the kernel does not tell.
+    fn so_far(&self) -> u64 {
+        let mut line = [0; 96];
+        let read = self
+            .0
+            .as_ref()
+            .and_then(|file| file.read_at(&mut line, 0).ok());
+        let line = std::str::from_utf8(&line[..read.unwrap_or(0)]).unwrap_or_default();
+        let turns = line.split_whitespace().nth(2);
+        turns.and_then(|turns| turns.parse().ok()).unwrap_or(0)
     }
 }
 
@@ -260,6 +315,7 @@ impl Drop for Target {
 /// A worker: uses the page, while it has a translation for it.
 fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     pin_to_cpu(THERE);
+    shared.tid.store(tid(), Ordering::Relaxed);
     let signals = svm::worker_thread();
     let (slot, generation) = (shared.sim.slot(0), shared.sim.generation());
     shared.sim.take_post(0, signals.id());
@@ -268,7 +324,19 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
     }
     let bits = mapped.table().bits();
     while !shared.stop.load(Ordering::Relaxed) {
-        let page = shared.page.load(Ordering::Relaxed);
+        // Acquire: pairs with the Release in `give_next`.
+        let page = shared.page.load(Ordering::Acquire);
+        let count = |counter: &AtomicU64| {
+            // Release: who sees a miss sees the last use before it.
+            counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Release);
+        };
+        // Without a translation an accelerator's worker waits in its fault, and publishes nothing. One that tried again and again would be
+        // taken for an access: what a shooter that looks at its slot sees is mostly what its last try has just published.
+        if bits.place(page, Rights::Write).is_none() {
+            count(&shared.misses);
+            std::hint::spin_loop();
+            continue;
+        }
         let host = mapped.region().base() + page * PAGE_SIZE;
         let window = host.wrapping_add_signed(mapped.offset());
         let touch = |word: usize| {
@@ -301,6 +369,10 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
                     place.filter(|_| !Generation::is_paused(generation))
                 };
                 let access = |_| {
+                    // Acquire: a use that sees it begins after the call has returned, whatever clocks say.
+                    if shared.returned.load(Ordering::Acquire) {
+                        shared.late.fetch_add(1, Ordering::Relaxed);
+                    }
                     touch(0);
                     shared.used.store(now(), Ordering::Relaxed);
                 };
@@ -316,9 +388,7 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
                 .is_some()
             }
         };
-        let counter = if done { &shared.uses } else { &shared.misses };
-        // Release: who sees a miss sees the last use before it.
-        counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Release);
+        count(if done { &shared.uses } else { &shared.misses });
     }
     slot.abandon();
     shared.sim.leave_post(0);
@@ -328,7 +398,11 @@ fn work(shared: &Shared, mapped: &MappedRef<Watched>, how: Use) {
 pub(crate) const SHOTS: usize = 200;
 
 /// From the call that takes translations away until the last worker is done with them.
-pub(crate) struct Shootdown<'a>(pub(crate) &'a std::cell::RefCell<Target>);
+pub(crate) struct Shootdown<'a> {
+    pub(crate) target: &'a std::cell::RefCell<Target>,
+    /// Those in which worker and waiter kept their CPUs.
+    pub(crate) undisturbed: Samples,
+}
 
 impl Subject for Shootdown<'_> {
     fn arm(&mut self) -> Result<()> {
@@ -336,9 +410,13 @@ impl Subject for Shootdown<'_> {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let mut target = self.0.borrow_mut();
+        let mut target = self.target.borrow_mut();
         for _ in 0..SHOTS {
-            samples.record(target.shoot()?);
+            let (ns, kept_cpu) = target.shoot()?;
+            samples.record(ns);
+            if kept_cpu {
+                self.undisturbed.record(ns);
+            }
         }
         Ok(())
     }
@@ -363,6 +441,10 @@ impl Call {
         }
     }
 
+    fn is_of_svm(self) -> bool {
+        matches!(self, Self::SvmMadvise | Self::SvmMunmap)
+    }
+
     fn make(self, page: *mut u8) -> Result<()> {
         let advice = libc::MADV_DONTNEED;
         let result = match self {
@@ -383,10 +465,11 @@ impl Call {
 }
 
 /// For how long a device goes on using what an application has given up, after the call has returned. Only behind the thread door, and
-/// only for a bare call, is there such a time (`runtime/src/events.rs`); what is to be zero is measured all the same.
-pub(crate) fn windows(quick: bool) -> Result<Vec<Note>> {
+/// only for a bare call, is there such a time (`runtime/src/events.rs`); what is to be zero is measured all the same. Beside the figures,
+/// says where a use began after the return that must not: that is an error, not a figure.
+pub(crate) fn windows(quick: bool) -> Result<(Vec<Note>, Vec<String>)> {
     let nr_calls: usize = if quick { 64 } else { 1_000 };
-    let mut notes = Vec::new();
+    let (mut notes, mut broken) = (Vec::new(), Vec::new());
     for (door, delivery) in [("thread", Delivery::Thread), ("inline", Delivery::Inline)] {
         for call in [
             Call::Madvise,
@@ -394,35 +477,72 @@ pub(crate) fn windows(quick: bool) -> Result<Vec<Note>> {
             Call::SvmMadvise,
             Call::SvmMunmap,
         ] {
-            let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
-            let mut seen = Vec::with_capacity(nr_calls);
-            for _ in 0..nr_calls {
-                seen.push(target.discard(call)?);
+            let name = format!("window of a call, {door} door, {}", call.name());
+            let seen = Windows::of(call, delivery, nr_calls)?;
+            if delivery == Delivery::Thread && !call.is_of_svm() {
+                notes.extend(seen.distribution(&name));
+                continue;
             }
-            seen.sort_unstable();
-            let is_bounded_only =
-                delivery == Delivery::Thread && matches!(call, Call::Madvise | Call::Munmap);
-            let note = |what: &str, value: f64, unit, target| {
-                let name = format!("window of a call, {door} door, {}: {what}", call.name());
-                Note::new(name, value, unit, target)
-            };
-            let longest = *seen.last().context("no calls")?;
-            if is_bounded_only {
-                let open = seen.iter().filter(|&&ns| ns > 0).count();
-                let at = |q: f64| seen[((nr_calls - 1) as f64 * q) as usize] as f64;
-                notes.push(note(
-                    "calls that have one",
-                    open as f64 / nr_calls as f64,
-                    "of all",
-                    None,
-                ));
-                notes.push(note("p50", at(0.5), "ns", None));
-                notes.push(note("p99", at(0.99), "ns", None));
-                notes.push(note("longest", longest as f64, "ns", None));
-            } else {
-                notes.push(note("longest", longest as f64, "ns", Some(0.0)));
+            let longest = format!("{name}: longest");
+            notes.push(Note::new(longest, seen.at(1.0), "ns", Some(0.0)));
+            if !call.is_of_svm() {
+                let what = "calls in which a worker without a CPU was not waited for";
+                let nr = seen.nr_outstayed as f64;
+                notes.push(Note::new(format!("{name}: {what}"), nr, "calls", None));
+            }
+            if seen.late > 0 {
+                broken.push(format!("{name}: {} uses began after it", seen.late));
             }
         }
     }
-    Ok(notes)
+    Ok((notes, broken))
+}
+
+/// What a device did after calls had returned.
+struct Windows {
+    /// For how long, from short to long.
+    ns: Vec<u64>,
+    /// How many uses began in them all.
+    late: u64,
+    /// Calls that did not wait for an access in flight: they are not among the others.
+    nr_outstayed: usize,
+}
+
+impl Windows {
+    fn of(call: Call, delivery: Delivery, nr_calls: usize) -> Result<Self> {
+        let mut target = Target::new(nr_calls + 1, delivery, Use::Elements)?;
+        let (mut ns, mut late) = (Vec::with_capacity(nr_calls), 0);
+        for _ in 0..nr_calls {
+            if let Some((window, began)) = target.discard(call)? {
+                ns.push(window);
+                late += began;
+            }
+        }
+        ns.sort_unstable();
+        ensure!(!ns.is_empty(), "no call waited for the worker");
+        Ok(Self {
+            nr_outstayed: nr_calls - ns.len(),
+            ns,
+            late,
+        })
+    }
+
+    fn at(&self, q: f64) -> f64 {
+        self.ns[((self.ns.len() - 1) as f64 * q) as usize] as f64
+    }
+
+    fn distribution(&self, name: &str) -> [Note; 4] {
+        let note = |what, value, unit| Note::new(format!("{name}: {what}"), value, unit, None);
+        let open = self.ns.iter().filter(|&&ns| ns > 0).count();
+        [
+            note(
+                "calls that have one",
+                open as f64 / self.ns.len() as f64,
+                "of all",
+            ),
+            note("p50", self.at(0.5), "ns"),
+            note("p99", self.at(0.99), "ns"),
+            note("longest", self.at(1.0), "ns"),
+        ]
+    }
 }

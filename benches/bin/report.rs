@@ -127,7 +127,7 @@ fn table(run: &Value) -> String {
                 .all(|&key| text(other, key) == text(case, key))
                 && text(other, "setting") == "busy"
         };
-        let busy = cases.iter().find(same).map_or_else(String::new, ratio);
+        let busy = cases.iter().find(same).map_or_else(|| "–".into(), ratio);
         let _ = writeln!(
             out,
             "| {} | {} | {} | {} | {} | {busy} | {:.2} |",
@@ -150,6 +150,66 @@ fn peers() -> String {
             out,
             "| *{}* ({}) | *a peer* | *{}* | | | | |",
             peer.name, peer.caveat, peer.figures
+        );
+    }
+    out
+}
+
+/// What a reader of a bench's table has to know.
+fn footnote(bench: &str) -> &'static str {
+    match bench {
+        "fault_latency" => {
+            "\n*F3 free*: the floor's reader runs where the scheduler likes, its faulter on one CPU, and so does ours: then our monitor goes to \
+             that CPU. *F3 pinned*: the floor's reader and faulter are on one CPU, and ours is pinned nowhere. The peers have no ratio, for they \
+             were not measured in this run.\n"
+        }
+        "offload" => {
+            "\n–: not run beside a busy CPU. All CPUs are workers' there, or the kernel runs on data in place, which asks nothing of the \
+             system.\n"
+        }
+        "scaling" => {
+            "\n–: not run beside a busy CPU. Its own workers or threads keep all CPUs busy, or, where a mirror is made and dropped, no device is at \
+             work. Bookkeeping is what is in RAM beyond the data (RssAnon), page tables apart: a window's take eight bytes for each page that \
+             has been in it.\n"
+        }
+        _ => "",
+    }
+}
+
+/// The hub's two steps over those of the design that it replaces, by number of ranges.
+fn against_rfc(run: &Value) -> String {
+    let empty = Vec::new();
+    let cases = run["cases"].as_array().unwrap_or(&empty);
+    let mut out = String::new();
+    for step in ["start and end", "begin and look"] {
+        let of_step = cases.iter().filter(|case| {
+            text(case, "floor_name") == "RFC" && text(case, "name").starts_with(step)
+        });
+        let figures: Vec<_> = of_step
+            .map(|case| {
+                let nr = text(case, "name").rsplit(", ").next().unwrap_or_default();
+                let nr = nr.trim_end_matches(" ranges");
+                let mark = match case["met"].as_bool() {
+                    Some(true) => " ✓",
+                    Some(false) => " ✗",
+                    None => "",
+                };
+                format!("{:.2} x{mark} of {nr}", number(&case["ratio"]))
+            })
+            .collect();
+        if !figures.is_empty() {
+            let figures = figures.join(", ");
+            let _ = writeln!(
+                out,
+                "- {step}, over the RFC's, by number of ranges: {figures}"
+            );
+        }
+    }
+    if !out.is_empty() {
+        out.push_str(
+            "\nThe RFC's begin costs less whatever their number, for it takes a lock and reads two words; its start does where ranges are few, for it \
+             looks through a list. What that saves it loses in retries, since its number is one for all ranges (above). The targets, at most 1, are \
+             of many ranges.\n",
         );
     }
     out
@@ -199,7 +259,7 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
          An absolute time means little on a shared machine: each figure is a ratio to a *floor* measured in the same run, in turns, the least \
          code that could do the job, without a runtime. F1 and F2 are a bare signal handler that un-protects a page or moves it home; F3 a \
          thread that reads the fault and does so; F4 write-protect and copy; F5 one `UFFDIO_MOVE`; F7 the kernel as a plain loop.\n\n\
-         {} x {}{}, Linux {}, {}; load before it: {}{}.\n",
+         {} x {}{}, Linux {}, {}; commit {}{}; load before it: {}{}.\n",
         machine["nr_cpus"],
         text(machine, "cpu"),
         if machine["is_virtual"].as_bool() == Some(true) {
@@ -209,6 +269,12 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
         },
         text(machine, "kernel"),
         text(first, "date"),
+        machine["commit"].as_str().unwrap_or("unknown"),
+        if machine["is_changed"].as_bool() == Some(true) {
+            " with changes"
+        } else {
+            ""
+        },
         text(machine, "load"),
         if first["quick"].as_bool() == Some(true) {
             "; **few rounds: not a measurement**"
@@ -229,6 +295,7 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
             if bench == "fault_latency" {
                 out.push_str(&peers());
             }
+            out.push_str(footnote(bench));
             let more = notes(run, &[]);
             if !more.is_empty() {
                 let _ = write!(out, "\n{more}");
@@ -238,9 +305,19 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
     if let Some(run) = of("protocol") {
         let _ = write!(
             out,
-            "\n**The protocol and the hit path**\n\n{}{}",
+            "\n**The protocol and the hit path**\n\n{}{}{}",
             notes(run, &[]),
-            notes(run, &["retries under disjoint invalidations, the RFC"])
+            notes(
+                run,
+                &[
+                    "shootdown, a worker in spans: ",
+                    "shootdown, a worker by elements: ",
+                    "window of a call, inline door, madvise: calls",
+                    "window of a call, inline door, munmap: calls",
+                    "retries under disjoint invalidations, the RFC",
+                ]
+            ),
+            against_rfc(run)
         );
     }
     if let Some(run) = of("fault_latency") {
@@ -284,7 +361,9 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
     }
     let _ = write!(
         out,
-        "\n**To repeat it**, on a quiet machine: `bash benches/run.sh`; or a bench alone, as in\n\n\
+        "\n**To repeat it**, on a quiet machine: `bash benches/run.sh`; where much has run before, first, as root, \
+         `echo 1 > /proc/sys/vm/compact_memory`, for in memory that is in pieces a floor and ours may get pages that are not alike. Or a bench \
+         alone, as in\n\n\
          ```sh\ncargo bench -p benches --bench fault_latency -- --json faults.json --plot plots\n```\n\n\
          All figures of this run, with their JSON, are in [{0}]({0}).\n{END}\n",
         dir.display()

@@ -28,8 +28,8 @@
 //!
 //! Through the thread door faults come by the same descriptor, so devices are not paused before each read; there, a
 //! device may use a stale translation for the moment between the read and step 4, and the caller may have returned by then.
-//! How long that is, from the return of a bare `madvise` or `munmap`, is measured by `cargo bench -p benches --bench protocol -- window`;
-//! that inline, and with the calls of [`crate::calls`], it is nothing is a target there.
+//! How long that is, from the return of a bare `madvise` or `munmap`, is measured by `cargo bench -p benches --bench protocol -- window`,
+//! which fails if there is such a moment inline, but for an access that outstays the pause (step 2), or with the calls of [`crate::calls`].
 
 use core::ops::Range;
 
