@@ -198,6 +198,8 @@ mod on {
         /// EEXIST or ENOENT of a page that did move, as Linux 6.18 says at times. Of a copy: ENOENT, for a border of mappings that has gone
         /// when one looks for it.
         Stale,
+        /// EAGAIN of a page that did move: what it said of that was lost when the call was made again, and a mapping was changing by then.
+        Lost,
         /// Of a copy: EEXIST after the first page, for a marker on the empty second one, which goes when it is lifted.
         Marker,
     }
@@ -225,16 +227,16 @@ mod on {
                     first
                 }
             }
-            (Mood::Stale, Call::Move) => {
+            (Mood::Stale | Mood::Lost, Call::Move) => {
                 let first = whole(PAGE_SIZE);
                 if first.stop != Stop::Complete {
                     return first;
                 }
-                // Either is seen; which one is as good as the other.
-                nothing(if len > PAGE_SIZE {
-                    Stop::NotPresent
-                } else {
-                    Stop::Exists
+                nothing(match mood {
+                    Mood::Lost => Stop::Changing,
+                    // Either is seen; which one is as good as the other.
+                    _ if len > PAGE_SIZE => Stop::NotPresent,
+                    _ => Stop::Exists,
                 })
             }
             (Mood::Stale, Call::Copy) => nothing(Stop::NotPresent),

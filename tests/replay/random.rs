@@ -270,6 +270,7 @@ fn mood(call: Call) -> Mood {
         (Call::Zap, 0..8) | (_, 0..2) => Mood::Changing,
         (_, 2..4) => Mood::Part,
         (Call::Move | Call::Copy, 4..6) => Mood::Stale,
+        (Call::Move, 6..7) => Mood::Lost,
         _ => Mood::Fair,
     }
 }

@@ -1,7 +1,7 @@
 //! What a userfaultfd does to one page: COPY, ZEROPAGE, POISON, MOVE, WRITEPROTECT.
 //!
 //! A call over several pages is made of these by `sys`, and stops at the first that stops it. As on Linux 6.18, MOVE may say EEXIST or
-//! ENOENT of a page that it has moved ([`Quirks::stale_errors`](super::Quirks::stale_errors)).
+//! ENOENT of a page that it has moved ([`Quirks::stale_errors`](super::Quirks::stale_errors)); or EAGAIN, where `svm` has made the call again.
 
 use super::{Kernel, Page, chance};
 use crate::addr::PageRange;
@@ -109,11 +109,9 @@ impl Kernel {
             },
         );
         if chance(self.quirks.stale_errors) {
-            return Err(if thread_rng().gen_bool(0.5) {
-                Stop::Exists
-            } else {
-                Stop::NotPresent
-            });
+            // The last one where the call was made again, and a mapping was changing by then.
+            let errors = [Stop::Exists, Stop::NotPresent, Stop::Changing];
+            return Err(errors[thread_rng().gen_range(0..errors.len())]);
         }
         Ok(())
     }

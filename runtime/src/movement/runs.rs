@@ -3,6 +3,10 @@
 //! # Outcomes of the kernel (kernel-facts section 4)
 //! On Linux 6.18 `UFFDIO_MOVE` can report EEXIST or ENOENT of a page that it *did* move. Every such answer is therefore
 //! checked against both ends before anything is decided; see [`Mover::settle`].
+//!
+//! Nor is every such answer seen. A call that has moved something, and lost the count of what it moved next, says EAGAIN and how far it
+//! counted; what is left is asked for again, and if a mapping is changing by then, or has changed, *that* is the answer. So wherever a
+//! movement stops it is looked whether the page is there already; see [`Mover::has_moved`].
 
 use core::ops::Range;
 
@@ -92,6 +96,8 @@ impl Mover<'_> {
                         self.asleep = true;
                         moved(self.state, PageMask::page(at));
                         at += 1;
+                        again = 0;
+                        continue;
                     }
                     Settled::Hole => {
                         let len = self.hole_len(src, run.end - at);
@@ -101,11 +107,19 @@ impl Mover<'_> {
                     Settled::Blocked => return Err(Stall::Refused(at)),
                     Settled::Again => {}
                 },
+                // That is said of a page which is there.
+                Stop::Busy => return Err(Stall::Busy(at)),
+                _ if self.has_moved(src, dst) => {
+                    self.asleep = true;
+                    moved(self.state, PageMask::page(at));
+                    at += 1;
+                    again = 0;
+                    continue;
+                }
                 Stop::Changing => {
                     count(&self.region.counters().changing_outcomes, 1);
                     return Err(Stall::Changing);
                 }
-                Stop::Busy => return Err(Stall::Busy(at)),
                 Stop::NoMemory => return Err(Stall::NoMemory),
                 Stop::Invalid => match self.border(src, dst, limit - at) {
                     Border::At(pages) => limit = at + pages,
@@ -207,6 +221,13 @@ impl Mover<'_> {
             }
             Some(_) => Border::Gone,
         }
+    }
+
+    /// Whether a page at which a movement stopped has moved all the same.
+    fn has_moved(&self, source: usize, destination: usize) -> bool {
+        !mutated(Mutation::MoveErrorBelieved)
+            && !self.is_populated(source)
+            && self.is_populated(destination)
     }
 
     /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
