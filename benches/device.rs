@@ -1,4 +1,4 @@
-//! A device without workers: it faults pages in and gives them up, and does nothing else. What is measured with it is the
+//! A device without workers: it faults pages in and gives them up, and does nothing else by itself. What is measured with it is the
 //! runtime alone; what an accelerator adds is measured by the benches that use one.
 
 use std::time::Duration;
@@ -24,8 +24,9 @@ pub struct Table {
     writable: PageBits,
 }
 
-// SAFETY: the device makes no access at all: its table alone says what it could access. `invalidate` clears that under the
-// device lock, takes no other and allocates nothing.
+// SAFETY: the device makes no access of its own: its table alone says what it could access. `invalidate` clears that under the
+// device lock, takes no other and allocates nothing. What a bench does with the frames (`Rig::frames_addr`) it does on the one thread
+// that fetches and releases them, so that no access is in flight while either goes on.
 unsafe impl Device for Idle {
     type Table = Table;
 
@@ -174,6 +175,13 @@ impl Rig {
     /// As [`Attachment::release`].
     pub fn release(&self) -> Result<()> {
         Ok(self.attachment.release()?)
+    }
+
+    /// Where the device finds the memory: in its window. What was fetched, and not released since, may be accessed there.
+    #[must_use]
+    pub fn frames_addr(&self) -> usize {
+        let view = self.buffer.view();
+        view.addr().wrapping_add_signed(self.mapped.offset())
     }
 
     /// The memory.
