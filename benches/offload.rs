@@ -315,34 +315,17 @@ fn device_floats(rig: &mut Rig) -> &mut [f64] {
     unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(addr), len) }
 }
 
-/// The bytes that one call moves.
-#[derive(Clone, Copy)]
-struct Piece {
-    out: usize,
-    home: usize,
-}
-
-impl Piece {
-    /// An array in one call.
-    const WHOLE: Self = Self {
-        out: usize::MAX,
-        home: usize::MAX,
-    };
-    /// As the runtime moves huge pages: up to 32 blocks out in a call (`take_blocks` in its `round/quick.rs`), home one by one.
-    const OURS: Self = Self {
-        out: 64 * MIB,
-        home: 2 * MIB,
-    };
-}
+/// The bytes that one bare call moves, at most: as much as one of the runtime's does of huge pages (`MAX_BLOCKS_AT_ONCE`).
+const PIECE: usize = 64 * MIB;
 
 /// F5 for the same: bare moves of three areas out, and of one home.
 struct Bare {
     pairs: [Pair; 3],
-    piece: Piece,
+    piece: usize,
 }
 
 impl Bare {
-    fn new(len: usize, huge: bool, piece: Piece) -> Self {
+    fn new(len: usize, huge: bool, piece: usize) -> Self {
         let bytes = (len * size_of::<f64>()).next_multiple_of(2 * MIB);
         Self {
             pairs: std::array::from_fn(|_| Pair::new(bytes, Faults::Signal, huge)),
@@ -351,39 +334,41 @@ impl Bare {
     }
 }
 
-/// `at` and length of each piece of `len` bytes.
-fn pieces(len: usize, piece: usize) -> impl Iterator<Item = (usize, usize)> {
-    let step = piece.min(len);
-    (0..len)
-        .step_by(step)
-        .map(move |at| (at, step.min(len - at)))
+/// Bare moves of all of `pair`, `piece` bytes a call: by `call`, which is told where the host's and the window's begin, and how many.
+fn by_pieces(pair: &Pair, piece: usize, call: impl Fn(usize, usize, usize)) {
+    let len = pair.host.len();
+    for at in (0..len).step_by(piece) {
+        call(
+            pair.host.addr() + at,
+            pair.frames.addr() + at,
+            piece.min(len - at),
+        );
+    }
 }
 
 fn move_out(pair: &Pair, piece: usize) {
-    for (at, len) in pieces(pair.host.len(), piece) {
-        let (frame, host) = (pair.frames.addr() + at, pair.host.addr() + at);
-        pair.uffd.move_pages(frame, host, len);
-    }
+    by_pieces(pair, piece, |host, frames, len| {
+        pair.uffd.move_pages(frames, host, len);
+    });
 }
 
 fn move_home(pair: &Pair, piece: usize) {
-    for (at, len) in pieces(pair.host.len(), piece) {
-        let (frame, host) = (pair.frames.addr() + at, pair.host.addr() + at);
-        pair.uffd.move_pages(host, frame, len);
-    }
+    by_pieces(pair, piece, |host, frames, len| {
+        pair.uffd.move_pages(host, frames, len);
+    });
 }
 
 impl ThereAndBack for Bare {
     fn there_and_back(&mut self) -> Result<[Duration; 2]> {
-        let Piece { out, home } = self.piece;
+        let piece = self.piece;
         let out = timed(|| {
-            self.pairs.iter().for_each(|pair| move_out(pair, out));
+            self.pairs.iter().for_each(|pair| move_out(pair, piece));
             Ok(())
         })?;
         let [a, b, c] = self.pairs.each_mut().map(|pair| floats(&mut pair.frames));
         triad(a, b, c);
         let home = timed(|| {
-            move_home(&self.pairs[0], home);
+            move_home(&self.pairs[0], piece);
             Ok(())
         })?;
         self.pairs[1..].iter().for_each(Pair::move_home);
@@ -407,16 +392,11 @@ impl Subject for Bare {
 
 /// Each way by itself, ours and bare, with huge pages: which of them costs what.
 fn each_way(len: usize, setting: Setting, rounds: usize) -> Result<Vec<Note>> {
+    let bare = |piece| Box::new(Bare::new(len, true, piece));
     let mut subjects: [(&str, Box<dyn Both>); 3] = [
         ("svm", Box::new(Explicit::new(len, true)?)),
-        (
-            "bare, in the same pieces",
-            Box::new(Bare::new(len, true, Piece::OURS)),
-        ),
-        (
-            "bare, in one call an array",
-            Box::new(Bare::new(len, true, Piece::WHOLE)),
-        ),
+        ("bare", bare(PIECE)),
+        ("bare, a call for each 2 MiB", bare(2 * MIB)),
     ];
     let mut took = [const { [Vec::new(), Vec::new()] }; 3];
     for _ in 0..rounds {
@@ -534,24 +514,8 @@ impl Subject for Plain {
 enum What {
     Demand,
     Explicit,
-    ExplicitOverF5(Floor),
+    ExplicitOverF5,
     InPlace,
-}
-
-/// In which pieces a floor moves.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Floor {
-    OneCall,
-    SamePieces,
-}
-
-impl Floor {
-    fn piece(self) -> Piece {
-        match self {
-            Self::OneCall => Piece::WHOLE,
-            Self::SamePieces => Piece::OURS,
-        }
-    }
 }
 
 const QUIET: &[Setting] = &[Setting::Quiet];
@@ -569,7 +533,7 @@ struct Row {
     options: Options,
     settings: &'static [Setting],
     /// Of the ratio of medians.
-    target: Option<f64>,
+    target: f64,
 }
 
 impl Row {
@@ -596,16 +560,15 @@ impl Row {
             delivery: match self.what {
                 What::Demand if self.is_by_thread() => "thread",
                 What::Demand => "inline",
-                What::Explicit | What::ExplicitOverF5(_) | What::InPlace => "-",
+                What::Explicit | What::ExplicitOverF5 | What::InPlace => "-",
             },
             setting,
             floor: match self.what {
                 What::Demand | What::Explicit => "copies",
-                What::ExplicitOverF5(Floor::OneCall) => "F5",
-                What::ExplicitOverF5(Floor::SamePieces) => "F5, same pieces",
+                What::ExplicitOverF5 => "F5",
                 What::InPlace => "F7",
             },
-            target: self.target.map(Target::p50),
+            target: Some(Target::p50(self.target)),
         }
     }
 
@@ -613,9 +576,7 @@ impl Row {
         Ok(match self.what {
             What::Demand => Box::new(Copies::new(self.len, workers, self.huge())?),
             What::Explicit => Box::new(Copies::new(self.len, 1, self.huge())?),
-            What::ExplicitOverF5(floor) => {
-                Box::new(Bare::new(self.len, self.huge(), floor.piece()))
-            }
+            What::ExplicitOverF5 => Box::new(Bare::new(self.len, self.huge(), PIECE)),
             What::InPlace => Box::new(Plain::new(self.len, workers)),
         })
     }
@@ -624,7 +585,7 @@ impl Row {
         let offload = || Offload::new(self.len, workers, &self.options);
         Ok(match self.what {
             What::Demand => Box::new(offload()?),
-            What::Explicit | What::ExplicitOverF5(_) => {
+            What::Explicit | What::ExplicitOverF5 => {
                 Box::new(Explicit::new(self.len, self.huge())?)
             }
             What::InPlace => Box::new(Resident(offload()?)),
@@ -642,7 +603,7 @@ fn rows(mib: usize) -> Vec<Row> {
         one_worker: false,
         options: Options::new().granule(granule),
         settings: BOTH,
-        target: Some(target),
+        target,
     };
     let huge = |mut row: Row| {
         row.options.huge_pages = true;
@@ -657,24 +618,15 @@ fn rows(mib: usize) -> Vec<Row> {
     let mut granules = row("64 KiB granule, 1 worker", What::Demand, Granule::Big, 1.0);
     granules.one_worker = true;
     let explicit = |name, what, target| row(name, what, Granule::Huge, target);
-    let over_bare = What::ExplicitOverF5(Floor::OneCall);
-    let over_pieces = What::ExplicitOverF5(Floor::SamePieces);
+    let over_bare = What::ExplicitOverF5;
     // What explicit movement can come to: where a bare move costs more than the target allows, that is why it is missed.
-    let mut over = vec![
+    let mut over = [
         explicit("explicit both ways, over bare moves", over_bare, 1.25),
         huge(explicit(
-            "explicit both ways, huge pages, over bare moves in the same pieces",
-            over_pieces,
+            "explicit both ways, huge pages, over bare moves",
+            over_bare,
             1.25,
         )),
-        huge(Row {
-            target: None,
-            ..explicit(
-                "explicit both ways, huge pages, over bare moves",
-                over_bare,
-                0.0,
-            )
-        }),
     ];
     let mut rows = vec![
         blocks.clone(),
