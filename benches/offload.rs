@@ -21,7 +21,7 @@ use benches::floors::Pair;
 use benches::floors::raw::{Area, Faults};
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
-use benches::report::{Note, Outcome, Results, Target, publish};
+use benches::report::{Note, Results, Target, publish};
 use svm::addr::PAGE_SIZE;
 use svm::{Access, Buffer, Delivery, Granule, Options, Stats};
 
@@ -66,6 +66,8 @@ struct Offload {
     b: Buffer<f64>,
     c: Buffer<f64>,
     round: f64,
+    /// What the last launch, and the reading of its result, came to.
+    taken: Stats,
 }
 
 impl Offload {
@@ -78,6 +80,7 @@ impl Offload {
             b: buffer()?,
             c: buffer()?,
             round: 0.0,
+            taken: Stats::default(),
         })
     }
 
@@ -103,11 +106,13 @@ impl Subject for Offload {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let before = self.stats();
         let whole = timed(|| {
             self.run()?;
             sum(self.a.as_slice());
             Ok(())
         })?;
+        self.taken = self.stats() - before;
         assert!(
             self.a.as_slice().iter().all(|&x| x == self.round + SCALE),
             "the accelerator computed something else"
@@ -509,6 +514,23 @@ impl Subject for Plain {
     }
 }
 
+/// One of ours.
+trait Ours: Subject {
+    /// What a round took, where somebody faults.
+    fn taken(&self) -> Option<Stats> {
+        None
+    }
+}
+
+impl Ours for Offload {
+    fn taken(&self) -> Option<Stats> {
+        Some(self.taken)
+    }
+}
+
+impl Ours for Explicit {}
+impl Ours for Resident {}
+
 /// What a row does.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
@@ -581,7 +603,7 @@ impl Row {
         })
     }
 
-    fn ours(&self, workers: usize) -> Result<Box<dyn Subject>> {
+    fn ours(&self, workers: usize) -> Result<Box<dyn Ours>> {
         let offload = || Offload::new(self.len, workers, &self.options);
         Ok(match self.what {
             What::Demand => Box::new(offload()?),
@@ -664,31 +686,26 @@ fn is_large(len: usize) -> bool {
     len * size_of::<f64>() > 256 * MIB
 }
 
-/// A launch's movements and faults, and those of reading its result: counted in one round of its own, for counting takes time.
-fn movements(row: &Row, workers: usize) -> Result<Vec<Note>> {
-    let mut offload = Offload::new(row.len, workers, &row.options)?;
-    offload.arm()?;
-    let start = offload.stats();
-    offload.run()?;
-    let launched = offload.stats();
-    sum(offload.a.as_slice());
-    let (out, home) = (launched - start, offload.stats() - launched);
-    let door = if row.is_by_thread() {
+/// Faults and movements of a round, of which there are as many in each.
+fn movements(case: &Case, taken: &Stats) -> [Note; 4] {
+    let door = if case.delivery == "thread" {
         ", thread door"
     } else {
         ""
     };
-    Ok([
+    [
         (
             "device faults",
-            out.device_read_faults + out.device_write_faults,
+            taken.device_read_faults + taken.device_write_faults,
         ),
-        ("moves out", out.move_calls),
-        ("CPU faults", home.cpu_read_faults + home.cpu_write_faults),
-        ("moves home", home.move_calls),
+        ("moves out", taken.to_device_runs),
+        ("CPU faults", taken.cpu_read_faults + taken.cpu_write_faults),
+        ("moves home", taken.to_host_runs),
     ]
-    .map(|(what, nr)| Note::new(format!("{}{door}, {what}", row.name), nr as f64, "", None))
-    .into())
+    .map(|(what, nr)| {
+        let name = format!("{}{door}, {what}", case.name);
+        Note::new(name, nr as f64, "a round", None)
+    })
 }
 
 /// A scan of an array by one worker: device faults for each of its granules, and movements of each of its pages. One, and none twice.
@@ -744,12 +761,13 @@ fn scans() -> Result<Vec<Note>> {
     Ok([slices, elements].concat())
 }
 
-/// Runs the row in `setting`.
+/// Runs the row in `setting`. What is counted is the same in either.
 fn measure(
     row: &Row,
     setting: Setting,
     (machine, args, progress): (&Machine, &Args, &Progress),
-) -> Result<Outcome> {
+    results: &mut Results,
+) -> Result<()> {
     // Beside company the rest, the workers made here among it, has a CPU of its own.
     if setting == Setting::Busy {
         pin_to_cpu(HERE);
@@ -757,10 +775,14 @@ fn measure(
     let _company = Company::for_setting(setting, THERE);
     let workers = row.workers(setting, machine.nr_cpus);
     let (mut floor, mut ours) = (row.floor(workers)?, row.ours(workers)?);
-    let rounds = rounds(args, row.len);
-    let outcome = compare(row.case(setting), rounds, &mut *floor, &mut *ours, progress);
+    let (case, rounds) = (row.case(setting), rounds(args, row.len));
+    let outcome = compare(case.clone(), rounds, &mut *floor, &mut *ours, progress)?;
+    results.cases.push(outcome);
+    if let Some(taken) = ours.taken().filter(|_| setting == Setting::Quiet) {
+        results.notes.extend(movements(&case, &taken));
+    }
     unpin();
-    outcome
+    Ok(())
 }
 
 fn rounds(args: &Args, len: usize) -> usize {
@@ -768,28 +790,16 @@ fn rounds(args: &Args, len: usize) -> usize {
     args.rounds(if is_large(len) { 5 } else { 15 })
 }
 
-/// What is counted, and what is no ratio.
-fn notes(args: &Args, machine: &Machine, rows: &[Row]) -> Result<Vec<Note>> {
+/// Explicit movement with huge pages, each way by itself.
+fn ways(args: &Args, row: &Row) -> Result<Vec<Note>> {
     let mut notes = Vec::new();
-    for row in rows.iter().filter(|row| row.what == What::Demand) {
-        notes.extend(movements(
-            row,
-            row.workers(Setting::Quiet, machine.nr_cpus),
-        )?);
+    pin_to_cpu(HERE);
+    for &setting in BOTH {
+        let _company = Company::for_setting(setting, THERE);
+        notes.extend(each_way(row.len, setting, args.rounds(15))?);
     }
-    let name = "explicit both ways, huge pages";
-    if let Some(row) = rows.iter().find(|row| row.name.ends_with(name)) {
-        for &setting in BOTH {
-            pin_to_cpu(HERE);
-            let _company = Company::for_setting(setting, THERE);
-            notes.extend(each_way(row.len, setting, args.rounds(31))?);
-            unpin();
-        }
-        notes.push(nothing_home(row.len, args.rounds(31))?);
-    }
-    if args.wants("scan") {
-        notes.extend(scans()?);
-    }
+    notes.push(nothing_home(row.len, args.rounds(15))?);
+    unpin();
     Ok(notes)
 }
 
@@ -799,20 +809,21 @@ fn main() -> Result<()> {
     let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
     let mut rows: Vec<_> = sizes.iter().flat_map(|&mib| rows(mib)).collect();
     rows.retain(|row| args.wants(&row.name));
-    let cases: Vec<_> = rows
-        .iter()
-        .flat_map(|row| row.settings.iter().map(move |&setting| (row, setting)))
-        .collect();
-    let progress = Progress::new(cases.len(), rounds(&args, 0));
-    let outcomes: Result<_> = cases
-        .into_iter()
-        .map(|(row, setting)| measure(row, setting, (&machine, &args, &progress)))
-        .collect();
+    let nr_cases = rows.iter().map(|row| row.settings.len()).sum();
+    let progress = Progress::new(nr_cases, rounds(&args, 0));
+    let mut results = Results::default();
+    for row in &rows {
+        for &setting in row.settings {
+            measure(row, setting, (&machine, &args, &progress), &mut results)?;
+        }
+    }
     progress.finish();
-    let results = Results {
-        cases: outcomes?,
-        notes: notes(&args, &machine, &rows)?,
-        ..Results::default()
-    };
+    let explicit = |row: &&Row| row.what == What::Explicit && row.huge();
+    if let Some(row) = rows.iter().find(explicit) {
+        results.notes.extend(ways(&args, row)?);
+    }
+    if args.wants("scan") {
+        results.notes.extend(scans()?);
+    }
     publish("offload", &args, &machine, &results)
 }
