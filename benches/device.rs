@@ -1,4 +1,4 @@
-//! A device without workers: it faults pages in and gives them up, and does nothing else. What is measured with it is the
+//! A device without workers: it faults pages in and gives them up, and does nothing else by itself. What is measured with it is the
 //! runtime alone; what an accelerator adds is measured by the benches that use one.
 
 use std::time::Duration;
@@ -24,8 +24,9 @@ pub struct Table {
     writable: PageBits,
 }
 
-// SAFETY: the device makes no access at all: its table alone says what it could access. `invalidate` clears that under the
-// device lock, takes no other and allocates nothing.
+// SAFETY: the device makes no access of its own: its table alone says what it could access. `invalidate` clears that under the
+// device lock, takes no other and allocates nothing. What a bench does with the frames (`Rig::frames_addr`) it does on the one thread
+// that fetches and releases them, so that no access is in flight while either goes on.
 unsafe impl Device for Idle {
     type Table = Table;
 
@@ -59,11 +60,32 @@ fn install(table: &Table, valid: &Valid) {
     table.writable.install(valid, Access::Write);
 }
 
+fn first_page(buffer: &Buffer<u8>) -> usize {
+    let view = buffer.view();
+    (view.addr() - view.region().base()) / svm::addr::PAGE_SIZE
+}
+
+fn fault(
+    range: &mut Range<Idle>,
+    mapped: &MappedRef<Idle>,
+    pages: std::ops::Range<usize>,
+    access: Access,
+) -> Result<()> {
+    range.fault_in(mapped, pages, access, 0, TIMEOUT, |valid, _guard| {
+        install(mapped.table(), valid);
+    })?;
+    Ok(())
+}
+
 /// A mirrored buffer, the device on it, and one range to fault with.
 #[derive(Debug)]
 pub struct Rig {
-    // In the order in which they go: the range and the mapping before what they refer to.
+    // In the order in which they go: the ranges and the mappings before what they refer to.
     range: Range<Idle>,
+    /// For threads that fault side by side.
+    ranges: Vec<Range<Idle>>,
+    /// Other regions that the device maps, one page each, which it holds.
+    regions: Vec<(MappedRef<Idle>, Buffer<u8>)>,
     mapped: MappedRef<Idle>,
     attachment: Attachment<Idle>,
     /// Other devices that map the memory.
@@ -96,6 +118,8 @@ impl Rig {
         let range = attachment.range()?;
         Ok(Self {
             range,
+            ranges: Vec::new(),
+            regions: Vec::new(),
             mapped,
             attachment,
             others: Vec::new(),
@@ -116,24 +140,55 @@ impl Rig {
         Ok(self)
     }
 
+    /// Mirrors `nr` other regions of one page, which the device maps and faults in: each has been away once, and home again, and away.
+    ///
+    /// # Errors
+    /// As [`Buffer::with_options`], and the fault that ended it.
+    pub fn with_regions(mut self, nr: usize, options: &Options) -> Result<Self> {
+        for _ in 0..nr {
+            let mut buffer = Buffer::<u8>::with_options(svm::addr::PAGE_SIZE, options)?;
+            let mapped = self.attachment.map(buffer.view().region())?;
+            let page = first_page(&buffer);
+            for _ in 0..2 {
+                buffer.as_mut_slice()[0] += 1;
+                fault(&mut self.range, &mapped, page..page + 1, Access::Write)?;
+            }
+            self.regions.push((mapped, buffer));
+        }
+        Ok(self)
+    }
+
+    /// Makes ranges for `nr` threads.
+    ///
+    /// # Errors
+    /// As [`Attachment::range`].
+    pub fn with_threads(mut self, nr: usize) -> Result<Self> {
+        let ranges = (0..nr).map(|_| self.attachment.range());
+        self.ranges = ranges.collect::<Result<_, _>>()?;
+        Ok(self)
+    }
+
+    /// A part of the region for each thread, as large as the others'.
+    pub fn parts(&mut self) -> impl Iterator<Item = Part<'_>> {
+        let (first_page, mapped) = (first_page(&self.buffer), &self.mapped);
+        let bytes = self.buffer.as_mut_slice();
+        let len = bytes.len() / self.ranges.len().max(1);
+        let parts = self.ranges.iter_mut().zip(bytes.chunks_exact_mut(len));
+        parts.enumerate().map(move |(i, (range, bytes))| Part {
+            range,
+            mapped,
+            bytes,
+            first_page: first_page + i * len / svm::addr::PAGE_SIZE,
+        })
+    }
+
     /// The other devices read `pages` of one block.
     ///
     /// # Errors
     /// The fault that ended it.
     pub fn others_read(&mut self, pages: &std::ops::Range<usize>) -> Result<()> {
-        for (range, mapped, _) in &mut self.others {
-            range.fault_in(
-                mapped,
-                pages.clone(),
-                Access::Read,
-                0,
-                TIMEOUT,
-                |valid, _guard| {
-                    install(mapped.table(), valid);
-                },
-            )?;
-        }
-        Ok(())
+        let mut others = self.others.iter_mut();
+        others.try_for_each(|(range, mapped, _)| fault(range, mapped, pages.clone(), Access::Read))
     }
 
     /// One device fault on `pages` of one block, as a worker makes it.
@@ -141,11 +196,7 @@ impl Rig {
     /// # Errors
     /// The fault that ended it.
     pub fn fault(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
-        self.range
-            .fault_in(&self.mapped, pages, access, 0, TIMEOUT, |valid, _guard| {
-                install(self.mapped.table(), valid);
-            })?;
-        Ok(())
+        fault(&mut self.range, &self.mapped, pages, access)
     }
 
     /// One update over all of `pages`: what a prefetch is.
@@ -176,6 +227,13 @@ impl Rig {
         Ok(self.attachment.release()?)
     }
 
+    /// Where the device finds the memory: in its window. What was fetched, and not released since, may be accessed there.
+    #[must_use]
+    pub fn frames_addr(&self) -> usize {
+        let view = self.buffer.view();
+        view.addr().wrapping_add_signed(self.mapped.offset())
+    }
+
     /// The memory.
     pub fn bytes(&mut self) -> &mut [u8] {
         self.buffer.as_mut_slice()
@@ -190,7 +248,27 @@ impl Rig {
     /// Index of the first page, from the region's base.
     #[must_use]
     pub fn first_page(&self) -> usize {
-        let view = self.buffer.view();
-        (view.addr() - view.region().base()) / svm::addr::PAGE_SIZE
+        first_page(&self.buffer)
+    }
+}
+
+/// A part of a region, and what one thread needs to fault on it beside others.
+#[derive(Debug)]
+pub struct Part<'r> {
+    range: &'r mut Range<Idle>,
+    mapped: &'r MappedRef<Idle>,
+    /// Its memory.
+    pub bytes: &'r mut [u8],
+    /// Index of its first page, from the region's base.
+    pub first_page: usize,
+}
+
+impl Part<'_> {
+    /// As [`Rig::fault`].
+    ///
+    /// # Errors
+    /// The fault that ended it.
+    pub fn fault(&mut self, pages: std::ops::Range<usize>, access: Access) -> Result<()> {
+        fault(self.range, self.mapped, pages, access)
     }
 }

@@ -2,7 +2,11 @@
 //!
 //! Ours is the *overhead*: the time of all that, less the time of the same kernel on data that is in place and of the same
 //! reading of data that is home. Its floor is what a program without shared memory pays around as many of the same workers: two arrays
-//! copied in, one copied out, by the caller.
+//! copied in, one copied out, by the caller. Quiet, there is a worker for each CPU (unless the row says otherwise); beside company
+//! everything has one CPU, and there is one worker.
+//!
+//! *Explicit* rows move by request: three arrays out in a call each, one home. They time the calls alone, and the kernel runs between them,
+//! as it runs between the copies of their floor. No CPU faults, so that there is no door to them.
 //!
 //! `cargo bench -p benches --bench offload -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
@@ -19,7 +23,7 @@ use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Results, Target, publish};
 use svm::addr::PAGE_SIZE;
-use svm::{Access, Buffer, Granule, Options};
+use svm::{Access, Buffer, Delivery, Granule, Options, Stats};
 
 const MIB: usize = 1 << 20;
 const SCALE: f64 = 3.0;
@@ -62,12 +66,13 @@ struct Offload {
     b: Buffer<f64>,
     c: Buffer<f64>,
     round: f64,
+    /// What the last launch, and the reading of its result, came to.
+    taken: Stats,
 }
 
 impl Offload {
-    fn new(len: usize, workers: usize, granule: Granule, huge: bool) -> Result<Self> {
-        let options = Options::new().granule(granule).huge_pages(huge);
-        let buffer = || Buffer::with_options(len, &options);
+    fn new(len: usize, workers: usize, options: &Options) -> Result<Self> {
+        let buffer = || Buffer::with_options(len, options);
         let accel = Accelerator::with_options(accel_sim::Options::new().workers(workers))?;
         Ok(Self {
             accel,
@@ -75,6 +80,7 @@ impl Offload {
             b: buffer()?,
             c: buffer()?,
             round: 0.0,
+            taken: Stats::default(),
         })
     }
 
@@ -83,6 +89,10 @@ impl Offload {
             (self.a.view_mut(), self.b.view(), self.c.view()),
             |(a, b, c)| triad(a, b, c),
         )?)
+    }
+
+    fn stats(&self) -> Stats {
+        self.a.stats() + self.b.stats() + self.c.stats()
     }
 }
 
@@ -96,11 +106,13 @@ impl Subject for Offload {
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let before = self.stats();
         let whole = timed(|| {
             self.run()?;
             sum(self.a.as_slice());
             Ok(())
         })?;
+        self.taken = self.stats() - before;
         assert!(
             self.a.as_slice().iter().all(|&x| x == self.round + SCALE),
             "the accelerator computed something else"
@@ -208,11 +220,12 @@ fn floats(area: &mut Area) -> &mut [f64] {
     }
 }
 
-/// Everything in one call each way, before the kernel and after it: what is then left of a launch is the kernel.
+/// Three arrays out in one call each, before the kernel, and one home after it: what is then left of a launch is the kernel.
 ///
-/// By the device of the other benches, which has no workers: the movement is the whole overhead.
+/// By the device of the other benches, which has no workers: the kernel is run by the thread that measures.
 struct Explicit {
     rigs: [Rig; 3],
+    round: f64,
 }
 
 impl Explicit {
@@ -221,61 +234,217 @@ impl Explicit {
         let rig = || Rig::new(len * size_of::<f64>(), &options);
         Ok(Self {
             rigs: [rig()?, rig()?, rig()?],
+            round: 0.0,
         })
+    }
+
+    /// Writes all three.
+    fn write(&mut self) {
+        self.round += 1.0;
+        for (rig, x) in self.rigs.iter_mut().zip([0.0, self.round, 1.0]) {
+            host_floats(rig).fill(x);
+        }
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        self.rigs.iter_mut().try_for_each(|rig| {
+            let (first, nr_pages) = (rig.first_page(), rig.bytes().len() / PAGE_SIZE);
+            rig.prefetch(first..first + nr_pages, Access::Write)
+        })
+    }
+
+    /// The kernel, on what has been fetched.
+    fn run(&mut self) {
+        let [a, b, c] = self.rigs.each_mut().map(device_floats);
+        triad(a, b, c);
+    }
+
+    /// The inputs home too; then everything must be what was written, or computed.
+    fn check(&mut self) -> Result<()> {
+        self.rigs[1..].iter().try_for_each(Rig::release)?;
+        let expected = [self.round + SCALE, self.round, 1.0];
+        for (rig, expected) in self.rigs.iter_mut().zip(expected) {
+            let is_right = host_floats(rig).iter().all(|&x| x == expected);
+            ensure!(is_right, "something else came home than went out");
+        }
+        Ok(())
+    }
+}
+
+/// Of both ways.
+trait ThereAndBack {
+    /// Out with three arrays, the kernel, home with one: how long either way took.
+    fn there_and_back(&mut self) -> Result<[Duration; 2]>;
+}
+
+impl ThereAndBack for Explicit {
+    fn there_and_back(&mut self) -> Result<[Duration; 2]> {
+        let out = timed(|| self.fetch())?;
+        self.run();
+        // The result, and not the inputs.
+        let home = timed(|| self.rigs[0].release())?;
+        sum(host_floats(&mut self.rigs[0]));
+        self.check()?;
+        Ok([out, home])
     }
 }
 
 impl Subject for Explicit {
     fn arm(&mut self) -> Result<()> {
-        for rig in &mut self.rigs {
-            rig.release()?;
-            rig.bytes().fill(1);
-        }
+        self.write();
         Ok(())
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let out = timed(|| {
-            for rig in &mut self.rigs {
-                let (first, nr_pages) = (rig.first_page(), rig.bytes().len() / PAGE_SIZE);
-                rig.prefetch(first..first + nr_pages, Access::Write)?;
-            }
-            Ok(())
-        })?;
-        // The result, and not the inputs.
-        let home = timed(|| self.rigs[0].release())?;
-        samples.record(u64::try_from((out + home).as_nanos())?);
-        Ok(())
+        record_both(self.there_and_back()?, samples)
     }
 }
 
+fn record_both([out, home]: [Duration; 2], samples: &mut Samples) -> Result<()> {
+    samples.record(u64::try_from((out + home).as_nanos())?);
+    Ok(())
+}
+
+/// The floats of a device's memory, at home.
+fn host_floats(rig: &mut Rig) -> &mut [f64] {
+    let bytes = rig.bytes();
+    // SAFETY: aligned to a page, of as many bytes, and borrowed exclusively; any bits are a float.
+    unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast(), bytes.len() / 8) }
+}
+
+/// The same where the device has them. All of them have been fetched.
+fn device_floats(rig: &mut Rig) -> &mut [f64] {
+    let (addr, len) = (rig.frames_addr(), rig.bytes().len() / 8);
+    // SAFETY: congruent to the memory, so aligned; all pages are in the window until they are released, which takes the rig that is
+    // borrowed exclusively meanwhile; any bits are a float.
+    unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(addr), len) }
+}
+
+/// The bytes that one bare call moves, at most: as much as one of the runtime's does of huge pages (`MAX_BLOCKS_AT_ONCE`).
+const PIECE: usize = 64 * MIB;
+
 /// F5 for the same: bare moves of three areas out, and of one home.
-struct Bare([Pair; 3]);
+struct Bare {
+    pairs: [Pair; 3],
+    piece: usize,
+}
 
 impl Bare {
-    fn new(len: usize, huge: bool) -> Self {
+    fn new(len: usize, huge: bool, piece: usize) -> Self {
         let bytes = (len * size_of::<f64>()).next_multiple_of(2 * MIB);
-        Self(std::array::from_fn(|_| {
-            Pair::new(bytes, Faults::Signal, huge)
-        }))
+        Self {
+            pairs: std::array::from_fn(|_| Pair::new(bytes, Faults::Signal, huge)),
+            piece,
+        }
+    }
+}
+
+/// Bare moves of all of `pair`, `piece` bytes a call: by `call`, which is told where the host's and the window's begin, and how many.
+fn by_pieces(pair: &Pair, piece: usize, call: impl Fn(usize, usize, usize)) {
+    let len = pair.host.len();
+    for at in (0..len).step_by(piece) {
+        call(
+            pair.host.addr() + at,
+            pair.frames.addr() + at,
+            piece.min(len - at),
+        );
+    }
+}
+
+fn move_out(pair: &Pair, piece: usize) {
+    by_pieces(pair, piece, |host, frames, len| {
+        pair.uffd.move_pages(frames, host, len);
+    });
+}
+
+fn move_home(pair: &Pair, piece: usize) {
+    by_pieces(pair, piece, |host, frames, len| {
+        pair.uffd.move_pages(host, frames, len);
+    });
+}
+
+impl ThereAndBack for Bare {
+    fn there_and_back(&mut self) -> Result<[Duration; 2]> {
+        let piece = self.piece;
+        let out = timed(|| {
+            self.pairs.iter().for_each(|pair| move_out(pair, piece));
+            Ok(())
+        })?;
+        let [a, b, c] = self.pairs.each_mut().map(|pair| floats(&mut pair.frames));
+        triad(a, b, c);
+        let home = timed(|| {
+            move_home(&self.pairs[0], piece);
+            Ok(())
+        })?;
+        self.pairs[1..].iter().for_each(Pair::move_home);
+        sum(floats(&mut self.pairs[0].host));
+        Ok([out, home])
     }
 }
 
 impl Subject for Bare {
     fn arm(&mut self) -> Result<()> {
-        self.0.iter().for_each(|pair| pair.host.populate());
+        for (pair, x) in self.pairs.iter_mut().zip([0.0, 2.0, 1.0]) {
+            floats(&mut pair.host).fill(x);
+        }
         Ok(())
     }
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        samples.time(|| {
-            self.0.iter().for_each(Pair::move_out);
-            self.0[0].move_home();
-        });
-        self.0[1..].iter().for_each(Pair::move_home);
-        Ok(())
+        record_both(self.there_and_back()?, samples)
     }
 }
+
+/// Each way by itself, ours and bare, with huge pages: which of them costs what.
+fn each_way(len: usize, setting: Setting, rounds: usize) -> Result<Vec<Note>> {
+    let bare = |piece| Box::new(Bare::new(len, true, piece));
+    let mut subjects: [(&str, Box<dyn Both>); 3] = [
+        ("svm", Box::new(Explicit::new(len, true)?)),
+        ("bare", bare(PIECE)),
+        ("bare, a call for each 2 MiB", bare(2 * MIB)),
+    ];
+    let mut took = [const { [Vec::new(), Vec::new()] }; 3];
+    for _ in 0..rounds {
+        for ((_, subject), took) in subjects.iter_mut().zip(&mut took) {
+            subject.arm()?;
+            let ways = subject.there_and_back()?;
+            took.iter_mut().zip(ways).for_each(|(all, d)| all.push(d));
+        }
+    }
+    let name = |who, way| {
+        let (setting, mib) = (setting.name(), 3 * len * size_of::<f64>() / MIB);
+        format!("explicit, huge pages, {mib} MiB, {setting}, {way}: {who}")
+    };
+    let mut notes = Vec::new();
+    for ((who, _), took) in subjects.iter().zip(took) {
+        for (way, mut all) in ["three arrays out", "one home"].into_iter().zip(took) {
+            all.sort_unstable();
+            let us = all[all.len() / 2].as_nanos() as f64 / 1e3;
+            notes.push(Note::new(name(who, way), us, "us", None));
+        }
+    }
+    Ok(notes)
+}
+
+/// What a call home takes that finds nothing to bring: a part of each way home that does not grow with what moves.
+fn nothing_home(len: usize, rounds: usize) -> Result<Note> {
+    let explicit = Explicit::new(len, true)?;
+    let took: Result<Vec<_>> = (0..rounds)
+        .map(|_| timed(|| explicit.rigs[0].release()))
+        .collect();
+    let mut took = took?;
+    took.sort_unstable();
+    let us = took[took.len() / 2].as_nanos() as f64 / 1e3;
+    Ok(Note::new(
+        "explicit, quiet, home with nothing to bring: svm",
+        us,
+        "us",
+        None,
+    ))
+}
+
+trait Both: Subject + ThereAndBack {}
+impl<T: Subject + ThereAndBack> Both for T {}
 
 /// F7 against spans: the triad on data in place.
 struct Resident(Offload);
@@ -345,13 +514,198 @@ impl Subject for Plain {
     }
 }
 
-/// What a case does; with how many workers.
-#[derive(Clone, Copy)]
+/// One of ours.
+trait Ours: Subject {
+    /// What a round took, where somebody faults.
+    fn taken(&self) -> Option<Stats> {
+        None
+    }
+}
+
+impl Ours for Offload {
+    fn taken(&self) -> Option<Stats> {
+        Some(self.taken)
+    }
+}
+
+impl Ours for Explicit {}
+impl Ours for Resident {}
+
+/// What a row does.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum What {
-    Demand(usize),
+    Demand,
     Explicit,
     ExplicitOverF5,
-    InPlace(usize),
+    InPlace,
+}
+
+const QUIET: &[Setting] = &[Setting::Quiet];
+const BOTH: &[Setting] = &[Setting::Quiet, Setting::Busy];
+
+/// One comparison, in one setting or both.
+#[derive(Clone)]
+struct Row {
+    name: String,
+    /// Floats of an array.
+    len: usize,
+    what: What,
+    /// With how many workers when quiet: as many as there are CPUs, or this one.
+    one_worker: bool,
+    options: Options,
+    settings: &'static [Setting],
+    /// Of the ratio of medians.
+    target: f64,
+}
+
+impl Row {
+    /// Beside company there is one CPU for all of ours.
+    fn workers(&self, setting: Setting, nr_cpus: usize) -> usize {
+        if self.one_worker || setting == Setting::Busy {
+            1
+        } else {
+            nr_cpus
+        }
+    }
+
+    fn huge(&self) -> bool {
+        self.options.huge_pages
+    }
+
+    fn is_by_thread(&self) -> bool {
+        self.options.delivery == Some(Delivery::Thread)
+    }
+
+    fn case(&self, setting: Setting) -> Case {
+        Case {
+            name: self.name.clone(),
+            delivery: match self.what {
+                What::Demand if self.is_by_thread() => "thread",
+                What::Demand => "inline",
+                What::Explicit | What::ExplicitOverF5 | What::InPlace => "-",
+            },
+            setting,
+            floor: match self.what {
+                What::Demand | What::Explicit => "copies",
+                What::ExplicitOverF5 => "F5",
+                What::InPlace => "F7",
+            },
+            target: Some(Target::p50(self.target)),
+        }
+    }
+
+    fn floor(&self, workers: usize) -> Result<Box<dyn Subject>> {
+        Ok(match self.what {
+            What::Demand => Box::new(Copies::new(self.len, workers, self.huge())?),
+            What::Explicit => Box::new(Copies::new(self.len, 1, self.huge())?),
+            What::ExplicitOverF5 => Box::new(Bare::new(self.len, self.huge(), PIECE)),
+            What::InPlace => Box::new(Plain::new(self.len, workers)),
+        })
+    }
+
+    fn ours(&self, workers: usize) -> Result<Box<dyn Ours>> {
+        let offload = || Offload::new(self.len, workers, &self.options);
+        Ok(match self.what {
+            What::Demand => Box::new(offload()?),
+            What::Explicit | What::ExplicitOverF5 => {
+                Box::new(Explicit::new(self.len, self.huge())?)
+            }
+            What::InPlace => Box::new(Resident(offload()?)),
+        })
+    }
+}
+
+/// The rows of one size, that of the three arrays together.
+fn rows(mib: usize) -> Vec<Row> {
+    let len = mib * MIB / 3 / size_of::<f64>() / (MIB / 4) * (MIB / 4);
+    let row = |name: &str, what, granule, target| Row {
+        name: format!("offload, {mib} MiB, {name}"),
+        len,
+        what,
+        one_worker: false,
+        options: Options::new().granule(granule),
+        settings: BOTH,
+        target,
+    };
+    let huge = |mut row: Row| {
+        row.options.huge_pages = true;
+        row
+    };
+    let by_thread = |mut row: Row| {
+        row.options.delivery = Some(Delivery::Thread);
+        row.settings = QUIET;
+        row
+    };
+    let blocks = row("2 MiB granule", What::Demand, Granule::Huge, 0.5);
+    let mut granules = row("64 KiB granule, 1 worker", What::Demand, Granule::Big, 1.0);
+    granules.one_worker = true;
+    let explicit = |name, what, target| row(name, what, Granule::Huge, target);
+    let over_bare = What::ExplicitOverF5;
+    // What explicit movement can come to: where a bare move costs more than the target allows, that is why it is missed.
+    let mut over = [
+        explicit("explicit both ways, over bare moves", over_bare, 1.25),
+        huge(explicit(
+            "explicit both ways, huge pages, over bare moves",
+            over_bare,
+            1.25,
+        )),
+    ];
+    let mut rows = vec![
+        blocks.clone(),
+        huge(row(
+            "2 MiB granule, huge pages",
+            What::Demand,
+            Granule::Huge,
+            0.2,
+        )),
+        granules.clone(),
+        explicit("explicit both ways", What::Explicit, 0.1),
+        huge(explicit(
+            "explicit both ways, huge pages",
+            What::Explicit,
+            0.02,
+        )),
+    ];
+    if is_large(len) {
+        // A case of this size takes some seconds, and here it would say what the small one does.
+        over.iter_mut().for_each(|row| row.settings = QUIET);
+    } else {
+        rows.extend([by_thread(blocks), by_thread(granules)]);
+    }
+    rows.extend(over);
+    rows.push(huge(Row {
+        // A loop over what is in place asks nothing of the kernel.
+        settings: QUIET,
+        // 0.95 of the bandwidth.
+        ..row("triad in place", What::InPlace, Granule::Huge, 1.0 / 0.95)
+    }));
+    rows
+}
+
+fn is_large(len: usize) -> bool {
+    len * size_of::<f64>() > 256 * MIB
+}
+
+/// Faults and movements of a round, of which there are as many in each.
+fn movements(case: &Case, taken: &Stats) -> [Note; 4] {
+    let door = if case.delivery == "thread" {
+        ", thread door"
+    } else {
+        ""
+    };
+    [
+        (
+            "device faults",
+            taken.device_read_faults + taken.device_write_faults,
+        ),
+        ("moves out", taken.to_device_runs),
+        ("CPU faults", taken.cpu_read_faults + taken.cpu_write_faults),
+        ("moves home", taken.to_host_runs),
+    ]
+    .map(|(what, nr)| {
+        let name = format!("{}{door}, {what}", case.name);
+        Note::new(name, nr as f64, "a round", None)
+    })
 }
 
 /// A scan of an array by one worker: device faults for each of its granules, and movements of each of its pages. One, and none twice.
@@ -407,141 +761,69 @@ fn scans() -> Result<Vec<Note>> {
     Ok([slices, elements].concat())
 }
 
+/// Runs the row in `setting`. What is counted is the same in either.
+fn measure(
+    row: &Row,
+    setting: Setting,
+    (machine, args, progress): (&Machine, &Args, &Progress),
+    results: &mut Results,
+) -> Result<()> {
+    // Beside company the rest, the workers made here among it, has a CPU of its own.
+    if setting == Setting::Busy {
+        pin_to_cpu(HERE);
+    }
+    let _company = Company::for_setting(setting, THERE);
+    let workers = row.workers(setting, machine.nr_cpus);
+    let (mut floor, mut ours) = (row.floor(workers)?, row.ours(workers)?);
+    let (case, rounds) = (row.case(setting), rounds(args, row.len));
+    let outcome = compare(case.clone(), rounds, &mut *floor, &mut *ours, progress)?;
+    results.cases.push(outcome);
+    if let Some(taken) = ours.taken().filter(|_| setting == Setting::Quiet) {
+        results.notes.extend(movements(&case, &taken));
+    }
+    unpin();
+    Ok(())
+}
+
+fn rounds(args: &Args, len: usize) -> usize {
+    // A round of the large size takes the better part of a second.
+    args.rounds(if is_large(len) { 5 } else { 15 })
+}
+
+/// Explicit movement with huge pages, each way by itself.
+fn ways(args: &Args, row: &Row) -> Result<Vec<Note>> {
+    let mut notes = Vec::new();
+    pin_to_cpu(HERE);
+    for &setting in BOTH {
+        let _company = Company::for_setting(setting, THERE);
+        notes.extend(each_way(row.len, setting, args.rounds(15))?);
+    }
+    notes.push(nothing_home(row.len, args.rounds(15))?);
+    unpin();
+    Ok(notes)
+}
+
 fn main() -> Result<()> {
     let args = Args::of_command_line();
     let machine = Machine::here();
     let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
-    let mut cases: Vec<(String, usize, What, Granule, bool, f64)> = Vec::new();
-    for &mib in sizes {
-        // The size is of the three arrays together.
-        let len = mib * MIB / 3 / size_of::<f64>() / (MIB / 4) * (MIB / 4);
-        let mut add = |name: &str, what, granule, huge, target| {
-            let name = format!("offload, {mib} MiB, {name}");
-            cases.push((name, len, what, granule, huge, target));
-        };
-        let all = What::Demand(machine.nr_cpus);
-        add("2 MiB granule", all, Granule::Huge, false, 0.5);
-        add("2 MiB granule, huge pages", all, Granule::Huge, true, 0.2);
-        add(
-            "64 KiB granule, 1 worker",
-            What::Demand(1),
-            Granule::Big,
-            false,
-            1.0,
-        );
-        add(
-            "explicit both ways",
-            What::Explicit,
-            Granule::Huge,
-            false,
-            0.1,
-        );
-        add(
-            "explicit both ways, huge pages",
-            What::Explicit,
-            Granule::Huge,
-            true,
-            0.02,
-        );
-        // What these can come to: where a bare move costs more than the target allows, that is why it is missed.
-        add(
-            "explicit both ways, over bare moves",
-            What::ExplicitOverF5,
-            Granule::Huge,
-            false,
-            1.25,
-        );
-        // 0.95 of the bandwidth.
-        add(
-            "triad in place",
-            What::InPlace(machine.nr_cpus),
-            Granule::Huge,
-            true,
-            1.0 / 0.95,
-        );
-    }
-    cases.retain(|case| args.wants(&case.0));
-    // A round of the large size takes a second.
-    let rounds = |len: usize| {
-        args.rounds(if len * size_of::<f64>() > 256 * MIB {
-            7
-        } else {
-            15
-        })
-    };
-    // Where all CPUs are workers', they are each other's company; and a loop over what is in place asks nothing of the kernel.
-    let settings = |what: What| -> &[Setting] {
-        match what {
-            What::Demand(1) | What::Explicit | What::ExplicitOverF5 => {
-                &[Setting::Quiet, Setting::Busy]
-            }
-            What::Demand(_) | What::InPlace(_) => &[Setting::Quiet],
+    let mut rows: Vec<_> = sizes.iter().flat_map(|&mib| rows(mib)).collect();
+    rows.retain(|row| args.wants(&row.name));
+    let nr_cases = rows.iter().map(|row| row.settings.len()).sum();
+    let progress = Progress::new(nr_cases, rounds(&args, 0));
+    let mut results = Results::default();
+    for row in &rows {
+        for &setting in row.settings {
+            measure(row, setting, (&machine, &args, &progress), &mut results)?;
         }
-    };
-    let cases: Vec<_> = cases
-        .iter()
-        .flat_map(|case| settings(case.2).iter().map(move |&setting| (case, setting)))
-        .collect();
-    let progress = Progress::new(cases.len(), rounds(0));
-    let mut outcomes = Vec::new();
-    for (&(ref name, len, what, granule, huge, target), setting) in cases {
-        // Beside company the rest, the workers made here among it, has a CPU of its own.
-        if setting == Setting::Busy {
-            pin_to_cpu(HERE);
-        }
-        let _company = Company::for_setting(setting, THERE);
-        let (mut floor, mut ours): (Box<dyn Subject>, Box<dyn Subject>) = match what {
-            What::Demand(workers) => (
-                Box::new(Copies::new(len, workers, huge)?),
-                Box::new(Offload::new(len, workers, granule, huge)?),
-            ),
-            What::Explicit => (
-                Box::new(Copies::new(len, 1, huge)?),
-                Box::new(Explicit::new(len, huge)?),
-            ),
-            What::ExplicitOverF5 => (
-                Box::new(Bare::new(len, huge)),
-                Box::new(Explicit::new(len, huge)?),
-            ),
-            What::InPlace(workers) => (
-                Box::new(Plain::new(len, workers)),
-                Box::new(Resident(Offload::new(len, workers, granule, huge)?)),
-            ),
-        };
-        let case = Case {
-            name: name.clone(),
-            delivery: "inline",
-            setting,
-            floor: match what {
-                What::InPlace(_) => "F7",
-                What::ExplicitOverF5 => "F5",
-                What::Demand(_) | What::Explicit => "copies",
-            },
-            target: Some(Target::p50(target)),
-        };
-        outcomes.push(compare(
-            case,
-            rounds(len),
-            &mut *floor,
-            &mut *ours,
-            &progress,
-        )?);
-        unpin();
     }
     progress.finish();
-    let notes = if args.wants("scan") {
-        scans()?
-    } else {
-        Vec::new()
-    };
-    publish(
-        "offload",
-        &args,
-        &machine,
-        &Results {
-            cases: outcomes,
-            notes,
-            ..Results::default()
-        },
-    )
+    let explicit = |row: &&Row| row.what == What::Explicit && row.huge();
+    if let Some(row) = rows.iter().find(explicit) {
+        results.notes.extend(ways(&args, row)?);
+    }
+    if args.wants("scan") {
+        results.notes.extend(scans()?);
+    }
+    publish("offload", &args, &machine, &results)
 }

@@ -1,7 +1,7 @@
 //! What grows with what: fault cost with the size of a region, the pages in it and their number, with devices and with
 //! threads; time with workers; memory with pages.
 //!
-//! Here the floor is ours in the small: the same thing with one of what there are many of.
+//! Here the floor is ours in the small: the same thing with one of what there are many of, by the same door.
 //!
 //! `cargo bench -p benches --bench scaling -- [--json FILE] [--plot DIR] [--quick] [FILTER]`
 
@@ -9,14 +9,15 @@ use std::time::Duration;
 
 use accel_sim::Accelerator;
 use anyhow::{Result, ensure};
-use benches::device::Rig;
+use benches::device::{Part, Rig};
 use benches::floors::inline::{self, LAPS};
 use benches::floors::raw::{Area, Faults, Uffd};
+use benches::floors::thread;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare, side_by_side};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Outcome, Results, Series, Target, publish};
 use svm::addr::PAGE_SIZE;
-use svm::{Access, Buffer, Granule, Options};
+use svm::{Access, Buffer, Delivery, Granule, Options};
 
 const MIB: usize = 1 << 20;
 /// The measuring thread's CPU, and the one of its company.
@@ -26,8 +27,15 @@ const THERE: usize = 1;
 const PART: usize = 4 * MIB;
 /// What one fault moves.
 const GRANULE: usize = Granule::Big.bytes();
+/// The two doors.
+const INLINE: Delivery = Delivery::Inline;
+const THREAD: Delivery = Delivery::Thread;
 /// Ten million pages of address space.
 const SPARSE: usize = 10_000_000;
+
+fn by(door: Delivery) -> Options {
+    Options::new().delivery(door)
+}
 
 /// Device fault and CPU fault by turns, at some places of a region.
 struct ThereAndBack {
@@ -36,39 +44,38 @@ struct ThereAndBack {
     from: usize,
     step: usize,
     nr: usize,
-    /// Regions that are only there.
-    _others: Vec<Buffer<u8>>,
+}
+
+/// The middle 4 MiB of a region of `len` bytes.
+fn middle(len: usize) -> usize {
+    (len - PART) / 2 / (2 * MIB) * (2 * MIB)
 }
 
 impl ThereAndBack {
-    /// Granule by granule over 4 MiB in the middle of a region of `len` bytes, of which those are populated, beside so many regions.
-    fn new(len: usize, nr_others: usize) -> Result<Self> {
-        let from = (len - PART) / 2 / (2 * MIB) * (2 * MIB);
-        Self::in_part(len, from..from + PART, from, nr_others)
+    /// Granule by granule over 4 MiB in the middle of a region of `len` bytes, of which those are populated.
+    fn new(len: usize, door: Delivery) -> Result<Self> {
+        let from = middle(len);
+        Self::in_part(Rig::sparse(len, from..from + PART, &by(door))?, from)
+    }
+
+    /// The same beside `nr` other regions, which the device has mapped and used.
+    fn beside(nr: usize, door: Delivery) -> Result<Self> {
+        let rig = Rig::new(PART, &by(door))?.with_regions(nr, &by(door))?;
+        Self::in_part(rig, 0)
     }
 
     /// The same in a region of `nr_pages` pages, all populated.
     fn populated(nr_pages: usize) -> Result<Self> {
         let len = (nr_pages * PAGE_SIZE).max(PART);
-        let from = (len - PART) / 2 / (2 * MIB) * (2 * MIB);
-        Self::in_part(len, 0..len, from, 0)
+        Self::in_part(Rig::new(len, &Options::new())?, middle(len))
     }
 
-    fn in_part(
-        len: usize,
-        populated: std::ops::Range<usize>,
-        from: usize,
-        nr_others: usize,
-    ) -> Result<Self> {
-        let others = (0..nr_others)
-            .map(|_| Buffer::zeroed(PAGE_SIZE))
-            .collect::<Result<_, _>>()?;
+    fn in_part(rig: Rig, from: usize) -> Result<Self> {
         Ok(Self {
-            rig: Rig::sparse(len, populated, &Options::new())?,
+            rig,
             from,
             step: GRANULE,
             nr: PART / GRANULE,
-            _others: others,
         })
     }
 
@@ -86,7 +93,6 @@ impl ThereAndBack {
             from: 0,
             step,
             nr: PLACES,
-            _others: Vec::new(),
         })
     }
 }
@@ -159,7 +165,7 @@ impl Subject for Register {
 }
 
 /// `mirror()` and drop of populated memory.
-struct Mirror(Vec<u8>);
+struct Mirror(Vec<u8>, Options);
 
 impl Subject for Mirror {
     fn arm(&mut self) -> Result<()> {
@@ -168,7 +174,7 @@ impl Subject for Mirror {
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         for _ in 0..16 {
-            samples.time(|| svm::mirror(&mut self.0)?.close())?;
+            samples.time(|| svm::mirror_with(&mut self.0, &self.1)?.close())?;
         }
         Ok(())
     }
@@ -210,13 +216,28 @@ impl Subject for Launch {
     }
 }
 
-/// Threads that fault side by side, each on a region of its own.
+/// Threads that fault side by side.
+trait SideBySide {
+    /// All their turns, each recorded; says how long they took together.
+    fn run(&mut self, samples: &mut Samples) -> Result<Duration>;
+}
+
+/// Each on a region of its own, on a device of its own.
 struct Threads(Vec<ThereAndBack>);
 
 impl Threads {
-    fn new(nr: usize) -> Result<Self> {
-        let threads: Result<_> = (0..nr).map(|_| ThereAndBack::new(PART, 0)).collect();
+    fn new(nr: usize, door: Delivery) -> Result<Self> {
+        let threads: Result<_> = (0..nr).map(|_| ThereAndBack::new(PART, door)).collect();
         Ok(Self(threads?))
+    }
+}
+
+impl SideBySide for Threads {
+    fn run(&mut self, samples: &mut Samples) -> Result<Duration> {
+        side_by_side(&mut self.0, samples, |subject, samples| {
+            let _signals = svm::worker_thread();
+            (0..LAPS).try_for_each(|_| subject.pass(samples))
+        })
     }
 }
 
@@ -230,19 +251,41 @@ impl Subject for Threads {
     }
 }
 
-impl Threads {
+/// Each on a part of one region, on one device.
+struct Together(Rig);
+
+impl Together {
+    fn new(nr: usize, door: Delivery) -> Result<Self> {
+        Ok(Self(Rig::new(nr * PART, &by(door))?.with_threads(nr)?))
+    }
+}
+
+impl SideBySide for Together {
     fn run(&mut self, samples: &mut Samples) -> Result<Duration> {
-        side_by_side(&mut self.0, samples, |subject, samples| {
+        side_by_side(self.0.parts(), samples, |mut part, samples| {
             let _signals = svm::worker_thread();
-            (0..LAPS).try_for_each(|_| subject.pass(samples))
+            (0..LAPS).try_for_each(|_| turns(&mut part, samples))
         })
     }
 }
 
-/// The same, where a sample is the time of a pass over the number of its turns: the inverse of the rate of all together.
-struct Rate(Threads);
+/// Granule by granule over the part.
+fn turns(part: &mut Part<'_>, samples: &mut Samples) -> Result<()> {
+    for at in (0..part.bytes.len()).step_by(GRANULE) {
+        let page = part.first_page + at / PAGE_SIZE;
+        samples.time(|| -> Result<()> {
+            part.fault(page..page + 1, Access::Write)?;
+            part.bytes[at] = 2;
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
 
-impl Subject for Rate {
+/// The same, where a sample is the time of a pass over the number of its turns: the inverse of the rate of all together.
+struct Rate<S>(S);
+
+impl<S: SideBySide> Subject for Rate<S> {
     fn arm(&mut self) -> Result<()> {
         Ok(())
     }
@@ -320,6 +363,8 @@ type Make = Box<dyn Fn() -> Result<Box<dyn Subject>>>;
 /// One comparison: what is measured, of what size, against what, and the ratio that it may come to.
 struct Row {
     name: String,
+    /// The door of its CPU faults.
+    door: Delivery,
     floor: &'static str,
     make_floor: Make,
     make_ours: Make,
@@ -333,8 +378,8 @@ struct Row {
 /// A curve's name, what grows, the smallest size, and the one of the row.
 type Curve = (&'static str, &'static str, f64, f64);
 
-/// The row that is a rate.
-const RATE: &str = "there and back, 64 KiB, 2 threads, time of a turn of either";
+/// What the names of the rows that are rates begin with.
+const RATE: &str = "there and back, 64 KiB, 2 threads";
 /// Of the floor's rate.
 const LEAST_RATE: f64 = 0.8;
 
@@ -356,6 +401,7 @@ fn rows(quick: bool) -> Vec<Row> {
         for &size in sizes {
             rows.push(Row {
                 name: format!("{name} {size} {x}"),
+                door: INLINE,
                 floor,
                 make_floor: make_floor(),
                 make_ours: make_ours(size),
@@ -365,7 +411,7 @@ fn rows(quick: bool) -> Vec<Row> {
             });
         }
     };
-    let small = || boxed(|| ThereAndBack::new(PART, 0));
+    let small = || boxed(|| ThereAndBack::new(PART, INLINE));
     curve(
         "there and back, 64 KiB, in a region of",
         "MiB",
@@ -373,7 +419,7 @@ fn rows(quick: bool) -> Vec<Row> {
         4.0,
         small,
         if quick { &[4096] } else { &[64, 1024, 4096] },
-        |mib| boxed(move || ThereAndBack::new(mib * MIB, 0)),
+        |mib| boxed(move || ThereAndBack::new(mib * MIB, INLINE)),
         Some(1.1),
         true,
     );
@@ -384,7 +430,7 @@ fn rows(quick: bool) -> Vec<Row> {
         1.0,
         small,
         if quick { &[100] } else { &[10, 100, 1000] },
-        |regions| boxed(move || ThereAndBack::new(PART, regions - 1)),
+        |regions| boxed(move || ThereAndBack::beside(regions - 1, INLINE)),
         Some(1.2),
         true,
     );
@@ -434,9 +480,9 @@ fn rows(quick: bool) -> Vec<Row> {
         "threads",
         "1 thread",
         1.0,
-        || boxed(|| Threads::new(1)),
+        || boxed(|| Threads::new(1, INLINE)),
         if quick { &[2] } else { &[2, 4] },
-        |threads| boxed(move || Threads::new(threads)),
+        |threads| boxed(move || Threads::new(threads, INLINE)),
         None,
         false,
     );
@@ -451,30 +497,95 @@ fn rows(quick: bool) -> Vec<Row> {
         Some(2.0),
         false,
     );
-    rows.push(Row {
-        name: RATE.into(),
-        floor: "F5 + F2, 2 threads",
-        make_floor: boxed(|| Ok(inline::ThereAndBack::new(2, PART, GRANULE))),
-        make_ours: boxed(|| Ok(Rate(Threads::new(2)?))),
+    rows.extend(by_thread(quick));
+    rows.extend([INLINE, THREAD].into_iter().flat_map(rates));
+    rows.extend([INLINE, THREAD].map(mirror_and_drop));
+    rows
+}
+
+/// The largest of two curves by the thread door.
+fn by_thread(quick: bool) -> [Row; 2] {
+    let regions: usize = if quick { 100 } else { 1000 };
+    let row = |name, floor, make_ours, target| Row {
+        name,
+        door: THREAD,
+        floor,
+        make_floor: boxed(|| ThereAndBack::new(PART, THREAD)),
+        make_ours,
+        target: Some(Target::p50(target)),
+        busy: true,
+        curve: None,
+    };
+    [
+        row(
+            "there and back, 64 KiB, in a region of 4096 MiB".into(),
+            "4 MiB",
+            boxed(|| ThereAndBack::new(4096 * MIB, THREAD)),
+            1.1,
+        ),
+        row(
+            format!("there and back, 64 KiB, where there are {regions} regions"),
+            "1 region",
+            boxed(move || ThereAndBack::beside(regions - 1, THREAD)),
+            1.2,
+        ),
+    ]
+}
+
+/// Two threads at once, in two regions on two devices, and in one on one. The floor has memory of its own for each thread.
+fn rates(door: Delivery) -> [Row; 2] {
+    let row = |name: &str, make_ours| Row {
+        name: format!("{RATE}{name}, time of a turn of either"),
+        door,
+        floor: match door {
+            Delivery::Inline => "F5 + F2, 2 threads",
+            Delivery::Thread => "F5 + F3, 2 threads",
+        },
+        make_floor: match door {
+            Delivery::Inline => boxed(|| Ok(inline::ThereAndBack::new(2, PART, GRANULE))),
+            Delivery::Thread => boxed(|| Ok(thread::ThereAndBack::new(2, PART, GRANULE))),
+        },
+        make_ours,
         // 0.8 of the floor's rate.
         target: Some(Target::p50_alone(1.0 / LEAST_RATE)),
         busy: false,
         curve: None,
-    });
-    rows.push(Row {
+    };
+    [
+        row("", boxed(move || Ok(Rate(Threads::new(2, door)?)))),
+        row(
+            " in one region",
+            boxed(move || Ok(Rate(Together::new(2, door)?))),
+        ),
+    ]
+}
+
+fn mirror_and_drop(door: Delivery) -> Row {
+    Row {
         name: "mirror and drop, 64 MiB".into(),
+        door,
         floor: "REGISTER + UNREGISTER",
-        make_floor: boxed(|| {
+        make_floor: boxed(move || {
             let area = Area::new(64 * MIB, false);
             area.populate();
-            Ok(Register(Uffd::open(Faults::Signal), area))
+            let faults = match door {
+                Delivery::Inline => Faults::Signal,
+                Delivery::Thread => Faults::Message,
+            };
+            Ok(Register(Uffd::open(faults), area))
         }),
-        make_ours: boxed(|| Ok(Mirror(vec![1; 64 * MIB]))),
+        make_ours: boxed(move || Ok(Mirror(vec![1; 64 * MIB], by(door)))),
         target: Some(Target::p50(1.5)),
-        busy: false,
+        busy: true,
         curve: None,
-    });
-    rows
+    }
+}
+
+fn door_name(door: Delivery) -> &'static str {
+    match door {
+        Delivery::Inline => "inline",
+        Delivery::Thread => "thread",
+    }
 }
 
 /// A point of the curve that the row belongs to.
@@ -498,21 +609,32 @@ fn add_to_curve(
 /// Two threads' rate, as such.
 fn rate(outcome: &Outcome) -> [Note; 3] {
     let a_second = |ns: u64| 1e9 / ns as f64;
+    let place = if outcome.name.contains("in one region") {
+        " in one region"
+    } else {
+        ""
+    };
+    let door = if outcome.delivery == "thread" {
+        ", thread door"
+    } else {
+        ""
+    };
+    let threads = format!("2 faulting threads{place}");
     [
         Note::at_least(
-            "concurrency, the rate of 2 faulting threads over the floor's",
+            format!("concurrency, the rate of {threads} over the floor's{door}"),
             1.0 / outcome.ratio,
             "x",
             LEAST_RATE,
         ),
         Note::new(
-            "concurrency, 2 faulting threads",
+            format!("concurrency, {threads}{door}"),
             a_second(outcome.ours.p50),
             "turns a second (there and back, 64 KiB)",
             None,
         ),
         Note::new(
-            "concurrency, the floor with 2",
+            format!("concurrency, the floor of {threads}{door}"),
             a_second(outcome.floor.p50),
             "turns a second",
             None,
@@ -550,7 +672,7 @@ fn main() -> Result<()> {
             let _company = Company::for_setting(setting, THERE);
             let case = Case {
                 name: row.name.clone(),
-                delivery: "inline",
+                delivery: door_name(row.door),
                 setting,
                 floor: row.floor,
                 target: row.target,
@@ -560,7 +682,7 @@ fn main() -> Result<()> {
             if let Some(curve) = row.curve.filter(|_| setting == Setting::Quiet) {
                 add_to_curve(&mut results.series, curve, row.target, &outcome);
             }
-            if row.name == RATE {
+            if row.name.starts_with(RATE) {
                 results.notes.extend(rate(&outcome));
             }
             results.cases.push(outcome);

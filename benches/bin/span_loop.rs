@@ -1,8 +1,9 @@
-//! The loop of a slice kernel, and the same loop over plain slices, for `benches/vectorised.sh` to look at their machine code.
+//! The loop of a slice kernel, the same loop over plain slices, and an element kernel's load and store, for `benches/vectorised.sh` to look
+//! at their machine code.
 
-use accel_sim::Accelerator;
+use accel_sim::{Accelerator, ElementsMut};
 use anyhow::{Result, ensure};
-use svm::Buffer;
+use svm::{Buffer, DeviceFault};
 
 /// What both are.
 #[inline(always)]
@@ -31,6 +32,31 @@ fn span_loop(
     })?)
 }
 
+/// One load of an element kernel, by itself: what it takes beside the call is the hit path.
+#[inline(never)]
+fn load_element(data: ElementsMut<'_, u64>, i: usize) -> Result<u64, DeviceFault> {
+    data.load(i)
+}
+
+/// One store.
+#[inline(never)]
+fn store_element(data: ElementsMut<'_, u64>, i: usize, value: u64) -> Result<(), DeviceFault> {
+    data.store(i, value)
+}
+
+fn elements(accel: &Accelerator) -> Result<()> {
+    let mut data = Buffer::<u64>::zeroed(1)?;
+    accel.run_items(1, data.view_mut(), |_lane, i, data| {
+        let value = load_element(*data, i)?;
+        store_element(*data, i, value + 1)
+    })?;
+    ensure!(
+        data.as_slice() == [1],
+        "the element kernel did something else"
+    );
+    Ok(())
+}
+
 fn main() -> Result<()> {
     const LEN: usize = 1 << 16;
     let accel = Accelerator::with_options(accel_sim::Options::new().workers(1))?;
@@ -44,5 +70,5 @@ fn main() -> Result<()> {
     let mut plain = vec![0.0; LEN];
     plain_loop(&mut plain, b.as_slice(), c.as_slice());
     ensure!(plain == a.as_slice(), "the loops differ");
-    Ok(())
+    elements(&accel)
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicI32, AtomicU8, AtomicUsize, Ordering::Relaxed};
 
 use anyhow::Result;
 
-use super::raw::Faults;
+use super::raw::{Area, Faults, Uffd};
 use super::{Job, Pair, resolve};
 use crate::harness::{Samples, Subject, side_by_side};
 
@@ -197,21 +197,30 @@ impl Subject for ThereAndBack {
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         let _handler = Handler::install(libc::SIGBUS, on_bus_in_some_area);
-        let (pairs, granule) = (&self.pairs, self.granule);
-        let mut each = Samples::new();
-        let took = side_by_side(pairs, &mut each, |pair, each| {
-            for _ in 0..LAPS {
-                for at in (0..pair.host.len()).step_by(granule) {
-                    each.time(|| {
-                        let (frame, host) = (pair.frames.addr() + at, pair.host.addr() + at);
-                        pair.uffd.move_pages(frame, host, granule);
-                        pair.host.write(at);
-                    });
-                }
-            }
-            Ok(())
-        })?;
-        samples.record(u64::try_from(took.as_nanos())? / each.len());
-        Ok(())
+        let parts = self.pairs.iter();
+        let parts = parts.map(|pair| (&pair.uffd, &pair.host, &pair.frames));
+        turns(parts, self.granule, samples)
     }
+}
+
+/// Of each part's memory granule by granule out to its window and, by a fault, home, by a thread for each part.
+pub(super) fn turns<'a>(
+    parts: impl Iterator<Item = (&'a Uffd, &'a Area, &'a Area)>,
+    granule: usize,
+    samples: &mut Samples,
+) -> Result<()> {
+    let mut each = Samples::new();
+    let took = side_by_side(parts, &mut each, |(uffd, host, frames), each| {
+        for _ in 0..LAPS {
+            for at in (0..host.len()).step_by(granule) {
+                each.time(|| {
+                    uffd.move_pages(frames.addr() + at, host.addr() + at, granule);
+                    host.write(at);
+                });
+            }
+        }
+        Ok(())
+    })?;
+    samples.record(u64::try_from(took.as_nanos())? / each.len());
+    Ok(())
 }
