@@ -49,6 +49,9 @@ for i in "${!benches[@]}"; do
         grep -v '^Benchmarking' | tee "$out/$bench.txt"
 done
 
+echo "==> the machine code of a hit"
+benches/vectorised.sh --quiet --listing "$out/vectorised.txt"
+
 report=(cargo run -q --release --locked -p benches --bin report -- "$out")
 if [ ${#quick[@]} -eq 0 ]; then
     "${report[@]}" --readme README.md
