@@ -93,9 +93,10 @@ impl Mover<'_> {
                 Stop::Complete => {}
                 Stop::Exists | Stop::NotPresent => match self.settle(stop, src, dst) {
                     Settled::Moved => {
+                        let len = self.moved_len(src, dst, run.end - at);
                         self.asleep = true;
-                        moved(self.state, PageMask::page(at));
-                        at += 1;
+                        moved(self.state, PageMask::range(at..at + len));
+                        at += len;
                         again = 0;
                         continue;
                     }
@@ -110,9 +111,10 @@ impl Mover<'_> {
                 // That is said of a page which is there.
                 Stop::Busy => return Err(Stall::Busy(at)),
                 _ if self.has_moved(src, dst) => {
+                    let len = self.moved_len(src, dst, run.end - at);
                     self.asleep = true;
-                    moved(self.state, PageMask::page(at));
-                    at += 1;
+                    moved(self.state, PageMask::range(at..at + len));
+                    at += len;
                     again = 0;
                     continue;
                 }
@@ -266,6 +268,15 @@ impl Mover<'_> {
             ) => Settled::Blocked,
             _ => Settled::Again,
         }
+    }
+
+    /// How many of the `max` pages from here on have moved; at least one, for the caller saw the first. The kernel loses count of as many as
+    /// it moves at once.
+    fn moved_len(&self, source: usize, destination: usize, max: usize) -> usize {
+        count(&self.region.counters().scan_calls, 2);
+        let space = AddressSpace::global();
+        let empty = space.nr_empty(source, max);
+        empty.min(space.nr_populated(destination, max)).max(1)
     }
 
     /// How many of the `max` pages from `addr` on are holes; at least one, for the caller saw the first.
