@@ -159,7 +159,36 @@ pub fn move_pages(fd: i32, dst: usize, src: usize, len: usize) {
         mode: 0,
         moved: 0,
     };
-    must("UFFDIO_MOVE", ioctl(fd, UFFDIO_MOVE, &mut arg).into());
+    if ioctl(fd, UFFDIO_MOVE, &mut arg) != 0 {
+        finish_move(fd, dst, src, len);
+    }
+}
+
+/// The rest of a MOVE that met compaction: Linux 6.18 then says how far it has counted, which is not how far it has got. Page by page: one
+/// that is not there any more has moved.
+#[cold]
+fn finish_move(fd: i32, dst: usize, src: usize, len: usize) {
+    const PAGE: usize = 4096;
+    let mut at = 0;
+    while at < len {
+        let mut arg = Move {
+            dst: (dst + at) as u64,
+            src: (src + at) as u64,
+            len: PAGE as u64,
+            mode: 0,
+            moved: 0,
+        };
+        if ioctl(fd, UFFDIO_MOVE, &mut arg) != 0 {
+            match std::io::Error::last_os_error().raw_os_error() {
+                Some(libc::EAGAIN) => continue,
+                Some(libc::ENOENT | libc::EEXIST) => {}
+                _ => {
+                    must("UFFDIO_MOVE", -1);
+                }
+            }
+        }
+        at += PAGE;
+    }
 }
 
 /// UFFDIO_WRITEPROTECT. Async-signal-safe.
