@@ -164,13 +164,13 @@ fn footnote(bench: &str) -> &'static str {
              were not measured in this run.\n"
         }
         "offload" => {
-            "\n–: not run beside a busy CPU. All CPUs are workers' there, or the kernel runs on data in place, which asks nothing of the \
-             system.\n"
+            "\nBeside a busy CPU one worker does all, on the other. –: not run there: the kernel runs on data in place, which asks nothing of \
+             the system, or the row is of the thread door, whose wake-ups are the whole of it. \"By: -\" has no door: what is moved is asked \
+             for, and no fault is taken.\n"
         }
         "scaling" => {
-            "\n–: not run beside a busy CPU. Its own workers or threads keep all CPUs busy, or, where a mirror is made and dropped, no device is at \
-             work. Bookkeeping is what is in RAM beyond the data (RssAnon), page tables apart: a window's take eight bytes for each page that \
-             has been in it.\n"
+            "\n–: not run beside a busy CPU, for its own workers or threads keep all CPUs busy. Bookkeeping is what is in RAM beyond the data \
+             (RssAnon), page tables apart: a window's take eight bytes for each page that has been in it.\n"
         }
         _ => "",
     }
