@@ -186,10 +186,11 @@ pub(crate) fn release_pages(
     loop {
         match release_attempt(device, region, block, pages, scratch, (cause, stale)) {
             Ok(Attempt::Done) => return Ok(()),
-            Ok(Attempt::Again) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             // As a rule everything comes home by itself, and an area for what does not is system calls.
             Ok(Attempt::NeedsScratch) => scratch.ensure(region.door())?,
+            // Something came by a copy, and left a stale page.
             Err(_) if !scratch.is_ready(region.door()) => scratch.ensure(region.door())?,
+            Ok(Attempt::Again) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
                 return Err(Error::new("release", ErrorKind::Lost).at(region.addr_of(block, page)));
             }

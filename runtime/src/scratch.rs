@@ -70,12 +70,10 @@ impl Scratch {
         Ok(())
     }
 
-    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for; 0, where nothing can be
-    /// moved, if a round discards more than was made room for.
-    pub(crate) fn take(&mut self, pages: usize, _like: usize) -> usize {
-        let Some(area) = &mut self.areas[self.current] else {
-            return 0;
-        };
+    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for; none, where no room was made,
+    /// or a round discards more than it was made for.
+    pub(crate) fn take(&mut self, pages: usize, _like: usize) -> Option<usize> {
+        let area = self.areas[self.current].as_mut()?;
         if pages == PAGES_PER_BLOCK {
             area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
         }
@@ -83,10 +81,10 @@ impl Scratch {
         let has_room = area.next + pages <= CAPACITY;
         debug_assert!(has_room, "a round discarded more than it ensured");
         if !has_room {
-            return 0;
+            return None;
         }
         area.next += pages;
-        at
+        Some(at)
     }
 }
 

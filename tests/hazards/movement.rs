@@ -81,9 +81,16 @@ fn pinned_stale_frames_keep_no_mirror_from_closing() {
 fn a_pinned_frame_keeps_no_other_block_from_home() {
     const BLOCK: usize = 2 << 20;
     const NR: usize = 5;
-    both_doors("pinned among blocks", |options| {
-        let options = options.clone().granule(Granule::Huge).huge_pages(true);
-        let mut buffer = svm::Buffer::<u8>::with_options(NR * BLOCK, &options).unwrap();
+    // Together, and each by itself; then no area for stale pages has been made when it turns out that there are some.
+    let each = |test: &dyn Fn(&svm::Options)| {
+        both_doors("pinned among blocks", |options| {
+            for huge in [true, false] {
+                test(&options.clone().granule(Granule::Huge).huge_pages(huge));
+            }
+        });
+    };
+    each(&|options| {
+        let mut buffer = svm::Buffer::<u8>::with_options(NR * BLOCK, options).unwrap();
         let device = TestDevice::new().unwrap();
         let fill = |buffer: &mut svm::Buffer<u8>, with: u8| {
             let pages = buffer.as_mut_slice().chunks_mut(PAGE);

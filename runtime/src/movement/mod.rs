@@ -52,7 +52,7 @@ pub(crate) enum Stall {
     Refused(usize),
     /// The page is nowhere: neither with the CPU nor in the window that should hold it.
     Lost(usize),
-    /// The kernel has no memory.
+    /// The kernel has no memory, or there is no place for what must be thrown away.
     NoMemory,
 }
 
@@ -431,6 +431,7 @@ impl<'a> Mover<'a> {
         }
         // Once for all of the run: each page has its place, whatever stops on the way.
         let base = scratch.take(run.len(), self.frame(device, run.start));
+        let base = base.ok_or(Stall::NoMemory)?;
         let (mut at, mut discarded) = (run.start, Ok(()));
         while at < run.end {
             let moved = self.move_run(
@@ -463,6 +464,7 @@ impl<'a> Mover<'a> {
             return self.discard_host(run);
         }
         let base = scratch.take(run.len(), self.host(run.start));
+        let base = base.ok_or(Stall::NoMemory)?;
         let start = run.start;
         self.move_run(
             run,

@@ -86,6 +86,7 @@ impl Mover<'_> {
             };
         }
         let base = scratch.take(run.len(), self.frame(device, run.start));
+        let base = base.ok_or(Stall::NoMemory)?;
         let start = run.start;
         self.move_run(
             run,
