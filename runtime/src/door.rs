@@ -259,8 +259,8 @@ impl Door {
                 stop: Stop::Invalid,
             };
         };
-        // SAFETY: `crate::movement` and `crate::round`, the only callers, move between bodies, windows and scratch areas, all
-        // of which `register` answers for.
+        // SAFETY: `crate::movement`, `crate::round` and `crate::release`, the only callers, move between bodies, windows and
+        // scratch areas, all of which `register` answers for.
         unsafe { self.uffd.move_pages(dst, src, self.wakes()) }
     }
 

@@ -277,7 +277,8 @@ fn finish_release(
         scratch,
         cause,
     );
-    let pinned = matches!(given_up, Err(Stall::Busy(_)));
+    // Without a place for them nothing is known of the others: with one, once more.
+    let pinned = matches!(given_up, Err(Stall::Busy(_))) && scratch.is_ready(region.door());
     if pinned && !state.frames(id).intersects(&pages) {
         if stale == Stale::GoWithWindow {
             state.emptied(id, pages);

@@ -106,6 +106,7 @@ mutations! {
     FinishWithoutLook in cpu_and_span: "anomalies" | "is killed" | "was written last" | "empty page";
     HomeLeavesCopies in two_and_two: "was written last" | "the CPU may write it";
     MoveErrorBelieved in moves_that_lie: "was written last" | "anomalies" | "is killed" | "fails" | "in the window" | "starved";
+    ChangeHidesMove in moves_that_lie: "was written last" | "anomalies" | "is killed" | "in the window" | "empty page";
     UnprotectFirst in duplicates_and_collapse: "was written last" | "the CPU may write it";
     ShareHomeWritable in shared_home: "was written last" | "the CPU may write it";
     DuplicateUnprotected in duplicates_and_collapse: "was written last" | "the CPU may write it";

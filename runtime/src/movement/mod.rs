@@ -1,4 +1,5 @@
-//! Moving pages: the code that changes which memory holds what. (Where nobody else is concerned, `round/quick.rs` moves whole runs by itself.)
+//! Moving pages: the code that changes which memory holds what. (Runs and blocks that
+//! are one side's alone `round/quick.rs` and `release.rs` move by themselves, and leave what stops them to this.)
 //!
 //! A [`Mover`] works on one block whose lock is held. Each method acts on one *run* of pages with one system call where
 //! the kernel allows, and records in the directory what became true directly after the call (D4 of [`crate::block`]). So

@@ -2,11 +2,11 @@
 //!
 //! # Outcomes of the kernel (kernel-facts section 4)
 //! On Linux 6.18 `UFFDIO_MOVE` can report EEXIST or ENOENT of a page that it *did* move. Every such answer is therefore
-//! checked against both ends before anything is decided; see [`Mover::settle`].
+//! checked against both ends before anything is decided; see [`Mover::ends`] and [`settle`].
 //!
 //! Nor is every such answer seen. A call that has moved something, and lost the count of what it moved next, says EAGAIN and how far it
 //! counted; what is left is asked for again, and if a mapping is changing by then, or has changed, *that* is the answer. So wherever a
-//! movement stops it is looked whether the page is there already; see [`Mover::has_moved`].
+//! movement stops it is looked whether the page is there already.
 
 use core::ops::Range;
 
@@ -26,10 +26,15 @@ struct Ends {
     destination: bool,
 }
 
-/// What to do about a page at which a movement stopped.
+impl Ends {
+    /// Whether the page has moved all the same.
+    fn has_moved(self) -> bool {
+        !self.source && self.destination
+    }
+}
+
+/// What to do about a page that did not move for what is, or is not, at an end.
 enum Settled {
-    /// The page had moved; go on behind it.
-    Moved,
     /// The source is empty.
     Hole,
     /// Something else is in the way at the destination.
@@ -46,6 +51,15 @@ enum Border {
     Unmapped,
     /// Nowhere any more, or it was no border: `mprotect` splits a mapping, and joins it again, at any time.
     Gone,
+}
+
+/// Decides what an EEXIST or ENOENT of a MOVE means of a page that has not moved.
+fn settle(stop: Stop, ends: Ends) -> Settled {
+    match (stop, ends.source, ends.destination) {
+        (Stop::NotPresent, false, false) => Settled::Hole,
+        (Stop::Exists, _, true) => Settled::Blocked,
+        _ => Settled::Again,
+    }
 }
 
 /// How often one page may answer "again" before it is refused: a bug is reported, not looped on (hazards M2).
@@ -89,17 +103,18 @@ impl Mover<'_> {
             }
             // Where it stopped.
             let (src, dst) = (source(self, at), destination(self, at));
+            let ends = self.ends(stop, src, dst);
+            if ends.has_moved() {
+                let len = self.moved_len(src, dst, run.end - at);
+                self.asleep = true;
+                moved(self.state, PageMask::range(at..at + len));
+                at += len;
+                again = 0;
+                continue;
+            }
             match stop {
                 Stop::Complete => {}
-                Stop::Exists | Stop::NotPresent => match self.settle(stop, src, dst) {
-                    Settled::Moved => {
-                        let len = self.moved_len(src, dst, run.end - at);
-                        self.asleep = true;
-                        moved(self.state, PageMask::range(at..at + len));
-                        at += len;
-                        again = 0;
-                        continue;
-                    }
+                Stop::Exists | Stop::NotPresent => match settle(stop, ends) {
                     Settled::Hole => {
                         let len = self.hole_len(src, run.end - at);
                         hole(self, at..at + len)?;
@@ -108,16 +123,7 @@ impl Mover<'_> {
                     Settled::Blocked => return Err(Stall::Refused(at)),
                     Settled::Again => {}
                 },
-                // That is said of a page which is there.
                 Stop::Busy => return Err(Stall::Busy(at)),
-                _ if self.has_moved(src, dst) => {
-                    let len = self.moved_len(src, dst, run.end - at);
-                    self.asleep = true;
-                    moved(self.state, PageMask::range(at..at + len));
-                    at += len;
-                    again = 0;
-                    continue;
-                }
                 Stop::Changing => {
                     count(&self.region.counters().changing_outcomes, 1);
                     return Err(Stall::Changing);
@@ -225,48 +231,22 @@ impl Mover<'_> {
         }
     }
 
-    /// Whether a page at which a movement stopped has moved all the same.
-    fn has_moved(&self, source: usize, destination: usize) -> bool {
-        !mutated(Mutation::MoveErrorBelieved)
-            && !self.is_populated(source)
-            && self.is_populated(destination)
-    }
-
-    /// Decides what an EEXIST or ENOENT of a MOVE means by looking at both ends.
-    fn settle(&self, stop: Stop, source: usize, destination: usize) -> Settled {
-        let ends = Ends {
-            source: self.is_populated(source),
-            destination: self.is_populated(destination),
+    /// What both ends hold of the page at which a movement stopped. Not looked at where it stopped of itself, or for the use of a page, which
+    /// is there then.
+    fn ends(&self, stop: Stop, source: usize, destination: usize) -> Ends {
+        let (source, destination) = match stop {
+            Stop::Complete | Stop::Busy => (true, false),
+            Stop::NotPresent if mutated(Mutation::MoveErrorBelieved) => (false, false),
+            Stop::Exists if mutated(Mutation::MoveErrorBelieved) => (true, true),
+            Stop::Exists | Stop::NotPresent => {
+                (self.is_populated(source), self.is_populated(destination))
+            }
+            _ if mutated(Mutation::ChangeHidesMove) => (true, false),
+            _ => (self.is_populated(source), self.is_populated(destination)),
         };
-        if mutated(Mutation::MoveErrorBelieved) {
-            return if stop == Stop::NotPresent {
-                Settled::Hole
-            } else {
-                Settled::Blocked
-            };
-        }
-        match (stop, ends) {
-            (
-                _,
-                Ends {
-                    source: false,
-                    destination: true,
-                },
-            ) => Settled::Moved,
-            (
-                Stop::NotPresent,
-                Ends {
-                    source: false,
-                    destination: false,
-                },
-            ) => Settled::Hole,
-            (
-                Stop::Exists,
-                Ends {
-                    destination: true, ..
-                },
-            ) => Settled::Blocked,
-            _ => Settled::Again,
+        Ends {
+            source,
+            destination,
         }
     }
 

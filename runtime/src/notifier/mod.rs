@@ -238,7 +238,7 @@
 //! | teardown of a mirror, of a device | `close_and_faults`, `detach_and_faults`, `remap_and_close` | `CloseNotSeen`, `CloseWithoutGrace` |
 //! | G1–G5: events | `discard`, `discard_beside_a_wait`, `unmap`, `remap`, `mapped_over`, and with pages shared | `GateStaysOpen`, `EventOverAtOnce`, `EventNotRecorded`, `GateLeaveWithoutWake`, `WaitedWithoutLook` |
 //! | F1: a child finds what was written last | `fork`, `shared_with_a_child` | `ForkNotSeen` |
-//! | outcomes of the kernel | `moves_that_lie`, `changing_all_the_time` | `MoveErrorBelieved` |
+//! | outcomes of the kernel | `moves_that_lie`, `changing_all_the_time` | `MoveErrorBelieved`, `ChangeHidesMove` |
 //! | without MOVE | `without_move`, `without_move_shared`, `without_move_evictions` | `CopyUnprotected` |
 //! | the monitor | `thread_door`, `thread_door_shared`, `thread_door_discard`, `thread_door_late` | `MonitorForgetsFault` |
 //! | no lost wake-up, no deadlock, no starvation | all | `HubEndWithoutWake`, `MutexForgetsSleepers` |

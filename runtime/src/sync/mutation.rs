@@ -158,6 +158,8 @@ mutations! {
     HomeLeavesCopies,
     /// An EEXIST or ENOENT of MOVE is believed.
     MoveErrorBelieved,
+    /// Where a movement stops for a change of mappings, it is not looked whether the page has moved.
+    ChangeHidesMove,
     /// A collapse lets the CPU write before the devices' copies are invalidated.
     UnprotectFirst,
     /// A CPU read of a device's page gets a copy that it may write.
