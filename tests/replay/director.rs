@@ -369,10 +369,15 @@ impl Stillness {
             let stat = read("stat");
             let state = stat.rsplit(')').next().unwrap_or("").trim_start();
             if state.starts_with('R') {
-                let now = read("schedstat");
-                let now: u64 = now.split(' ').next().unwrap_or("").parse().unwrap_or(0);
-                let first = *self.used.entry(task.file_name()).or_insert(now);
-                is_still &= now - first > POLLING.as_nanos() as u64;
+                let used = read("schedstat");
+                let Some(now) = used.split(' ').next().and_then(|ns| ns.parse().ok()) else {
+                    // It has ended since.
+                    continue;
+                };
+                let first: &mut u64 = self.used.entry(task.file_name()).or_insert(now);
+                // Less than before is another thread's, which has the number now.
+                *first = now.min(*first);
+                is_still &= now - *first > POLLING.as_nanos() as u64;
             }
         }
         self.still = if is_still { self.still + 1 } else { 0 };
