@@ -5,12 +5,11 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use core::time::Duration;
 
-use crate::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
+use crate::addr::PAGE_SIZE;
 use crate::block::DeviceId;
 use crate::device::Device;
 use crate::error::{Access, DeviceFault, DeviceFaultKind, Error, ErrorKind, Result};
 use crate::mapped::{AnyMapped, Mapped, MappedRef, RegionRef};
-use crate::mask::PageMask;
 use crate::release::{self, Stale};
 use crate::scratch::Scratch;
 use crate::space::{AddressSpace, Gated};
@@ -310,7 +309,7 @@ impl<D: Device> Attachment<D> {
 
     /// Brings home what the device holds of `pages` (indices from the region's base), and empties its memory there: the
     /// counterpart of [`Update::migrate`](crate::Update::migrate). Waits for accesses in flight. Pages that it does not hold are
-    /// home already, as far as this device goes.
+    /// home already, as far as this device goes. A page that cannot be brought home keeps no other from it.
     ///
     /// # Errors
     /// As [`map`](Self::map), and [`ErrorKind::Lost`] if a page could not be brought home.
@@ -318,33 +317,8 @@ impl<D: Device> Attachment<D> {
         let mapped = self.map(region)?;
         let _signals = AsyncSignalsBlocked::new();
         let mut scratch = Scratch::new(self.attached.space)?;
-        let end = pages.end.min(region.region.nr_blocks() * PAGES_PER_BLOCK);
-        let mut at = pages.start;
-        while at < end {
-            let block = at / PAGES_PER_BLOCK;
-            let origin = block * PAGES_PER_BLOCK;
-            if at == origin {
-                let whole = block..end / PAGES_PER_BLOCK;
-                let nr = release::release_blocks(&*mapped.0, region.region, whole, Cause::Explicit);
-                if nr > 0 {
-                    at += nr * PAGES_PER_BLOCK;
-                    continue;
-                }
-            }
-            let part = at..end.min(origin + PAGES_PER_BLOCK);
-            let mask = PageMask::range(part.start - origin..part.end - origin);
-            release::release_pages(
-                &*mapped.0,
-                region.region,
-                block,
-                mask,
-                &mut scratch,
-                Cause::Explicit,
-                Stale::Kept,
-            )?;
-            at = part.end;
-        }
-        Ok(())
+        let (cause, stale) = (Cause::Explicit, Stale::Kept);
+        release::release_range(&*mapped.0, region.region, pages, &mut scratch, cause, stale)
     }
 
     /// Has the next `count` allocations of device memory fail, as under pressure that eviction cannot relieve: a fault that

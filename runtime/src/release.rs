@@ -90,16 +90,35 @@ pub(crate) fn release_region(
     cause: Cause,
     stale: Stale,
 ) -> Result<()> {
-    let (mut block, mut released) = (0, Ok(()));
-    while block < region.nr_blocks() {
-        block += release_blocks(device, region, block..region.nr_blocks(), cause);
-        if block < region.nr_blocks() {
-            let all = PageMask::FULL;
-            released = released.and(release_pages(
-                device, region, block, all, scratch, cause, stale,
-            ));
-            block += 1;
+    let pages = 0..region.nr_blocks() * PAGES_PER_BLOCK;
+    release_range(device, region, pages, scratch, cause, stale)
+}
+
+/// [`release_region`] for some pages, counted from the region's base.
+pub(crate) fn release_range(
+    device: &dyn AnyMapped,
+    region: &Region,
+    pages: Range<usize>,
+    scratch: &mut Scratch,
+    cause: Cause,
+    stale: Stale,
+) -> Result<()> {
+    let end = pages.end.min(region.nr_blocks() * PAGES_PER_BLOCK);
+    let (mut at, mut released) = (pages.start, Ok(()));
+    while at < end {
+        let (block, page) = (at / PAGES_PER_BLOCK, at % PAGES_PER_BLOCK);
+        if page == 0 {
+            let nr = release_blocks(device, region, block..end / PAGES_PER_BLOCK, cause);
+            at += nr * PAGES_PER_BLOCK;
+            if nr > 0 {
+                continue;
+            }
         }
+        let nr_pages = (end - at).min(PAGES_PER_BLOCK - page);
+        let part = PageMask::range(page..page + nr_pages);
+        let came = release_pages(device, region, block, part, scratch, cause, stale);
+        released = released.and(came);
+        at += nr_pages;
     }
     released
 }
