@@ -45,8 +45,7 @@ pub(crate) fn traced(test: &'static str, body: impl FnOnce(), expected: &[ByThre
     if env::var_os(MARK).is_some_and(|mark| mark == test) {
         return body();
     }
-    // Each call is two stops, and a thousand mirrors are many calls: half a minute on a machine that has much else to do.
-    let _watchdog = Watchdog::with_timeout(test, Duration::from_secs(180));
+    let _watchdog = Watchdog::with_timeout(test, Duration::from_secs(45));
     if !usable() {
         return;
     }
