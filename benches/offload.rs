@@ -787,7 +787,7 @@ fn measure(
 
 fn rounds(args: &Args, len: usize) -> usize {
     // A round of the large size takes the better part of a second.
-    args.rounds(if is_large(len) { 5 } else { 15 })
+    args.rounds(if is_large(len) { 7 } else { 15 })
 }
 
 /// Explicit movement with huge pages, each way by itself.
