@@ -53,20 +53,11 @@ fn print_threads() {
             );
         }
     }
-    let script = [
-        "-p",
-        &pid.to_string(),
-        "-batch",
-        "-ex",
-        "handle SIGBUS nostop noprint pass",
-        "-ex",
-        "thread apply all bt 12",
-    ];
     // A debugger has to stop every thread, and one that waits in the kernel for a thread that is stopped already never does. This
-    // thread is among those that it stops, so somebody else has to see to it that it ends.
-    let limited = Command::new("timeout")
-        .args(["-s", "KILL", "10", "gdb"])
-        .args(script)
+    // thread is among those that it stops, so somebody else has to see to it that it ends, and that they go on.
+    let script = "timeout -s KILL 10 gdb -p $1 -batch -ex 'handle SIGBUS nostop noprint pass' -ex 'thread apply all bt 12'; kill -CONT $1";
+    let limited = Command::new("sh")
+        .args(["-c", script, "sh", &pid.to_string()])
         .stdin(Stdio::null())
         .status();
     drop(limited);
