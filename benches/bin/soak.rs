@@ -4,10 +4,11 @@
 //!
 //! One thread makes mirrors of all sizes and kinds, has an accelerator work on them and drops them; another does so behind the
 //! other door; some of them lose contents and change their address by bare system calls. A long-lived mirror is faulted to and fro,
-//! brought home, forked from and pinned meanwhile. Once a minute (or `--every`) a line says what the process has: memory in RAM, page
-//! tables, descriptors, mappings, threads, and what the runtime has counted. The first third is warm-up. The least that the process has in
-//! the last third may not exceed the least that it had in the second, beyond what an allocator scatters; contents must be right, the
-//! runtime's anomalies 0, and nothing may stand still from line to line. The last line is the verdict, and so is the exit status.
+//! brought home, forked from and pinned meanwhile. As root it has the kernel compact memory each second, beside which movement is
+//! hardest. Once a minute (or `--every`) a line says what the process has: memory in RAM, page tables, descriptors, mappings, threads,
+//! and what the runtime has counted. The first third is warm-up. The least that the process has in the last third may not exceed the
+//! least that it had in the second, beyond what an allocator scatters; contents must be right, the runtime's anomalies 0, and nothing
+//! may stand still from line to line. The last line is the verdict, and so is the exit status.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -192,6 +193,12 @@ fn long_life(accel: &Accelerator, data: &mut Buffer<u64>, n: u64) -> Result<()> 
     Ok(())
 }
 
+/// Has the kernel compact all memory: pages that are in the midst of a movement are then held by the kernel as well, and it has been
+/// seen to lose count of what it has moved (`HAZARDS.md` M2). Says whether it may.
+fn compact() -> bool {
+    std::fs::write("/proc/sys/vm/compact_memory", "1").is_ok()
+}
+
 /// A thread that ends, whatever for, ends all.
 struct StopsOthers<'a>(&'a AtomicBool);
 
@@ -243,6 +250,14 @@ fn soak(args: &Args) -> Result<String> {
         let mut threads = vec![scope.spawn(short(Delivery::Inline, 0))];
         threads.push(scope.spawn(short(Delivery::Thread, 1)));
         let (accel, stop, laps) = (&accel, &stop, &laps);
+        let compacts = compact();
+        threads.push(scope.spawn(move || {
+            while compacts && !stop.load(Ordering::Relaxed) {
+                compact();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            Ok(())
+        }));
         let long = &mut long;
         threads.push(scope.spawn(move || {
             let _end = StopsOthers(stop);
@@ -254,6 +269,9 @@ fn soak(args: &Args) -> Result<String> {
             }
             Ok(())
         }));
+        if !compacts {
+            println!("not beside compaction, which takes root");
+        }
         println!(
             "    s   anonymous  page tables  fds  mappings  threads     lives      laps  anomalies"
         );
