@@ -133,7 +133,7 @@ pub(crate) fn sever_once(
         .map_err(|_errno| Stall::NoMemory)?;
     let gate = space.gate().enter();
     let mut state = region.lock_block(inv.block());
-    // Being discarded by a call of ours, see `evict`. (Displaced pages are pending for the span that is to be severed.)
+    // Being discarded by a call of ours, see `release_attempt`. (Displaced pages are pending for the span that is to be severed.)
     let held = state.held_by_devices(None) & state.away();
     if ((held & state.pending()) - state.displaced()).intersects(inv.pages()) {
         return Err(Stall::Changing);

@@ -207,7 +207,7 @@ pub(crate) fn release_pages(
             Ok(Attempt::Done) => return Ok(()),
             // As a rule everything comes home by itself, and an area for what does not is system calls.
             Ok(Attempt::NeedsScratch) => scratch.ensure(region.door())?,
-            // Something came by a copy, and left a stale page.
+            // Something may have come by a copy, and left a stale page.
             Err(_) if !scratch.is_ready(region.door()) => scratch.ensure(region.door())?,
             Ok(Attempt::Again) | Err(Stall::Changing | Stall::NoMemory) => process::sched_yield(),
             Err(Stall::Busy(page) | Stall::Refused(page) | Stall::Lost(page)) => {
@@ -248,7 +248,8 @@ fn release_attempt(
     };
     let moves = region.door().has_move() && device.bounce().is_none();
     let all_come_home = moves && state.exclusive_to(device.id()).contains_all(&resident);
-    if !all_come_home && !scratch.is_ready(region.door()) {
+    let door = region.door();
+    if scratch.is_full(door) || !all_come_home && !scratch.is_ready(door) {
         return Ok(Attempt::NeedsScratch);
     }
     let Ok(bracket) = region.hub().start(region.interval(block, bounds), None) else {

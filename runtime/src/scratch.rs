@@ -19,7 +19,6 @@ const ROUND: usize = 3 * PAGES_PER_BLOCK;
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     areas: [Option<Area>; 2],
-    current: usize,
 }
 
 #[derive(Debug)]
@@ -54,26 +53,35 @@ impl Scratch {
 
     /// Whether there is room for one round of a region behind `door` as it is.
     #[inline]
-    pub(crate) fn is_ready(&mut self, door: &'static Door) -> bool {
-        self.current = door.index();
-        self.areas[self.current]
-            .as_ref()
-            .is_some_and(Area::has_room)
+    pub(crate) fn is_ready(&self, door: &'static Door) -> bool {
+        self.area(door).is_some_and(Area::has_room)
+    }
+
+    /// Whether there is an area for `door` that has no such room any more.
+    pub(crate) fn is_full(&self, door: &'static Door) -> bool {
+        self.area(door).is_some_and(|area| !area.has_room())
+    }
+
+    #[inline]
+    fn area(&self, door: &'static Door) -> Option<&Area> {
+        self.areas[door.index()].as_ref()
     }
 
     #[cold]
     fn make_room(&mut self, door: &'static Door) -> Result<(), i32> {
-        match &mut self.areas[self.current] {
+        match &mut self.areas[door.index()] {
             Some(area) => area.empty()?,
             none => *none = Some(Area::new(door)?),
         }
         Ok(())
     }
 
-    /// The address of `pages` empty pages, congruent to `like` modulo 2 MiB if a whole block is asked for; none, where no room was made,
-    /// or a round discards more than it was made for.
-    pub(crate) fn take(&mut self, pages: usize, _like: usize) -> Option<usize> {
-        let area = self.areas[self.current].as_mut()?;
+    /// The address of `pages` empty pages for those of a region behind `door`, a whole block's at a multiple of 2 MiB; none, where no
+    /// area was made.
+    ///
+    /// A round that discards more than room was made for is a bug; it gets none.
+    pub(crate) fn take(&mut self, door: &'static Door, pages: usize) -> Option<usize> {
+        let area = self.areas[door.index()].as_mut()?;
         if pages == PAGES_PER_BLOCK {
             area.next = area.next.next_multiple_of(PAGES_PER_BLOCK);
         }

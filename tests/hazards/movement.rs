@@ -1,6 +1,6 @@
 //! M: moving pages, and what somebody else holds on to.
 
-use svm::{Access, Granule};
+use svm::{Access, Delivery, Granule};
 use tests::{Map, TestDevice};
 
 use crate::PAGE;
@@ -124,4 +124,69 @@ fn a_pinned_frame_keeps_no_other_block_from_home() {
         }
         assert_eq!(buffer.stats().anomalies, 0);
     });
+}
+
+/// What may not be written any more comes home by a copy, and leaves a stale page each: more of them than the area for those has room for.
+#[test]
+fn more_stale_pages_than_their_area_has_room_for_come_home() {
+    const BLOCK: usize = 2 << 20;
+    const NR: usize = 10;
+    both_doors("many stale pages", |options| {
+        let map = Map::new(NR * BLOCK / PAGE);
+        (0..NR * BLOCK / PAGE).for_each(|page| map.write(page, 5));
+        let mirror = map.mirror(&options.clone().granule(Granule::Huge));
+        let device = TestDevice::new().unwrap();
+        let region = mirror.view().region();
+        device
+            .fault_in(region, map.addr, NR * BLOCK, Access::Write)
+            .unwrap();
+        protect(&map, libc::PROT_READ);
+        device.release().unwrap();
+        assert_eq!(device.attachment().resident_bytes(), 0);
+        assert!((0..NR * BLOCK / PAGE).all(|page| map.read(page) == 5));
+        protect(&map, libc::PROT_READ | libc::PROT_WRITE);
+        drop(mirror);
+        map.unmap();
+    });
+}
+
+/// Each door has an area for stale pages of its own: of mirrors that come home at once, none's go to another's.
+#[test]
+fn stale_pages_behind_either_door_go_where_they_belong() {
+    both_doors("stale pages of both doors", |options| {
+        let others = options.clone().delivery(Delivery::Thread);
+        let maps: Vec<Map> = (0..3).map(|_| Map::new(8)).collect();
+        let mirrors: Vec<_> = [options, &others, options]
+            .into_iter()
+            .zip(&maps)
+            .map(|(options, map)| {
+                (0..8).for_each(|page| map.write(page, 5));
+                map.mirror(options)
+            })
+            .collect();
+        let device = TestDevice::new().unwrap();
+        for (mirror, map) in mirrors.iter().zip(&maps) {
+            device
+                .fault_in(mirror.view().region(), map.addr, 8 * PAGE, Access::Write)
+                .unwrap();
+            // They come by a copy then.
+            protect(map, libc::PROT_READ);
+        }
+        device.release().unwrap();
+        assert_eq!(device.attachment().resident_bytes(), 0);
+        protect(&maps[2], libc::PROT_READ | libc::PROT_WRITE);
+        assert!(
+            maps.iter()
+                .all(|map| (0..8).all(|page| map.read(page) == 5))
+        );
+        drop(mirrors);
+        maps.into_iter().for_each(Map::unmap);
+    });
+}
+
+/// By a bare system call, of which the runtime hears nothing.
+fn protect(map: &Map, prot: i32) {
+    // SAFETY: the test's own mapping, which is written only while it may be.
+    let refused = unsafe { libc::mprotect(map.addr as *mut _, map.pages * PAGE, prot) };
+    assert_eq!(refused, 0);
 }

@@ -69,7 +69,7 @@ pub(crate) struct Mover<'a> {
     asleep: bool,
 }
 
-/// Blocks that one movement takes at most: of huge pages, microseconds' work while their locks are held.
+/// Blocks that one movement takes at most: of huge pages that nothing keeps, microseconds' work while their locks are held.
 pub(crate) const MAX_BLOCKS_AT_ONCE: usize = 32;
 
 /// How often a frame that is in use is tried again before it is copied.
@@ -431,7 +431,7 @@ impl<'a> Mover<'a> {
             return Ok(());
         }
         // Once for all of the run: each page has its place, whatever stops on the way.
-        let base = scratch.take(run.len(), self.frame(device, run.start));
+        let base = scratch.take(self.region.door(), run.len());
         let base = base.ok_or(Stall::NoMemory)?;
         let (mut at, mut discarded) = (run.start, Ok(()));
         while at < run.end {
@@ -464,7 +464,7 @@ impl<'a> Mover<'a> {
         if !self.has_move() {
             return self.discard_host(run);
         }
-        let base = scratch.take(run.len(), self.host(run.start));
+        let base = scratch.take(self.region.door(), run.len());
         let base = base.ok_or(Stall::NoMemory)?;
         let start = run.start;
         self.move_run(

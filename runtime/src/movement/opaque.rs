@@ -85,7 +85,7 @@ impl Mover<'_> {
                 Err(Stall::Refused(run.start))
             };
         }
-        let base = scratch.take(run.len(), self.frame(device, run.start));
+        let base = scratch.take(self.region.door(), run.len());
         let base = base.ok_or(Stall::NoMemory)?;
         let start = run.start;
         self.move_run(
