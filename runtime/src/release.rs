@@ -140,7 +140,7 @@ pub(crate) fn release_blocks(
         return 0;
     }
     let _gate = AddressSpace::global().gate().enter();
-    let mut states = region.try_lock_blocks(blocks.clone(), |state| state.is_all_with(id));
+    let states = region.try_lock_blocks(blocks.clone(), |state| state.is_all_with(id));
     let nr = states.iter().flatten().count();
     if nr < 2 {
         return 0;
@@ -163,28 +163,35 @@ pub(crate) fn release_blocks(
         let _ = device.invalidate(&inv);
     });
     point!(ReleaseExcluding, host);
-    // Waiting for a worker is for one block at a time.
-    if !invalidations().all(|inv| device.quiesced(&inv)) {
+    // Waiting for a worker is for one block at a time: up to there.
+    let nr = invalidations()
+        .take_while(|inv| device.quiesced(inv))
+        .count();
+    if nr == 0 {
         return 0;
     }
     count(&region.counters().move_calls, 1);
     let moved = region.door().move_pages(host, window, nr * BLOCK_SIZE);
     let nr_moved = moved.bytes / PAGE_SIZE;
     let nr_whole = nr_moved / PAGES_PER_BLOCK;
-    let mut states = states.iter_mut().flatten();
-    for state in states.by_ref().take(nr_whole) {
+    let mut states = states.into_iter().flatten();
+    for mut state in states.by_ref().take(nr_whole) {
         state.moved_home(id, PageMask::FULL);
     }
     device.residency().release(nr_whole * PAGES_PER_BLOCK);
     if nr_moved > 0 {
         device.counters().to_host(cause, nr_moved as u64, 0);
     }
-    if let Some(state) = states.next() {
-        // Where it stopped: to find out why, page by page, under the same hold of the lock (D4). What that leaves is
+    if nr_whole == nr {
+        return nr;
+    }
+    if let Some(mut state) = states.next() {
+        // Where it stopped: to find out why, page by page, under the same hold of the lock (D4), and of no other. What that leaves is
         // `release_pages`'s.
+        drop(states);
         let here = nr_moved % PAGES_PER_BLOCK;
         state.moved_home(id, PageMask::range(0..here));
-        let mut mover = Mover::new(region, blocks.start + nr_whole, state);
+        let mut mover = Mover::new(region, blocks.start + nr_whole, &mut state);
         let _ = bring_home(&mut mover, device, here..PAGES_PER_BLOCK, cause);
         let left = state.resident(id).count();
         device.residency().release(PAGES_PER_BLOCK - left);
