@@ -10,7 +10,7 @@ use std::time::Duration;
 use accel_sim::Accelerator;
 use anyhow::{Result, ensure};
 use benches::device::{Part, Rig};
-use benches::floors::inline::{self, LAPS};
+use benches::floors::inline::{self, LAPS, Memory};
 use benches::floors::raw::{Area, Faults, Uffd};
 use benches::floors::thread;
 use benches::harness::{Args, Case, Progress, Samples, Subject, compare, side_by_side};
@@ -548,18 +548,24 @@ fn by_thread(quick: bool) -> [Row; 2] {
     ]
 }
 
-/// Two threads at once, in two regions on two devices, and in one on one. The floor has memory of its own for each thread.
+/// Two threads at once, in two regions on two devices, and in one on one. The floor's memory is apart, or shared, likewise.
 fn rates(door: Delivery) -> [Row; 2] {
-    let row = |name: &str, make_ours| Row {
+    let row = |name: &str, memory, make_ours| Row {
         name: format!("{RATE}{name}, time of a turn of either"),
         door,
-        floor: match door {
-            Delivery::Inline => "F5 + F2, 2 threads",
-            Delivery::Thread => "F5 + F3, 2 threads",
+        floor: match (door, memory) {
+            (Delivery::Inline, Memory::Apart) => "F5 + F2, 2 threads",
+            (Delivery::Inline, Memory::Shared) => "F5 + F2, 2 threads in one mapping",
+            (Delivery::Thread, Memory::Apart) => "F5 + F3, 2 threads",
+            (Delivery::Thread, Memory::Shared) => "F5 + F3, 2 threads in one mapping",
         },
         make_floor: match door {
-            Delivery::Inline => boxed(|| Ok(inline::ThereAndBack::new(2, PART, GRANULE))),
-            Delivery::Thread => boxed(|| Ok(thread::ThereAndBack::new(2, PART, GRANULE))),
+            Delivery::Inline => {
+                boxed(move || Ok(inline::ThereAndBack::new(memory, 2, PART, GRANULE)))
+            }
+            Delivery::Thread => {
+                boxed(move || Ok(thread::ThereAndBack::new(memory, 2, PART, GRANULE)))
+            }
         },
         make_ours,
         // 0.8 of the floor's rate.
@@ -568,9 +574,14 @@ fn rates(door: Delivery) -> [Row; 2] {
         curve: None,
     };
     [
-        row("", boxed(move || Ok(Rate(Threads::new(2, door)?)))),
+        row(
+            "",
+            Memory::Apart,
+            boxed(move || Ok(Rate(Threads::new(2, door)?))),
+        ),
         row(
             " in one region",
+            Memory::Shared,
             boxed(move || Ok(Rate(Together::new(2, door)?))),
         ),
     ]

@@ -127,23 +127,44 @@ impl Subject for Inline {
     }
 }
 
-/// F5 and F2 by turns, on as many threads, each in an area of its own with a userfaultfd of its own: what threads that fault side by
-/// side can reach. A sample is the time of a pass over the number of its turns: the inverse of the rate of all together.
+/// F5 and F2 by turns, on as many threads: what threads that fault side by side can reach. A sample is the time of a pass over the
+/// number of its turns: the inverse of the rate of all together.
 #[derive(Debug)]
 pub struct ThereAndBack {
     pairs: Vec<Pair>,
+    /// Bytes that one thread goes through.
+    part: usize,
     granule: usize,
+}
+
+/// What threads that fault side by side have in common. In one mapping they meet in the kernel, whoever's the runtime is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// Each has mappings of its own.
+    Apart,
+    /// Each has a part of the same mappings.
+    Shared,
+}
+
+impl Memory {
+    /// How many areas there are for `threads` threads with `part` bytes each, and how large one is.
+    pub(super) fn areas(self, threads: usize, part: usize) -> (usize, usize) {
+        match self {
+            Self::Apart => (threads, part),
+            Self::Shared => (1, threads * part),
+        }
+    }
 }
 
 /// How often each thread goes through its part in a pass.
 pub const LAPS: usize = 4;
 
-/// Threads that fault side by side, at most.
-const MAX_THREADS: usize = 8;
+/// Areas of threads that fault side by side, at most.
+const MAX_AREAS: usize = 8;
 
 /// Where the handler looks for the area of a fault: its first and last byte, the descriptor and the way to the window.
-static AREAS: [[AtomicUsize; 4]; MAX_THREADS] =
-    [const { [const { AtomicUsize::new(0) }; 4] }; MAX_THREADS];
+static AREAS: [[AtomicUsize; 4]; MAX_AREAS] =
+    [const { [const { AtomicUsize::new(0) }; 4] }; MAX_AREAS];
 
 extern "C" fn on_bus_in_some_area(
     _signal: libc::c_int,
@@ -166,16 +187,18 @@ extern "C" fn on_bus_in_some_area(
 }
 
 impl ThereAndBack {
-    /// `threads` threads with `len` bytes each.
+    /// `threads` threads with `part` bytes each. What is apart has a userfaultfd of its own.
     ///
     /// # Panics
-    /// If they are more than the handler has room for.
+    /// If the areas are more than the handler has room for.
     #[must_use]
-    pub fn new(threads: usize, len: usize, granule: usize) -> Self {
-        assert!(threads <= MAX_THREADS);
+    pub fn new(memory: Memory, threads: usize, part: usize, granule: usize) -> Self {
+        let (nr, len) = memory.areas(threads, part);
+        assert!(nr <= AREAS.len());
         let pair = |_| Pair::new(len, Faults::Signal, false);
         Self {
-            pairs: (0..threads).map(pair).collect(),
+            pairs: (0..nr).map(pair).collect(),
+            part,
             granule,
         }
     }
@@ -197,22 +220,27 @@ impl Subject for ThereAndBack {
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         let _handler = Handler::install(libc::SIGBUS, on_bus_in_some_area);
-        let parts = self.pairs.iter();
-        let parts = parts.map(|pair| (&pair.uffd, &pair.host, &pair.frames));
-        turns(parts, self.granule, samples)
+        let areas = self.pairs.iter();
+        let areas = areas.map(|pair| (&pair.uffd, &pair.host, &pair.frames));
+        turns(areas, self.part, self.granule, samples)
     }
 }
 
-/// Of each part's memory granule by granule out to its window and, by a fault, home, by a thread for each part.
+/// Of each area's memory granule by granule out to its window and, by a fault, home, by a thread for each `part` bytes.
 pub(super) fn turns<'a>(
-    parts: impl Iterator<Item = (&'a Uffd, &'a Area, &'a Area)>,
+    areas: impl Iterator<Item = (&'a Uffd, &'a Area, &'a Area)>,
+    part: usize,
     granule: usize,
     samples: &mut Samples,
 ) -> Result<()> {
+    let parts = areas.flat_map(|(uffd, host, frames)| {
+        let starts = (0..host.len()).step_by(part);
+        starts.map(move |start| (uffd, host, frames, start))
+    });
     let mut each = Samples::new();
-    let took = side_by_side(parts, &mut each, |(uffd, host, frames), each| {
+    let took = side_by_side(parts, &mut each, |(uffd, host, frames, start), each| {
         for _ in 0..LAPS {
-            for at in (0..host.len()).step_by(granule) {
+            for at in (start..start + part).step_by(granule) {
                 each.time(|| {
                     uffd.move_pages(frames.addr() + at, host.addr() + at, granule);
                     host.write(at);

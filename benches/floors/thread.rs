@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 
 use anyhow::Result;
 
-use super::inline::{arm, turns};
+use super::inline::{Memory, arm, turns};
 use super::raw::{Area, Faults, Uffd};
 use super::{Job, Pair};
 use crate::harness::{Samples, Subject};
@@ -180,23 +180,26 @@ impl Areas {
     }
 }
 
-/// F5 and F3 by turns, on as many threads, each in an area of its own, with one userfaultfd and one reader for all: as
+/// F5 and F3 by turns, on as many threads, with one userfaultfd and one reader for all: as
 /// [`inline::ThereAndBack`](super::inline::ThereAndBack) is of F5 and F2.
 #[derive(Debug)]
 pub struct ThereAndBack {
     areas: Arc<Areas>,
+    /// Bytes that one thread goes through.
+    part: usize,
     granule: usize,
     _service: Service,
 }
 
 impl ThereAndBack {
-    /// `threads` threads with `len` bytes each.
+    /// `threads` threads with `part` bytes each.
     ///
     /// # Panics
     /// If there is no descriptor or thread to be had.
     #[must_use]
-    pub fn new(threads: usize, len: usize, granule: usize) -> Self {
-        let areas = Arc::new(Areas::new(threads, len));
+    pub fn new(memory: Memory, threads: usize, part: usize, granule: usize) -> Self {
+        let (nr, len) = memory.areas(threads, part);
+        let areas = Arc::new(Areas::new(nr, len));
         let resolve = {
             let areas = areas.clone();
             move |addr| areas.bring_home(addr, granule)
@@ -204,6 +207,7 @@ impl ThereAndBack {
         Self {
             _service: Service::start(areas.uffd.fd(), Place::Free, resolve),
             areas,
+            part,
             granule,
         }
     }
@@ -216,7 +220,7 @@ impl Subject for ThereAndBack {
 
     fn pass(&mut self, samples: &mut Samples) -> Result<()> {
         let Areas { uffd, areas } = &*self.areas;
-        let parts = areas.iter().map(|[host, frames]| (uffd, host, frames));
-        turns(parts, self.granule, samples)
+        let areas = areas.iter().map(|[host, frames]| (uffd, host, frames));
+        turns(areas, self.part, self.granule, samples)
     }
 }
