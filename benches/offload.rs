@@ -446,6 +446,36 @@ fn nothing_home(len: usize, rounds: usize) -> Result<Note> {
 trait Both: Subject + ThereAndBack {}
 impl<T: Subject + ThereAndBack> Both for T {}
 
+/// One that is made anew for every round, and used once before it is measured. What the move of 4 KiB pages costs depends on which pages
+/// of RAM they are: of what lives through a case, floor and ours would each keep what luck gave them.
+struct Fresh<S> {
+    make: Box<dyn Fn() -> Result<S>>,
+    subject: Option<S>,
+}
+
+impl<S> Fresh<S> {
+    fn new(make: impl Fn() -> Result<S> + 'static) -> Self {
+        Self {
+            make: Box::new(make),
+            subject: None,
+        }
+    }
+}
+
+impl<S: Subject> Subject for Fresh<S> {
+    fn arm(&mut self) -> Result<()> {
+        let subject = self.subject.insert((self.make)()?);
+        subject.arm()?;
+        subject.pass(&mut Samples::new())?;
+        subject.arm()
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let mut subject = self.subject.take().expect("armed before a pass");
+        subject.pass(samples)
+    }
+}
+
 /// F7 against spans: the triad on data in place.
 struct Resident(Offload);
 
@@ -529,6 +559,7 @@ impl Ours for Offload {
 }
 
 impl Ours for Explicit {}
+impl<S: Subject> Ours for Fresh<S> {}
 impl Ours for Resident {}
 
 /// What a row does.
@@ -598,7 +629,10 @@ impl Row {
         Ok(match self.what {
             What::Demand => Box::new(Copies::new(self.len, workers, self.huge())?),
             What::Explicit => Box::new(Copies::new(self.len, 1, self.huge())?),
-            What::ExplicitOverF5 => Box::new(Bare::new(self.len, self.huge(), PIECE)),
+            What::ExplicitOverF5 => {
+                let (len, huge) = (self.len, self.huge());
+                Box::new(Fresh::new(move || Ok(Bare::new(len, huge, PIECE))))
+            }
             What::InPlace => Box::new(Plain::new(self.len, workers)),
         })
     }
@@ -607,8 +641,10 @@ impl Row {
         let offload = || Offload::new(self.len, workers, &self.options);
         Ok(match self.what {
             What::Demand => Box::new(offload()?),
-            What::Explicit | What::ExplicitOverF5 => {
-                Box::new(Explicit::new(self.len, self.huge())?)
+            What::Explicit => Box::new(Explicit::new(self.len, self.huge())?),
+            What::ExplicitOverF5 => {
+                let (len, huge) = (self.len, self.huge());
+                Box::new(Fresh::new(move || Explicit::new(len, huge)))
             }
             What::InPlace => Box::new(Resident(offload()?)),
         })
