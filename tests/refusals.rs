@@ -12,7 +12,10 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use svm::{Access, AttachOptions, Buffer, Delivery, DeviceFaultKind, Granule, MappedRef, Options};
+use svm::{
+    Access, AttachOptions, Buffer, Delivery, DeviceFaultKind, ErrorKind, Granule, MappedRef,
+    Options,
+};
 use tests::idle::{Idle, TIMEOUT, fault_in};
 use tests::{TestDevice, Watchdog, usable};
 
@@ -538,6 +541,51 @@ fn pages_outside_the_region_are_refused() {
         let nothing = std::ops::Range { start: 3, end: 1 };
         let mut update = range.start_update(&mapped, nothing, TIMEOUT).unwrap();
         update.fault(Access::Write).unwrap();
+    });
+}
+
+/// A word of `SVM_DISABLE` that is none takes nothing away: a test of a fallback would pass without it.
+#[test]
+fn an_unknown_word_of_svm_disable_is_refused() {
+    without(
+        "an_unknown_word_of_svm_disable_is_refused",
+        "move,wp_asink",
+        || {
+            let _watchdog = Watchdog::new("unknown word");
+            let refused = [
+                svm::mirror(&mut [1_u8; 3 * PAGE]).map(drop),
+                Idle::attach().map(drop),
+                svm::mirror(&mut [1_u8; 3 * PAGE]).map(drop),
+            ];
+            for error in refused.map(Result::unwrap_err) {
+                assert!(matches!(error.kind(), ErrorKind::Invalid(_)), "{error}");
+                let text = error.to_string();
+                assert!(text.contains("`wp_asink` is unknown"), "{text}");
+                assert!(text.contains("wp_async"), "{text}");
+            }
+        },
+    );
+}
+
+/// Neither beyond the end nor backwards, and the error says what was asked for, and of how many.
+#[test]
+fn a_pin_of_what_is_no_range_of_the_mirror_is_refused() {
+    both_doors("pin of no range", |options| {
+        let mut words = vec![1_u32; 10_000];
+        let mut mirror = svm::mirror_with(&mut words, options).unwrap();
+        let backwards = std::ops::Range { start: 7, end: 3 };
+        for range in [5000..20_000, 10_001..10_001, backwards] {
+            let texts = [
+                mirror.pin(range.clone()).unwrap_err().to_string(),
+                mirror.pin_mut(range.clone()).unwrap_err().to_string(),
+            ];
+            for text in texts {
+                assert!(text.contains(&format!("{range:?}")), "{text}");
+                assert!(text.contains("10000"), "{text}");
+            }
+        }
+        let nothing = mirror.pin(10_000..);
+        assert!(nothing.is_ok(), "of no element, at the end");
     });
 }
 

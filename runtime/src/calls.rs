@@ -889,7 +889,7 @@ fn refused(operation: &'static str, addr: usize, error: &std::io::Error) -> Erro
     };
     let kind = match (errno, operation) {
         (libc::EINVAL, _) => ErrorKind::Invalid(
-            "the kernel refuses the range, the argument, or this for memory of this kind",
+            "the kernel refuses the range, the argument, or this for memory of this kind".into(),
         ),
         (libc::EFAULT, _) | (libc::ENOMEM, "madvise" | "mprotect") => ErrorKind::Unmapped,
         (libc::ENOMEM, _) => ErrorKind::OutOfMemory,

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A missing capability is never hidden: the runtime either has a fallback for it, which the table names
-//! and `SVM_DISABLE` forces, or refuses with an error.
+//! and `SVM_DISABLE` forces, or refuses with an error. A word in `SVM_DISABLE` that is none is an error of the first mirror or device.
 
 use std::fmt;
 
@@ -269,7 +269,7 @@ mod platform {
 
     use super::{Capabilities, Capability, Support};
     use crate::addr::PAGE_SIZE;
-    use crate::sys::disable::{Disabled, VARIABLE, WORDS};
+    use crate::sys::disable::{Disabled, VARIABLE};
     use crate::sys::maps::Maps;
     use crate::sys::pagemap::Pagemap;
     use crate::sys::process::Status;
@@ -458,13 +458,7 @@ mod platform {
         }
         if let Ok(list) = std::env::var(VARIABLE) {
             notes.push(format!("{VARIABLE}={list}"));
-            Disabled::parse(&list, |word| {
-                let known: Vec<_> = WORDS.iter().map(|(word, _)| *word).collect();
-                let known = known.join(", ");
-                notes.push(format!(
-                    "{VARIABLE}: `{word}` is unknown; known are {known}"
-                ));
-            });
+            notes.extend(Disabled::mistakes(&list));
         }
         notes
     }

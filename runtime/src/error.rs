@@ -4,6 +4,7 @@
 //! is built only where allocation is allowed. A [`DeviceFault`] is a small `Copy` value, for it is made on the fault path.
 
 use core::fmt;
+use std::borrow::Cow;
 
 /// Result of this crate's control operations.
 pub type Result<T, E = Error> = core::result::Result<T, E>;
@@ -32,7 +33,7 @@ pub enum ErrorKind {
     /// share a page.)
     Overlap,
     /// An argument makes no sense: empty, unaligned, wrapping, zero or too large; the text says which.
-    Invalid(&'static str),
+    Invalid(Cow<'static, str>),
     /// The memory has no mapping, or lost it meanwhile.
     Unmapped,
     /// The mapping forbids the access.
@@ -76,8 +77,8 @@ impl Error {
 
     /// An error for a device author's own operations, with a fixed explanation.
     #[must_use]
-    pub fn invalid(operation: &'static str, why: &'static str) -> Self {
-        Self::new(operation, ErrorKind::Invalid(why))
+    pub fn invalid(operation: &'static str, why: impl Into<Cow<'static, str>>) -> Self {
+        Self::new(operation, ErrorKind::Invalid(why.into()))
     }
 
     /// An error for a device author's launches: a kernel panicked, or the launch made no sense.

@@ -78,6 +78,8 @@
 //! protocol behind it, with its proofs and models, is in [`notifier`]; the races it all has to stand, and what shows that it
 //! does, in [`hazards`].
 //!
+//! Which memory moves, and what stays in place, is said at [`mirror`](mirror#which-memory-moves).
+//!
 //! # Limits
 //! - Linux 5.7 on x86-64; aarch64 is written with care and untested; elsewhere every entry point answers that it is unsupported.
 //! - A thread that blocks `SIGBUS` and touches a page that is away is killed by the kernel ([`Delivery::Inline`]).

@@ -10,28 +10,6 @@
 //! 3. `T: Pod`: a device may leave any bits.
 //! 4. A page that is away is not unmapped memory: touching it faults and brings it home. So a leaked mirror stays correct
 //!    memory for loads and stores.
-//!
-//! # Which memory moves
-//! | memory | what devices do with it |
-//! |---|---|
-//! | private anonymous: the heap, `mmap`, zeroed statics; 4 KiB pages, transparent huge pages, the huge zero page | pages migrate and are duplicated |
-//! | the same, read-only (`mprotect`) | duplicated; the kernel would not move the CPU's page, which stays, write-protected |
-//! | the same, `PROT_NONE` | faults with [`NoAccess`](crate::DeviceFaultKind::NoAccess) |
-//! | holes in a mirrored range | faults with [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something is mapped there later |
-//! | the same, locked in memory (`mlock`) | in place page by page: the kernel refuses to move each that a device asks for, which then stays in place for as long as the mirror lives; locked while it is away, it comes home by a copy |
-//! | reserved huge pages (hugetlb), private or shared | in place |
-//! | shared anonymous memory, memfd, shared file mappings | in place |
-//! | private file mappings, initialised statics, a private memfd | in place: userfaultfd cannot register them, or would not move their pages |
-//! | the stack that the calling thread runs on | in place: a thread whose own stack is away may not be able to fault it in |
-//! | what another userfaultfd has registered | in place |
-//! | what is mirrored already, in whole or in part; a null pointer, a range that wraps | refused: [`Overlap`](ErrorKind::Overlap), [`Invalid`](ErrorKind::Invalid) |
-//!
-//! Each row has a test in `tests/memory_kinds.rs`.
-//!
-//! *In place* means that devices access it at the host's address: it is one memory, nothing moves and nothing is counted as
-//! device memory. [`Mirror::is_in_place`] tells of ranges that are so as a whole, and [`snapshot`](crate::snapshot()) which pages
-//! devices hold. A range that holds several kinds is in place as a whole, but for locked pages among others. Protection is looked up at every device fault; `mprotect` tells nobody, so translations that
-//! exist last until the next launch begins.
 
 use core::fmt;
 use core::marker::PhantomData;
@@ -73,8 +51,32 @@ use crate::view::{View, ViewMut};
 /// # Ok::<(), svm::Error>(())
 /// ```
 ///
+/// # Which memory moves
+/// Whole pages. The bytes at either end that share a page with something else stay where they are: a launch works on a copy of them, and
+/// brings that back when it ends. So a slice in which no whole page lies never moves; an empty one is as good as any other.
+///
+/// | memory | what devices do with it |
+/// |---|---|
+/// | private anonymous: the heap, `mmap`, zeroed statics; 4 KiB pages, transparent huge pages, the huge zero page | pages migrate and are duplicated |
+/// | the same, read-only (`mprotect`) | duplicated; the kernel would not move the CPU's page, which stays, write-protected |
+/// | the same, `PROT_NONE` | faults with [`NoAccess`](crate::DeviceFaultKind::NoAccess) |
+/// | holes in a mirrored range | faults with [`Unmapped`](crate::DeviceFaultKind::Unmapped), also when something is mapped there later |
+/// | the same, locked in memory (`mlock`) | in place page by page: the kernel refuses to move each that a device asks for, which then stays in place for as long as the mirror lives; locked while it is away, it comes home by a copy |
+/// | reserved huge pages (hugetlb), private or shared | in place |
+/// | shared anonymous memory, memfd, shared file mappings | in place |
+/// | private file mappings, initialised statics, a private memfd | in place: userfaultfd cannot register them, or would not move their pages |
+/// | the stack that the calling thread runs on | in place: a thread whose own stack is away may not be able to fault it in |
+/// | what another userfaultfd has registered | in place |
+/// | what is mirrored already, in whole or in part; a null pointer, a range that wraps | refused: [`Overlap`](ErrorKind::Overlap), [`Invalid`](ErrorKind::Invalid) |
+///
+/// *In place* means that devices access it at the host's address: it is one memory, nothing moves and nothing is counted as
+/// device memory. [`Mirror::is_in_place`] tells of ranges that are so as a whole, and [`snapshot`](crate::snapshot()) which pages
+/// devices hold. A range that holds several kinds is in place as a whole, but for locked pages among others. Protection is looked up at
+/// every device fault; `mprotect` tells nobody, so translations that exist last until the next launch begins.
+///
 /// # Errors
 /// No userfaultfd here (the text says what would help), memory that overlaps another mirror, or no room for bookkeeping.
+// Each row of the table has a test in `tests/memory_kinds.rs`.
 pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
     mirror_with(slice, &Options::default())
 }
@@ -572,8 +574,9 @@ impl<'a, T: Pod> Mirror<'a, T> {
         self.len == 0
     }
 
-    /// Whether the memory is of a kind that cannot move (a file mapping, a stack, somebody else's userfaultfd): devices
-    /// then access it where it is.
+    /// Whether the memory is of a [kind that cannot move](mirror#which-memory-moves) (a file mapping, a stack, somebody else's
+    /// userfaultfd): devices then access it where it is. Not so of a slice in which no whole page lies: that does not move either, but
+    /// launches work on copies.
     #[must_use]
     pub fn is_in_place(&self) -> bool {
         self.raw.region().kind() == RegionKind::InPlace
@@ -648,7 +651,10 @@ impl<'a, T: Pod> Mirror<'a, T> {
         };
         if start > end || end > self.len {
             let addr = self.ptr.as_ptr().addr();
-            return Err(Error::invalid("pin", "the range is out of bounds").at(addr));
+            let len = self.len;
+            let why =
+                format!("elements {start}..{end} are not a range of the {len} that are mirrored");
+            return Err(Error::invalid("pin", why).at(addr));
         }
         Ok(start..end)
     }
@@ -728,9 +734,10 @@ impl<T: Pod> fmt::Debug for PinMut<'_, T> {
     }
 }
 
-/// A mirrored input. Devices get copies of it.
+/// A mirrored input. Devices get copies of it: nothing of it moves, so system calls need no pin.
 ///
-/// Of a slice that lies in a [`Mirror`] or [`Buffer`](crate::Buffer), it is a view through that mirror.
+/// Of a slice that lies in a [`Mirror`] or [`Buffer`](crate::Buffer), it is a view through that mirror, whose pages move, and which has the
+/// pins.
 pub struct MirrorRef<'a, T: Pod> {
     raw: Raw,
     slice: &'a [T],

@@ -202,6 +202,7 @@ impl AddressSpace {
         let _ = crate::sys::membarrier::init();
         // First, for it says best what is wrong on a system that is not Linux.
         let pagemap = Pagemap::open()?;
+        crate::sys::disable::check()?;
         Ok(Self {
             gate: Gate::nudging(let_copiers_go_on),
             places: Gated::new(MapSlice::empty()).map_err(std::io::Error::from_raw_os_error)?,
@@ -312,6 +313,9 @@ impl AddressSpace {
         }
         let failed = |e: std::io::Error| match e.raw_os_error() {
             Some(errno) => Error::new(operation, ErrorKind::System).errno(errno),
+            None if e.kind() == std::io::ErrorKind::InvalidInput => {
+                Error::invalid(operation, e.to_string())
+            }
             None => Error::new(operation, ErrorKind::Unsupported(e.to_string())),
         };
         let space = MapBox::leak(MapBox::new(Self::new().map_err(failed)?).map_err(failed)?);

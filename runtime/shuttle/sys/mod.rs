@@ -55,6 +55,12 @@ pub(crate) mod futex {
     }
 }
 
+pub(crate) mod disable {
+    pub(crate) fn check() -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 pub(crate) mod membarrier {
     pub(crate) fn init() -> std::io::Result<()> {
         Ok(())

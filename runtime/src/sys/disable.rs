@@ -1,8 +1,10 @@
 //! `SVM_DISABLE`: pretending that the kernel lacks something.
 //!
 //! A comma-separated list of the words below forces the fallback for each, so that every fallback can
-//! be tested on a kernel that has everything. Read once, on the control path.
+//! be tested on a kernel that has everything. Read once, on the control path. A word that is none of them is an error of the first mirror or
+//! device: else a test of a fallback would pass without it.
 
+use std::io;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 use super::uffd::Features;
@@ -66,7 +68,7 @@ impl Disabled {
     }
 
     /// Parses a list, and hands every unknown word to `unknown`.
-    pub(crate) fn parse(list: &str, mut unknown: impl FnMut(&str)) -> Self {
+    fn parse(list: &str, mut unknown: impl FnMut(&str)) -> Self {
         let mut disabled = Self::empty();
         for word in list.split(',').map(str::trim).filter(|w| !w.is_empty()) {
             match WORDS.iter().find(|(name, _)| *name == word) {
@@ -75,6 +77,19 @@ impl Disabled {
             }
         }
         disabled
+    }
+
+    /// What is wrong with the words of `list` that are none.
+    pub(crate) fn mistakes(list: &str) -> Vec<String> {
+        let mut mistakes = Vec::new();
+        Self::parse(list, |word| {
+            let known: Vec<_> = WORDS.iter().map(|(word, _)| *word).collect();
+            let known = known.join(", ");
+            mistakes.push(format!(
+                "{VARIABLE}: `{word}` is unknown; known are {known}"
+            ));
+        });
+        mistakes
     }
 
     /// The uffd features these words take away.
@@ -105,6 +120,15 @@ impl Disabled {
             .into_iter()
             .filter(|(word, _)| self.contains(*word))
             .fold(Features::empty(), |all, (_, features)| all | features)
+    }
+}
+
+/// Whether the environment makes sense. Control path.
+pub(crate) fn check() -> io::Result<()> {
+    let list = std::env::var(VARIABLE).unwrap_or_default();
+    match Disabled::mistakes(&list).into_iter().next() {
+        Some(mistake) => Err(io::Error::new(io::ErrorKind::InvalidInput, mistake)),
+        None => Ok(()),
     }
 }
 

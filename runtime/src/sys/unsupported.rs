@@ -72,6 +72,12 @@ pub(crate) mod futex {
     }
 }
 
+pub(crate) mod disable {
+    pub(crate) fn check() -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 pub(crate) mod membarrier {
     use std::sync::atomic::{Ordering, fence};
 
