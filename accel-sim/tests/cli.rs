@@ -199,7 +199,12 @@ fn a_bad_command_line_exits_2_and_runs_nothing() {
         "run pagerank --damping 1",
         "run pagerank --device-memory lots",
         "run saxpy --n 0",
+        "run list --n 4G",
         "run list --granule 8k",
+        "run list --workers 0",
+        "run list --workers 257",
+        "run list --device-memory 0",
+        "run list --device-memory 4095",
     ] {
         let Outcome {
             status,
@@ -310,6 +315,7 @@ fn every_way_to_run_is_verified() {
         "run pagerank --rmat 0",
         "run pagerank --rmat 4 --iterations 1 --damping 0.5 --seed 9",
         "run saxpy --n 100000",
+        "run saxpy --n 64K",
         "run saxpy --n 5000 --delivery thread --granule 4k",
         "run list --n 5000",
         "run list --n 1",
@@ -351,18 +357,47 @@ fn the_json_report_agrees_with_the_exit_status() {
 }
 
 #[test]
-fn what_the_accelerator_refuses_exits_1() {
+fn json_may_go_to_standard_output_alone() {
+    let files = Files::new("json-stdout", &[]);
+    let Outcome {
+        status,
+        stdout,
+        stderr,
+    } = accel_sim(&files.0, "run list --n 1K --json -");
+    assert_eq!(status, Some(0), "{stderr}");
+    let json: serde_json::Value = serde_json::from_str(&stdout).expect("nothing but JSON");
+    assert_eq!(json["input"]["sizes"]["nodes"], 1024);
+    assert_eq!(stderr.lines().last(), Some("verified"), "{stderr}");
+}
+
+#[test]
+fn what_cannot_be_written_or_held_exits_2() {
     let files = Files::new("refused", &[]);
-    for arguments in [
-        "run list --n 10 --workers 0",
-        "run list --n 10 --workers 100000",
-        "run list --n 10 --device-memory 0",
-        "run list --n 10 --json missing/report.json",
+    fs::create_dir(files.0.join("dir")).expect("a directory for the test");
+    for (arguments, complaint) in [
+        (
+            // So large that it would be refused, were it looked at before the file is.
+            "run list --n 4294967295 --json missing/report.json",
+            "cannot write missing/report.json: No such file or directory",
+        ),
+        ("run list --json dir", "cannot write dir: Is a directory"),
+        (
+            "run saxpy --n 64K --workers 2 --device-memory 4K",
+            "the workers' spans need ",
+        ),
     ] {
-        let Outcome { status, stderr, .. } = accel_sim(&files.0, arguments);
-        assert_eq!(status, Some(1), "{arguments}: {stderr}");
-        assert!(stderr.starts_with("accel-sim: "), "{arguments}: {stderr}");
+        let Outcome {
+            status,
+            stdout,
+            stderr,
+        } = accel_sim(&files.0, arguments);
+        assert_eq!(status, Some(2), "{arguments}: {stderr}");
+        assert!(
+            stderr.starts_with(&format!("accel-sim: {complaint}")),
+            "{arguments}: {stderr}"
+        );
         assert_eq!(stderr.lines().count(), 1, "{arguments}: {stderr}");
+        assert_eq!(stdout, "", "{arguments}");
     }
 }
 

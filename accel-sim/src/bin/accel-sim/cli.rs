@@ -4,15 +4,18 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use accel_sim::MAX_WORKERS;
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
+use svm::addr::PAGE_SIZE;
 
 use crate::input::{Format, rmat};
 
 /// A simulated accelerator that works on the memory of its process, page by page, where it lies.
 ///
 /// Exit status: 0 when the result is verified, 1 when it is not or could not be computed, 2 for bad
-/// input.
+/// input or a bad command line.
 #[derive(Debug, Parser)]
 #[command(name = "accel-sim", version)]
 pub(crate) struct Cli {
@@ -34,9 +37,19 @@ pub(crate) enum Workload {
     /// Rank the nodes of a graph by PageRank
     Pagerank(Pagerank),
     /// y += a * x over two arrays
-    Saxpy(Array),
+    Saxpy(Saxpy),
     /// Walk a linked list whose nodes lie in random order
-    List(Array),
+    List(List),
+}
+
+impl Workload {
+    pub(crate) fn common(&self) -> &Common {
+        match self {
+            Workload::Pagerank(args) => &args.common,
+            Workload::Saxpy(args) => &args.common,
+            Workload::List(args) => &args.common,
+        }
+    }
 }
 
 /// `run pagerank`.
@@ -48,17 +61,17 @@ pub(crate) struct Pagerank {
     /// The format of the input, if its name does not tell
     #[arg(long, value_enum, requires = "input")]
     pub(crate) format: Option<Format>,
-    /// Generate an R-MAT graph of 2^SCALE nodes and 16 times as many edges
+    /// Generate an R-MAT graph of 2^SCALE nodes and 16 times as many edges; SCALE is 0 to 28
     #[arg(long, value_name = "SCALE", default_value_t = 16,
           value_parser = clap::value_parser!(u32).range(0..=i64::from(rmat::MAX_SCALE)))]
     pub(crate) rmat: u32,
-    /// Stop after so many iterations in any case
+    /// Stop after so many iterations in any case; 1 or more
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) iterations: u32,
-    /// Stop when an iteration moves all ranks together by no more than this
+    /// Stop when an iteration moves all ranks together by no more than this; above 0 and below 1
     #[arg(long, value_name = "EPSILON", default_value_t = 1e-9, value_parser = tolerance)]
     pub(crate) tolerance: f64,
-    /// The chance of following an edge rather than jumping anywhere
+    /// The chance of following an edge rather than jumping anywhere; from 0 to below 1
     #[arg(long, value_name = "D", default_value_t = 0.85, value_parser = damping)]
     pub(crate) damping: f64,
     /// How many of the highest ranks to print
@@ -68,12 +81,22 @@ pub(crate) struct Pagerank {
     pub(crate) common: Common,
 }
 
-/// `run saxpy`, `run list`.
+/// `run saxpy`.
 #[derive(Debug, Args)]
-pub(crate) struct Array {
-    /// How many elements [default: 4194304 for saxpy, which takes 4096 or more, 65536 for list]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) n: Option<u32>,
+pub(crate) struct Saxpy {
+    /// How many elements, such as 65536 or 4M; 4096 or more
+    #[arg(long, default_value = "4M", value_parser = count)]
+    pub(crate) n: u32,
+    #[command(flatten)]
+    pub(crate) common: Common,
+}
+
+/// `run list`.
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    /// How many nodes, such as 65536 or 4M; 1 or more
+    #[arg(long, default_value = "64K", value_parser = count)]
+    pub(crate) n: u32,
     #[command(flatten)]
     pub(crate) common: Common,
 }
@@ -81,11 +104,13 @@ pub(crate) struct Array {
 /// What all workloads understand.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Worker threads of the accelerator [default: one per CPU]
-    #[arg(long, value_name = "N")]
+    /// Worker threads of the accelerator, 1 to 256 [default: one per CPU]
+    #[arg(long, value_name = "N",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_WORKERS as u64))]
     pub(crate) workers: Option<usize>,
-    /// Device memory, such as 64M; less than the workload needs means eviction [default: unlimited]
-    #[arg(long, value_name = "SIZE")]
+    /// Device memory, such as 64M; a page (4K) or more, and enough for what the workers hold at once.
+    /// Less than the workload needs means eviction [default: unlimited]
+    #[arg(long, value_name = "SIZE", value_parser = device_memory)]
     pub(crate) device_memory: Option<Size>,
     /// Who resolves a CPU's fault: the faulting thread itself, or a monitor thread
     #[arg(long, value_enum, default_value_t = Delivery::Inline)]
@@ -96,7 +121,8 @@ pub(crate) struct Common {
     /// The seed of all that is random
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Write the report to this file as well, as JSON
+    /// Write the report to this file as well, as JSON; with `-` to standard output, and the report for
+    /// people then to standard error
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
 }
@@ -160,26 +186,60 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        const EXPECTED: &str = "expected a number of bytes such as 65536, 64K, 512MiB or 2G";
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, unit) = text.split_at(digits);
-        let shift = match unit.to_ascii_lowercase().as_str() {
-            "" | "b" => 0,
-            "k" | "kib" => 10,
-            "m" | "mib" => 20,
-            "g" | "gib" => 30,
-            "t" | "tib" => 40,
-            _ => return Err(EXPECTED.to_owned()),
+        let (number, unit) = number_and_unit(text);
+        let shift = match unit.as_str() {
+            "" | "b" => Some(0),
+            "k" | "kib" => Some(10),
+            "m" | "mib" => Some(20),
+            "g" | "gib" => Some(30),
+            "t" | "tib" => Some(40),
+            _ => None,
         };
-        if number.is_empty() {
-            return Err(EXPECTED.to_owned());
-        }
-        let number: Option<u64> = number.parse().ok();
-        let bytes = number.and_then(|number| number.checked_mul(1 << shift));
-        bytes
+        let (Some(shift), false) = (shift, number.is_empty()) else {
+            return Err("expected a number of bytes such as 65536, 64K, 512MiB or 2G".to_owned());
+        };
+        scaled(number, shift)
             .map(Size)
             .ok_or_else(|| "more than 2^64 bytes".to_owned())
     }
+}
+
+/// A text's leading digits, and what follows them, in lower case.
+fn number_and_unit(text: &str) -> (&str, String) {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    (number, unit.to_ascii_lowercase())
+}
+
+fn scaled(number: &str, shift: u32) -> Option<u64> {
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
+
+/// A number of elements: the units of a [`Size`], without its bytes.
+fn count(text: &str) -> Result<u32, String> {
+    let (number, unit) = number_and_unit(text);
+    let shift = match unit.as_str() {
+        "" => Some(0),
+        "k" => Some(10),
+        "m" => Some(20),
+        "g" => Some(30),
+        _ => None,
+    };
+    let (Some(shift), false) = (shift, number.is_empty()) else {
+        return Err("expected a number of elements such as 65536, 64K or 4M".to_owned());
+    };
+    scaled(number, shift)
+        .and_then(|n| u32::try_from(n).ok())
+        .filter(|&n| n > 0)
+        .ok_or_else(|| format!("expected 1 to {}", u32::MAX))
+}
+
+fn device_memory(text: &str) -> Result<Size, String> {
+    let size: Size = text.parse()?;
+    if size.0 < PAGE_SIZE as u64 {
+        return Err(format!("less than a page, which is {PAGE_SIZE} bytes"));
+    }
+    Ok(size)
 }
 
 fn damping(text: &str) -> Result<f64, String> {
@@ -236,6 +296,53 @@ mod tests {
     }
 
     #[test]
+    fn counts() {
+        for (text, n) in [
+            ("1", 1),
+            ("4096", 4096),
+            ("64k", 65536),
+            ("4M", 1 << 22),
+            ("3g", 3 << 30),
+            ("4294967295", u32::MAX),
+        ] {
+            assert_eq!(count(text), Ok(n), "{text}");
+        }
+        for text in ["", "0", "0K", "M", "-1", "64KiB", "1T", "4G", "4294967296"] {
+            assert!(count(text).is_err(), "{text}");
+        }
+    }
+
+    /// What is enforced is said.
+    #[test]
+    fn help_tells_ranges_and_defaults() {
+        let help = |workload: &str| {
+            let mut command = Cli::command();
+            let run = command
+                .find_subcommand_mut("run")
+                .expect("there is a `run`");
+            let workload = run.find_subcommand_mut(workload).expect("it can be run");
+            // Lines are broken as the terminal is wide.
+            let help = workload.render_help().to_string();
+            help.split_whitespace().collect::<Vec<_>>().join(" ")
+        };
+        let scales = format!("SCALE is 0 to {}", rmat::MAX_SCALE);
+        let workers = format!("1 to {MAX_WORKERS}");
+        let memory = format!("a page ({}K) or more", PAGE_SIZE >> 10);
+        for (workload, told) in [
+            ("pagerank", &*scales),
+            ("pagerank", "above 0 and below 1"),
+            ("pagerank", "from 0 to below 1"),
+            ("pagerank", &workers),
+            ("pagerank", &memory),
+            ("saxpy", "4096 or more [default: 4M]"),
+            ("list", "1 or more [default: 64K]"),
+        ] {
+            let help = help(workload);
+            assert!(help.contains(told), "{told:?} is missing in: {help}");
+        }
+    }
+
+    #[test]
     fn numbers_out_of_range_are_refused() {
         for arguments in [
             "--damping 1",
@@ -245,6 +352,9 @@ mod tests {
             "--tolerance nan",
             "--iterations 0",
             "--rmat 29",
+            "--workers 0",
+            "--workers 257",
+            "--device-memory 4095",
             "--granule 8k",
             "--delivery pigeon",
             "--rmat 3 --input f",
@@ -253,7 +363,7 @@ mod tests {
             let line = format!("accel-sim run pagerank {arguments}");
             assert!(Cli::try_parse_from(line.split(' ')).is_err(), "{line}");
         }
-        let line = "accel-sim run pagerank --input f --granule 2m --device-memory 64M --damping 0 --delivery thread";
+        let line = "accel-sim run pagerank --input f --granule 2m --device-memory 4K --workers 256 --damping 0 --delivery thread";
         Cli::try_parse_from(line.split(' ')).unwrap();
     }
 }

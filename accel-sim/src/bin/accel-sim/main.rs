@@ -12,8 +12,9 @@
 //! with it, and told in a [`report`]. [`workload`] is that way, once for each of the three.
 //!
 //! Exit status: 0 if the result is verified, 1 if it is not or could not be computed, 2 if the
-//! input or the command line is bad. The report goes to standard output, complaints and progress to
-//! standard error; progress only to a terminal.
+//! input or the command line is bad. The report goes to standard output (or, with `--json -`, its JSON
+//! does, and it to standard error), complaints and progress to standard error; progress only to a
+//! terminal.
 
 mod cli;
 mod graph;
@@ -23,9 +24,10 @@ mod oracle;
 mod report;
 mod workload;
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -42,7 +44,7 @@ fn main() -> ExitCode {
         Ok(status) => status,
         Err(error) => {
             eprintln!("accel-sim: {}", told(&error));
-            if error.is::<input::Error>() {
+            if is_bad_input(&error) {
                 ExitCode::from(BAD_INPUT)
             } else {
                 ExitCode::FAILURE
@@ -51,17 +53,37 @@ fn main() -> ExitCode {
     }
 }
 
+/// Whether it is what was asked for that cannot be done.
+fn is_bad_input(error: &anyhow::Error) -> bool {
+    // How much the workers hold at once is known when they are launched, and not from the command line alone.
+    let is_too_little = matches!(
+        error.downcast_ref(),
+        Some(accel_sim::Error::DeviceMemoryTooSmall { .. })
+    );
+    error.is::<input::Error>() || error.is::<Unwritable>() || is_too_little
+}
+
 fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    let (summary, json) = match command {
-        Command::Run(Workload::Pagerank(args)) => (workload::pagerank(args)?, &args.common.json),
-        Command::Run(Workload::Saxpy(args)) => (workload::saxpy(args)?, &args.common.json),
-        Command::Run(Workload::List(args)) => (workload::list(args)?, &args.common.json),
-        Command::Doctor => return doctor(),
+    let Command::Run(workload) = command else {
+        return doctor();
     };
-    if let Some(path) = json {
-        write_json(&summary, path).with_context(|| format!("cannot write {}", path.display()))?;
+    let json = workload.common().json.as_deref().map(Json::create);
+    let json = json.transpose()?;
+    let summary = match workload {
+        Workload::Pagerank(args) => workload::pagerank(args)?,
+        Workload::Saxpy(args) => workload::saxpy(args)?,
+        Workload::List(args) => workload::list(args)?,
+    };
+    let report = summary.render();
+    let to_stderr = matches!(json, Some(Json::Stdout));
+    // If one of the two cannot be written there is the other.
+    let written = json.map_or(Ok(()), |json| json.write(&summary));
+    if to_stderr {
+        print(io::stderr().lock(), &report)?;
+    } else {
+        print(io::stdout().lock(), &report)?;
     }
-    print(&summary.render())?;
+    written?;
     match summary.failures() {
         None => Ok(ExitCode::SUCCESS),
         Some(failures) => anyhow::bail!("not verified: {failures}"),
@@ -77,7 +99,7 @@ fn doctor() -> anyhow::Result<ExitCode> {
     } else {
         "memory can NOT be mirrored here"
     };
-    print(&format!("{capabilities}\n{verdict}\n"))?;
+    print(io::stdout().lock(), &format!("{capabilities}\n{verdict}\n"))?;
     Ok(if usable {
         ExitCode::SUCCESS
     } else {
@@ -85,12 +107,12 @@ fn doctor() -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Writes to standard output; unlike `print!` it does not panic when the reader has gone.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut stdout = io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes());
+/// Writes to standard output or standard error; unlike `print!` it does not panic when the reader has
+/// gone.
+fn print(mut to: impl Write, text: &str) -> anyhow::Result<()> {
+    let written = to.write_all(text.as_bytes());
     written
-        .and_then(|()| stdout.flush())
+        .and_then(|()| to.flush())
         .context("cannot write the report")
 }
 
@@ -105,6 +127,51 @@ fn told(error: &anyhow::Error) -> String {
     text
 }
 
-fn write_json(summary: &Summary, path: &Path) -> io::Result<()> {
-    summary.write_json(BufWriter::new(File::create(path)?))
+/// Where the report goes as JSON.
+enum Json<'a> {
+    Stdout,
+    File(File, &'a Path),
 }
+
+/// The file for the JSON cannot be had; found before anything runs.
+#[derive(Debug)]
+struct Unwritable {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl<'a> Json<'a> {
+    /// Creates the file, or empties it: what it holds afterwards is this run's, or nothing.
+    fn create(path: &'a Path) -> Result<Self, Unwritable> {
+        if path == "-" {
+            return Ok(Json::Stdout);
+        }
+        match File::create(path) {
+            Ok(file) => Ok(Json::File(file, path)),
+            Err(source) => Err(Unwritable {
+                path: path.to_owned(),
+                source,
+            }),
+        }
+    }
+
+    fn write(self, summary: &Summary) -> anyhow::Result<()> {
+        match self {
+            Json::Stdout => summary
+                .write_json(BufWriter::new(io::stdout().lock()))
+                .context("cannot write the report as JSON"),
+            Json::File(file, path) => summary
+                .write_json(BufWriter::new(file))
+                .with_context(|| format!("cannot write {}", path.display())),
+        }
+    }
+}
+
+impl fmt::Display for Unwritable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot write {}: {}", self.path.display(), self.source)
+    }
+}
+
+// `Display` says all of it, as with `input::Error`.
+impl std::error::Error for Unwritable {}

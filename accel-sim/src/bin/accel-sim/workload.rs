@@ -9,7 +9,7 @@ use std::thread;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::cli::{Array, Common, Pagerank};
+use crate::cli::{Common, List, Pagerank, Saxpy};
 use crate::input::{self, Edges, arrays, rmat};
 use crate::kernels::{self, Ran};
 use crate::oracle::{self, PageRank, Ranking, Walk};
@@ -119,12 +119,12 @@ fn converged(found: &Ranking<&[f64]>, settings: &PageRank) -> Check {
 }
 
 /// `run saxpy`.
-pub(crate) fn saxpy(args: &Array) -> anyhow::Result<Summary> {
+pub(crate) fn saxpy(args: &Saxpy) -> anyhow::Result<Summary> {
     /// Two arrays of `f32`, and the oracle's own of both.
     const PER_ELEMENT: u64 = 16;
     /// Fewer need not fill a page, and only whole pages move: nothing would be shown.
     const LEAST: u32 = 4096;
-    let n = args.n.unwrap_or(1 << 22);
+    let n = args.n;
     if n < LEAST {
         let why = format!("--n {n}: {LEAST} elements or more, so that there are pages that move");
         return Err(input::Error::Vacuous { why }.into());
@@ -156,10 +156,10 @@ pub(crate) fn saxpy(args: &Array) -> anyhow::Result<Summary> {
 }
 
 /// `run list`.
-pub(crate) fn list(args: &Array) -> anyhow::Result<Summary> {
+pub(crate) fn list(args: &List) -> anyhow::Result<Summary> {
     /// A successor, and a node on the device.
     const PER_NODE: u64 = 32;
-    let n = args.n.unwrap_or(1 << 16);
+    let n = args.n;
     array_fits_memory(n, PER_NODE)?;
     let mut time = Time::default();
     let next = timed(&mut time.parse, || {
