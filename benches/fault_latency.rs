@@ -8,7 +8,7 @@ use benches::floors::Job;
 use benches::floors::direct::{Memcpy, MinorFault, Move, Mprotect, ProtectAndCopy, Resolve};
 use benches::floors::inline::Inline;
 use benches::floors::thread::{Place, Reader};
-use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
+use benches::harness::{Args, Case, Fresh, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Counter, Counters, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Count, Counted, Note, Results, Target, publish};
 use svm::addr::{PAGE_SIZE, PAGES_PER_BLOCK};
@@ -155,6 +155,7 @@ fn run_on(cpu: Option<usize>) {
 }
 
 /// A row of the table, before the settings.
+#[derive(Clone, Copy)]
 struct Row {
     name: &'static str,
     kind: Kind,
@@ -167,6 +168,17 @@ struct Row {
 }
 
 impl Row {
+    /// The floor's subject and ours.
+    fn subjects(self) -> Result<[Box<dyn Subject>; 2]> {
+        let floor = move || Ok(self.floor.subject(&self));
+        let ours = move || Ours::new(self.kind, self.delivery, self.len, self.granule, self.huge);
+        // Many pages a call: which they are is what the call costs.
+        if self.granule == Granule::Huge && !self.huge {
+            return Ok([Box::new(Fresh::new(floor)), Box::new(Fresh::new(ours))]);
+        }
+        Ok([floor()?, Box::new(ours()?)])
+    }
+
     fn delivery_name(&self) -> &'static str {
         match self.delivery {
             Delivery::Inline => "inline",
@@ -702,7 +714,11 @@ fn difference(
 }
 
 fn main() -> Result<()> {
-    let args = Args::of_command_line();
+    let args = Args::of_command_line(
+        "fault_latency",
+        "Measures one fault of each kind against its floor, the least code that could resolve it",
+    );
+    let rows = args.choose(rows(), |row| row.name, &["F6", "breakdown"]);
     let machine = Machine::here();
     // Before anything is pinned: the runtime's threads start with their maker's CPUs.
     for delivery in [Delivery::Inline, Delivery::Thread] {
@@ -713,24 +729,20 @@ fn main() -> Result<()> {
     }
     pin_to_cpu(HERE);
     let _signals = svm::worker_thread();
-    let rows: Vec<_> = rows()
-        .into_iter()
-        .filter(|row| args.wants(row.name))
-        .collect();
     let rounds = args.rounds(41);
     let progress = Progress::new(2 * rows.len(), rounds);
     let mut outcomes = Vec::new();
     for row in &rows {
         for setting in [Setting::Quiet, Setting::Busy] {
             let _company = Company::for_setting(setting, THERE);
-            let (kind, delivery) = (row.kind, row.delivery);
+            let [floor, ours] = row.subjects()?;
             let mut floor = At {
                 cpu: Some(HERE),
-                subject: row.floor.subject(row),
+                subject: floor,
             };
             let mut ours = At {
                 cpu: row.floor.cpu_of_ours(),
-                subject: Box::new(Ours::new(kind, delivery, row.len, row.granule, row.huge)?),
+                subject: ours,
             };
             let case = Case {
                 name: row.name.to_owned(),

@@ -6,11 +6,14 @@
 //! keeps the ratio of the two medians; the case's ratio is the median of those, and their quartiles are its spread.
 //! The first rounds are thrown away.
 
+use std::collections::BTreeSet;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use clap::Parser;
+use clap::builder::RangedU64ValueParser;
+use clap::{CommandFactory, FromArgMatches, Parser};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -18,21 +21,22 @@ use crate::machine::Setting;
 use crate::report::{Figure, Outcome, Target};
 
 /// What every bench takes on its command line.
+// Not what `--help` says first: that is each bench's own, see `of_command_line`.
 #[derive(Clone, Debug, Parser)]
 pub struct Args {
-    /// Write the results to this file. (A relative path is taken from where the command was typed.)
+    /// Write the results to this file, in a directory that is there. (A relative path is taken from where the command was typed.)
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
-    /// Write plots to this directory. (As for --json.)
+    /// Write plots to this directory, which is made if it is not there. (As for --json.)
     #[arg(long, value_name = "DIR")]
     pub plot: Option<PathBuf>,
     /// Few rounds: to see that it works, not how fast.
     #[arg(long)]
     pub quick: bool,
-    /// Rounds for each case.
-    #[arg(long, value_name = "N")]
+    /// Rounds for each case, 1 to 1000000 [default: 7 to 41, as the case is; 3 with --quick]
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1_000_000))]
     pub rounds: Option<usize>,
-    /// Only the cases whose name contains this.
+    /// Only the cases whose name contains this; one that no name contains is answered with the names.
     #[arg(value_name = "FILTER")]
     pub filter: Option<String>,
     /// Given by `cargo bench`.
@@ -41,14 +45,23 @@ pub struct Args {
 }
 
 impl Args {
-    /// The command line, its paths as they were meant.
+    /// The command line of the bench `name`, which does what `about` says; its paths as they were meant.
     #[must_use]
-    pub fn of_command_line() -> Self {
-        let mut args = Self::parse();
+    pub fn of_command_line(name: &'static str, about: &'static str) -> Self {
+        let matches = Self::command_of(name, about).get_matches();
+        let mut args = Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
         for path in [&mut args.json, &mut args.plot].into_iter().flatten() {
             *path = as_typed(path);
         }
         args
+    }
+
+    /// The file that is run has a hash in its name, and is run by cargo.
+    fn command_of(name: &'static str, about: &'static str) -> clap::Command {
+        Self::command()
+            .name(name)
+            .bin_name(format!("cargo bench -p benches --bench {name} --"))
+            .about(about)
     }
 
     /// Rounds for each case.
@@ -63,6 +76,57 @@ impl Args {
         self.filter
             .as_ref()
             .is_none_or(|filter| name.contains(filter.as_str()))
+    }
+
+    /// Those of `cases` that were asked for. Ends the program, with status 2, where the filter fits neither one of them nor of `groups`,
+    /// and where the results could not be written: before anything is measured.
+    #[must_use]
+    pub fn choose<T>(
+        &self,
+        mut cases: Vec<T>,
+        name: impl Fn(&T) -> &str,
+        groups: &[&str],
+    ) -> Vec<T> {
+        let names = cases.iter().map(&name).chain(groups.iter().copied());
+        let checked = self.check_filter(names);
+        if let Err(what) = checked.and_then(|()| self.check_places()) {
+            eprintln!("error: {what}");
+            std::process::exit(2);
+        }
+        cases.retain(|case| self.wants(name(case)));
+        cases
+    }
+
+    fn check_filter<'n>(&self, names: impl Iterator<Item = &'n str>) -> Result<(), String> {
+        let names: BTreeSet<_> = names.collect();
+        if names.iter().any(|name| self.wants(name)) {
+            return Ok(());
+        }
+        let filter = self.filter.as_deref().unwrap_or_default();
+        let mut what = format!("no case has {filter:?} in its name; there are");
+        for name in names {
+            what.push_str("\n  ");
+            what.push_str(name);
+        }
+        Err(what)
+    }
+
+    /// The directory for the plots is made, for the JSON may be meant to go there; what is in the JSON is left until there is something
+    /// to put in its place.
+    fn check_places(&self) -> Result<(), String> {
+        if let Some(dir) = &self.plot {
+            match fs::create_dir(dir) {
+                Err(_) if dir.is_dir() => {}
+                made => made.map_err(|e| format!("cannot make {}: {e}", dir.display()))?,
+            }
+        }
+        if let Some(path) = &self.json {
+            let mut options = File::options();
+            options.write(true).create(true).truncate(false);
+            let opened = options.open(path);
+            opened.map_err(|e| format!("cannot write {}: {e}", path.display()))?;
+        }
+        Ok(())
     }
 }
 
@@ -159,6 +223,53 @@ pub trait Subject {
     /// # Errors
     /// Whatever ends the bench.
     fn pass(&mut self, samples: &mut Samples) -> Result<()>;
+}
+
+/// A subject that is made anew for every round, and used once before it is measured. What the move of 4 KiB pages costs depends on which pages
+/// of RAM they are: of what lives through a case, floor and ours would each keep what luck gave them.
+pub struct Fresh<S> {
+    make: Box<dyn Fn() -> Result<S>>,
+    subject: Option<S>,
+}
+
+impl<S> std::fmt::Debug for Fresh<S> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Fresh").finish_non_exhaustive()
+    }
+}
+
+impl<S> Fresh<S> {
+    /// What `make` gives.
+    pub fn new(make: impl Fn() -> Result<S> + 'static) -> Self {
+        Self {
+            make: Box::new(make),
+            subject: None,
+        }
+    }
+}
+
+impl<S: Subject> Subject for Fresh<S> {
+    fn arm(&mut self) -> Result<()> {
+        let subject = self.subject.insert((self.make)()?);
+        subject.arm()?;
+        subject.pass(&mut Samples::new())?;
+        subject.arm()
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        let mut subject = self.subject.take().expect("armed before a pass");
+        subject.pass(samples)
+    }
+}
+
+impl<S: Subject + ?Sized> Subject for Box<S> {
+    fn arm(&mut self) -> Result<()> {
+        (**self).arm()
+    }
+
+    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
+        (**self).pass(samples)
+    }
 }
 
 /// What is measured, and against which target.
@@ -282,5 +393,83 @@ impl Progress {
     /// Takes the bar away.
     pub fn finish(&self) {
         self.0.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(line: &str) -> Result<Args, clap::Error> {
+        let words = std::iter::once("bench").chain(line.split_whitespace());
+        let matches = Args::command_of("bench", "Measures").try_get_matches_from(words)?;
+        Args::from_arg_matches(&matches)
+    }
+
+    #[test]
+    fn a_command_line_is_what_cargo_and_people_type() {
+        Args::command_of("bench", "Measures").debug_assert();
+        let given = args("--quick --bench F6").unwrap();
+        assert!(given.bench && given.quick && given.wants("F6 memcpy") && !given.wants("F5"));
+        assert_eq!((given.rounds(41), args("").unwrap().rounds(41)), (3, 41));
+        for line in [
+            "--rounds 0",
+            "--rounds 1000001",
+            "--rounds -1",
+            "--frob",
+            "a b",
+        ] {
+            assert!(args(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn help_is_of_the_bench_and_not_of_its_file() {
+        let help = Args::command_of("bench", "Measures")
+            .render_help()
+            .to_string();
+        let head =
+            "Measures\n\nUsage: cargo bench -p benches --bench bench -- [OPTIONS] [FILTER]\n";
+        assert!(help.starts_with(head), "{help}");
+    }
+
+    #[test]
+    fn a_filter_that_fits_nothing_is_answered_with_the_names() {
+        let check = |line| {
+            args(line)
+                .unwrap()
+                .check_filter(["one", "two", "one"].into_iter())
+        };
+        assert_eq!((check(""), check("w")), (Ok(()), Ok(())));
+        let what = "no case has \"three\" in its name; there are\n  one\n  two";
+        assert_eq!(check("three"), Err(what.to_owned()));
+    }
+
+    #[test]
+    fn results_go_where_a_directory_is() {
+        let dir = std::env::temp_dir().join(format!("svm-benches-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        let places = |json: &str, plot: &str| {
+            let given = Args {
+                json: Some(dir.join(json)),
+                plot: Some(dir.join(plot)),
+                ..args("").unwrap()
+            };
+            given.check_places()
+        };
+        // Of what is not there one directory is made, and not its parents.
+        assert!(places("out.json", "plots").is_err() && !dir.exists());
+        fs::create_dir(&dir).unwrap();
+        assert_eq!(places("plots/out.json", "plots"), Ok(()));
+        let json = dir.join("plots/out.json");
+        fs::write(&json, "results").unwrap();
+        assert_eq!(places("plots/out.json", "plots"), Ok(()));
+        assert_eq!(fs::read_to_string(&json).unwrap(), "results");
+        let what = places("missing/out.json", "plots").unwrap_err();
+        assert!(
+            what.starts_with("cannot write ") && !dir.join("missing").exists(),
+            "{what}"
+        );
+        fs::remove_dir_all(&dir).unwrap();
     }
 }

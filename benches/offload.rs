@@ -19,7 +19,7 @@ use anyhow::{Result, ensure};
 use benches::device::Rig;
 use benches::floors::Pair;
 use benches::floors::raw::{Area, Faults};
-use benches::harness::{Args, Case, Progress, Samples, Subject, compare};
+use benches::harness::{Args, Case, Fresh, Progress, Samples, Subject, compare};
 use benches::machine::{Company, Machine, Setting, pin_to_cpu, unpin};
 use benches::report::{Note, Results, Target, publish};
 use svm::addr::PAGE_SIZE;
@@ -446,36 +446,6 @@ fn nothing_home(len: usize, rounds: usize) -> Result<Note> {
 trait Both: Subject + ThereAndBack {}
 impl<T: Subject + ThereAndBack> Both for T {}
 
-/// One that is made anew for every round, and used once before it is measured. What the move of 4 KiB pages costs depends on which pages
-/// of RAM they are: of what lives through a case, floor and ours would each keep what luck gave them.
-struct Fresh<S> {
-    make: Box<dyn Fn() -> Result<S>>,
-    subject: Option<S>,
-}
-
-impl<S> Fresh<S> {
-    fn new(make: impl Fn() -> Result<S> + 'static) -> Self {
-        Self {
-            make: Box::new(make),
-            subject: None,
-        }
-    }
-}
-
-impl<S: Subject> Subject for Fresh<S> {
-    fn arm(&mut self) -> Result<()> {
-        let subject = self.subject.insert((self.make)()?);
-        subject.arm()?;
-        subject.pass(&mut Samples::new())?;
-        subject.arm()
-    }
-
-    fn pass(&mut self, samples: &mut Samples) -> Result<()> {
-        let mut subject = self.subject.take().expect("armed before a pass");
-        subject.pass(samples)
-    }
-}
-
 /// F7 against spans: the triad on data in place.
 struct Resident(Offload);
 
@@ -840,11 +810,14 @@ fn ways(args: &Args, row: &Row) -> Result<Vec<Note>> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::of_command_line();
-    let machine = Machine::here();
+    let args = Args::of_command_line(
+        "offload",
+        "Measures work that changes sides against copying in and out, and against bare moves",
+    );
     let sizes: &[usize] = if args.quick { &[16] } else { &[64, 1024] };
-    let mut rows: Vec<_> = sizes.iter().flat_map(|&mib| rows(mib)).collect();
-    rows.retain(|row| args.wants(&row.name));
+    let rows = sizes.iter().flat_map(|&mib| rows(mib)).collect();
+    let rows = args.choose(rows, |row| &row.name, &["scan"]);
+    let machine = Machine::here();
     let nr_cases = rows.iter().map(|row| row.settings.len()).sum();
     let progress = Progress::new(nr_cases, rounds(&args, 0));
     let mut results = Results::default();

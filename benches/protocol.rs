@@ -594,16 +594,10 @@ impl Subject for Barrier<'_> {
 }
 
 fn main() -> Result<()> {
-    let args = Args::of_command_line();
-    let machine = Machine::here();
-    // Before anything is pinned: the runtime's threads start with their maker's CPUs.
-    for delivery in [Delivery::Inline, Delivery::Thread] {
-        drop(Buffer::<u8>::with_options(
-            1,
-            &svm::Options::new().delivery(delivery),
-        )?);
-    }
-    let rounds = args.rounds(21);
+    let args = Args::of_command_line(
+        "protocol",
+        "Measures the steps of the protocol, the path of a hit, the shootdown and the window of a bare call",
+    );
     let mut cases = Vec::new();
     for n in [1, 16, 256, 4096] {
         for (step, what) in [
@@ -613,7 +607,17 @@ fn main() -> Result<()> {
             cases.push((format!("{what} x 256, {n} ranges"), n, step));
         }
     }
-    cases.retain(|case| args.wants(&case.0));
+    let groups = ["shootdown", "window", "retries"];
+    let cases = args.choose(cases, |case| &case.0, &groups);
+    let machine = Machine::here();
+    // Before anything is pinned: the runtime's threads start with their maker's CPUs.
+    for delivery in [Delivery::Inline, Delivery::Thread] {
+        drop(Buffer::<u8>::with_options(
+            1,
+            &svm::Options::new().delivery(delivery),
+        )?);
+    }
+    let rounds = args.rounds(21);
     let progress = Progress::new(cases.len() + 3, rounds);
     let mut outcomes = Vec::new();
     for (name, n, step) in cases {

@@ -377,9 +377,6 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
     }
     print_counts(counts);
     if let Some(path) = &args.json {
-        if let Some(dir) = path.parent() {
-            std::fs::create_dir_all(dir)?;
-        }
         let file =
             File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let all = Document {
@@ -394,7 +391,6 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
         serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
     }
     if let Some(dir) = &args.plot {
-        std::fs::create_dir_all(dir)?;
         let file = |what: &str| dir.join(format!("{bench}_{what}.svg"));
         if !outcomes.is_empty() {
             crate::plot::ratios(&file("ratios"), bench, outcomes)?;

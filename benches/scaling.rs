@@ -670,15 +670,15 @@ fn rate(outcome: &Outcome) -> [Note; 3] {
 }
 
 fn main() -> Result<()> {
-    let args = Args::of_command_line();
+    let args = Args::of_command_line(
+        "scaling",
+        "Measures what a cost does as sizes, regions, devices and threads grow",
+    );
+    let rows = args.choose(rows(args.quick), |row| &row.name, &["bookkeeping"]);
     let machine = Machine::here();
     let fixed = first_mirror()?;
     let _signals = svm::worker_thread();
     let rounds = args.rounds(15);
-    let rows: Vec<_> = rows(args.quick)
-        .into_iter()
-        .filter(|row| args.wants(&row.name))
-        .collect();
     let settings = |row: &Row| -> &[Setting] {
         if row.busy {
             &[Setting::Quiet, Setting::Busy]
