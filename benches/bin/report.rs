@@ -7,6 +7,7 @@
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use benches::report::{PEERS, time};
@@ -17,8 +18,9 @@ const BENCHES: [&str; 4] = ["fault_latency", "offload", "protocol", "scaling"];
 const BEGIN: &str = "<!-- performance -->";
 const END: &str = "<!-- /performance -->";
 
-/// What to read, and where to put it.
+/// Turns the JSON of a run of the benches into the section "Performance" of the README, and lists the targets that were missed
 #[derive(Debug, Parser)]
+#[command(name = "report")]
 struct Args {
     /// The directory of a run, with the JSON of each bench.
     run: PathBuf,
@@ -106,7 +108,7 @@ fn table(run: &Value) -> String {
     let cases = run["cases"].as_array().unwrap_or(&empty);
     let of_target = |case: &&Value| case["target"]["p50"].is_number();
     let mut out = String::from(
-        "| | floor | it takes | svm takes | ratio | beside a busy CPU | at most |\n|---|---|---|---|---|---|---|\n",
+        "| | floor | it takes | svm takes | ratio [quartiles] | beside a busy CPU | at most |\n|---|---|---|---|---|---|---|\n",
     );
     let ratio = |case: &Value| {
         let mark = match (case["met"].as_bool(), case["met_p99"].as_bool()) {
@@ -114,7 +116,8 @@ fn table(run: &Value) -> String {
             (_, Some(false)) => " ✓ (p99 ✗)",
             _ => " ✓",
         };
-        format!("{:.2}{mark}", number(&case["ratio"]))
+        let [low, high] = [0, 1].map(|i| number(&case["spread"][i]));
+        format!("{:.2} [{low:.2} {high:.2}]{mark}", number(&case["ratio"]))
     };
     for case in cases
         .iter()
@@ -165,8 +168,8 @@ fn footnote(bench: &str) -> &'static str {
         }
         "offload" => {
             "\nBeside a busy CPU one worker does all, on the other. –: not run there: the kernel runs on data in place, which asks nothing of \
-             the system, or the row is of the thread door, whose wake-ups are the whole of it. \"By: -\" has no door: what is moved is asked \
-             for, and no fault is taken.\n"
+             the system, or the row is of the thread door, whose wake-ups are the whole of it. What moves explicitly is asked for, and no fault is \
+             taken, so that it goes through neither door.\n"
         }
         "scaling" => {
             "\n–: not run beside a busy CPU, for its own workers or threads keep all CPUs busy. Bookkeeping is what is in RAM beyond the data \
@@ -246,7 +249,25 @@ fn notes(run: &Value, prefixes: &[&str]) -> String {
     out
 }
 
-fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
+/// How many turns a second threads that fault side by side come to, beside one that is alone.
+fn rates(run: &Value) -> String {
+    let empty = Vec::new();
+    let cases = run["cases"].as_array().unwrap_or(&empty);
+    let alone = cases.iter().find(|case| {
+        text(case, "floor_name") == "1 thread" && text(case, "name").ends_with("by 2 threads")
+    });
+    let Some(ns) = alone.and_then(|case| case["floor"]["p50"].as_f64()) else {
+        return String::new();
+    };
+    format!(
+        "- concurrency, 1 faulting thread: {:.2} turns a second\n{}\nTwo threads that fault at once get less done together than one alone, the \
+         floor's as well: each move of one interrupts the other's CPU.\n",
+        1e9 / ns,
+        notes(run, &["concurrency, 2 faulting", "concurrency, the floor"]),
+    )
+}
+
+fn section(dir: &Path, runs: &[(&'static str, Value)], all: &[Verdict]) -> Result<String> {
     let of = |bench: &str| {
         runs.iter()
             .find(|(name, _)| *name == bench)
@@ -258,8 +279,14 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
         "{BEGIN}\n## Performance\n\n\
          An absolute time means little on a shared machine: each figure is a ratio to a *floor* measured in the same run, in turns, the least \
          code that could do the job, without a runtime. F1 and F2 are a bare signal handler that un-protects a page or moves it home; F3 a \
-         thread that reads the fault and does so; F4 write-protect and copy; F5 one `UFFDIO_MOVE`; F7 the kernel as a plain loop.\n\n\
+         thread that reads the fault and does so; F4 write-protect and copy; F5 one `UFFDIO_MOVE`; F7 the kernel as a plain loop. A ratio is the \
+         median over the rounds of what svm took over what the floor took in the same round: with where the middle half of the rounds lies in \
+         brackets, and not the quotient of the two medians beside it.\n\n\
+         **{} of {} targets are met** (✓); where the time goes in the others (✗), and what was tried, is in \
+         [docs/fault-cost.md](docs/fault-cost.md#what-is-missed-and-why).\n\n\
          {} x {}{}, Linux {}, {}; commit {}{}; load before it: {}{}.\n",
+        all.iter().filter(|v| v.met).count(),
+        all.len(),
         machine["nr_cpus"],
         text(machine, "cpu"),
         if machine["is_virtual"].as_bool() == Some(true) {
@@ -299,6 +326,9 @@ fn section(dir: &Path, runs: &[(&'static str, Value)]) -> Result<String> {
             let more = notes(run, &[]);
             if !more.is_empty() {
                 let _ = write!(out, "\n{more}");
+            }
+            if bench == "scaling" {
+                out.push_str(&rates(run));
             }
         }
     }
@@ -384,15 +414,36 @@ fn put(text: &str, section: &str, before: &str) -> Result<String> {
     Ok(format!("{}\n{section}{}", &text[..at], &text[at..]))
 }
 
-fn main() -> Result<()> {
-    let args = Args::parse();
+fn put_into(path: &Path, section: &str, before: &str) -> Result<()> {
+    let text = std::fs::read_to_string(path)?;
+    Ok(std::fs::write(path, put(&text, section, before)?)?)
+}
+
+fn read(path: &Path) -> Result<Value> {
+    Ok(serde_json::from_str(&std::fs::read_to_string(path)?)?)
+}
+
+fn main() -> ExitCode {
+    match report(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn report(args: &Args) -> Result<()> {
+    ensure!(
+        args.run.is_dir(),
+        "{} is not a directory",
+        args.run.display()
+    );
     let mut runs = Vec::new();
     for bench in BENCHES {
         let path = args.run.join(format!("{bench}.json"));
         if path.exists() {
-            let text = std::fs::read_to_string(&path)?;
-            let run: Value =
-                serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+            let run = read(&path).with_context(|| path.display().to_string())?;
             runs.push((bench, run));
         }
     }
@@ -402,11 +453,11 @@ fn main() -> Result<()> {
         .flat_map(|(bench, run)| verdicts(bench, run))
         .collect();
     if !args.targets {
-        let section = section(&args.run, &runs)?;
+        let section = section(&args.run, &runs, &all)?;
         match &args.readme {
             Some(path) => {
-                let text = std::fs::read_to_string(path)?;
-                std::fs::write(path, put(&text, &section, &args.before)?)?;
+                let put = put_into(path, &section, &args.before);
+                put.with_context(|| path.display().to_string())?;
             }
             None => println!("{section}"),
         }

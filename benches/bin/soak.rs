@@ -15,18 +15,46 @@ use std::time::{Duration, Instant};
 
 use accel_sim::Accelerator;
 use anyhow::{Context, Result, ensure};
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use svm::{Buffer, Delivery, Granule, Options};
 
-/// How long, and how often to say how it goes.
+/// Past this nobody waits; and no clock's end is reached.
+const LONGEST: u64 = 10 * 365 * 24 * 3600;
+/// Lines from which anything can be told: one for each third.
+const LEAST_LINES: u64 = 3;
+
+/// Does everything that mirrors do, over and over, and fails if anything grows, stands still or is lost
 #[derive(Debug, Parser)]
+#[command(name = "soak")]
 struct Args {
-    /// Seconds to run.
-    #[arg(long, default_value_t = 3600)]
+    /// Seconds to run: long enough for three lines, up to ten years
+    #[arg(long, value_name = "N", default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
     seconds: u64,
-    /// Seconds between lines.
-    #[arg(long)]
+    /// Seconds between lines, 1 or more [default: a twentieth of --seconds, from 3 to 60]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=LONGEST))]
     every: Option<u64>,
+}
+
+impl Args {
+    fn every(&self) -> u64 {
+        self.every.unwrap_or((self.seconds / 20).clamp(3, 60))
+    }
+
+    /// Ends the program, with status 2, where it would run in vain.
+    fn of_command_line() -> Self {
+        let args = Self::parse();
+        let (seconds, every) = (args.seconds, args.every());
+        if seconds.div_ceil(every) < LEAST_LINES {
+            let what = format!(
+                "{seconds} s with a line every {every} s: too short to tell, {LEAST_LINES} lines are needed"
+            );
+            Self::command()
+                .error(ErrorKind::ValueValidation, what)
+                .exit();
+        }
+        args
+    }
 }
 
 /// What the process has.
@@ -209,7 +237,7 @@ impl Drop for StopsOthers<'_> {
 }
 
 fn main() -> std::process::ExitCode {
-    let args = Args::parse();
+    let args = Args::of_command_line();
     match soak(&args) {
         Ok(verdict) => {
             println!("soak: passed: {verdict}");
@@ -224,7 +252,7 @@ fn main() -> std::process::ExitCode {
 
 /// Says what it came to.
 fn soak(args: &Args) -> Result<String> {
-    let every = Duration::from_secs(args.every.unwrap_or((args.seconds / 20).clamp(3, 60)));
+    let every = Duration::from_secs(args.every());
     let end = Instant::now() + Duration::from_secs(args.seconds);
     let (stop, lives, laps) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
     let accel = Accelerator::with_options(accel_sim::Options::new().workers(2))?;
