@@ -12,16 +12,28 @@
 #
 # At the end stands a table of all targets, met or missed.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 quick=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --quick) quick=(--quick) ;;
+    -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
+    # Not taken for the real thing, which replaces results.
+    *) echo "$0: what is $1?" >&2 && exit 2 ;;
+    esac
+    shift
+done
+cd "$(dirname "$0")/.."
+
 machine=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)
 name=$(printf '%s-%s-%s' "$machine" "$(uname -r)" "$(date -u +%F)" | tr -cs 'A-Za-z0-9._-' '_')
 out=benches/results/$name
-if [ "${1:-}" = --quick ]; then
-    quick=(--quick)
-    out=target/bench-quick
-fi
+[ ${#quick[@]} -eq 0 ] || out=${CARGO_TARGET_DIR:-target}/bench-quick
+
+benches=(fault_latency offload protocol scaling)
+echo "==> building"
+cargo bench -q --locked --no-run -p benches --benches
+cargo build -q --release --locked -p benches --bin report
 
 tracefs=/sys/kernel/tracing
 tracepoint=events/raw_syscalls/sys_enter/id
@@ -33,11 +45,9 @@ if [ ! -r "$tracefs/$tracepoint" ] && [ ! -r "/sys/kernel/debug/tracing/$tracepo
     fi
 fi
 
-benches=(fault_latency offload protocol scaling)
-echo "==> building"
-cargo bench -q --locked --no-run -p benches --benches
-cargo build -q --release --locked -p benches --bin report
+# What was there goes once all is built that takes its place.
 mkdir -p "$out"
+into=$(realpath "$out")
 rm -f "$out"/*.svg "$out"/*.json
 echo "==> into $out; load $(cut -d' ' -f1-3 /proc/loadavg)"
 
@@ -45,7 +55,7 @@ for i in "${!benches[@]}"; do
     bench=${benches[$i]}
     echo "==> $((i + 1)) of ${#benches[@]}: $bench ($SECONDS s so far)"
     cargo bench -q --locked -p benches --bench "$bench" -- \
-        --json "$PWD/$out/$bench.json" --plot "$PWD/$out" "${quick[@]}" |
+        --json "$into/$bench.json" --plot "$into" "${quick[@]}" |
         grep -v '^Benchmarking' | tee "$out/$bench.txt"
 done
 
