@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs the main job and all built test binaries as a plain user: user-mode userfaultfd, /dev/userfaultfd closed.
 #
-# They are copied first, to where nobody may go. Two test binaries stay out: `compile_fail` and `cli` use cargo, or write, in
-# the build directory.
+# They are copied first, to where nobody may go. What stays out is `compile_fail` and the tests called `cli`: they use cargo, run what
+# was built, or write, in the build directory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

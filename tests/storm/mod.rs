@@ -234,7 +234,7 @@ impl Run {
 /// Runs the storm.
 ///
 /// # Errors
-/// What was lost, or failed; or an anomaly that the runtime counted.
+/// What was lost, or failed; or an anomaly that the runtime counted; or that no page was looked at.
 pub fn run(config: &Config) -> Result<Report, String> {
     let accels = (0..2)
         .map(|_| {
@@ -287,6 +287,9 @@ pub fn run(config: &Config) -> Result<Report, String> {
     }
     if report.mirrors.anomalies != 0 {
         return Err(format!("the runtime counted anomalies: {report:?}"));
+    }
+    if report.looks == 0 {
+        return Err("no page was looked at, and so nothing shown".into());
     }
     if config.time >= REASONABLE {
         let never = report.ops.iter().filter(|(_, n)| *n == 0);

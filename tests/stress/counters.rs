@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use svm::Buffer;
 
-use super::{KINDS, Run, WORDS};
+use super::{KINDS, LEAST_PAGES, Run, WORDS};
 use crate::rng::{Rng, mix};
 
 /// CPU threads and launches add to the same words.
@@ -17,7 +17,7 @@ pub(super) fn counters(run: &Run) -> Result<u64, String> {
     let place = |r: u64| {
         let r2 = mix(r) as usize;
         if r & 1 == 0 {
-            r2 % 8 * WORDS + 3
+            r2 % LEAST_PAGES * WORDS + 3
         } else {
             r2 % n
         }

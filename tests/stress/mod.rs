@@ -40,6 +40,12 @@ use crate::rng::{Rng, mix};
 const PAGE: usize = 4096;
 const WORDS: usize = PAGE / 8;
 
+/// The kinds of actors.
+pub const ACTORS: [&str; 5] = ["counters", "pages", "sessions", "list", "events"];
+
+/// Pages that a shared mirror has at least: as many as there are words to which half of the additions go.
+pub const LEAST_PAGES: usize = 8;
+
 /// What a stress does, and for how long.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -60,9 +66,9 @@ pub struct Config {
     pub accelerators: usize,
     /// Threads with mirrors of their own.
     pub sessions: usize,
-    /// Pages of each shared mirror.
+    /// Pages of each shared mirror: [`LEAST_PAGES`] or more.
     pub shared_pages: usize,
-    /// Only these kinds of actors, if not empty: `counters`, `pages`, `sessions`, `list`, `events`.
+    /// Only these of the [`ACTORS`], if not empty.
     pub only: Vec<String>,
 }
 
@@ -214,7 +220,7 @@ fn error(what: &'static str) -> impl Fn(accel_sim::Error) -> String {
 /// Runs the stress.
 ///
 /// # Errors
-/// What was lost, or failed; or an anomaly that the runtime counted.
+/// What was lost, or failed; or an anomaly that the runtime counted; or that nothing was done.
 pub fn run(config: &Config) -> Result<Report, String> {
     let accels = (0..config.accelerators)
         .map(|_| {
@@ -302,6 +308,9 @@ pub fn run(config: &Config) -> Result<Report, String> {
     }
     if report.mirrors.anomalies + report.devices.anomalies != 0 {
         return Err(format!("the runtime counted anomalies: {report:?}"));
+    }
+    if report.ops.iter().all(|(_, n)| *n == 0) {
+        return Err("nothing was done, and so nothing shown".into());
     }
     let resident: usize = run.accels.iter().map(Accelerator::resident_bytes).sum();
     if resident != 0 {
