@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 use std::{env, fs, io, thread};
 
@@ -17,6 +18,9 @@ pub(crate) type ByThread = &'static [(&'static str, Calls)];
 
 /// What was found.
 type Step = Vec<(String, Vec<String>)>;
+
+/// In the environment of a traced process: the test that it is to run.
+const MARK: &str = "SVM_TEST_TRACED";
 
 const BEGIN: libc::c_long = 0x5356_0001;
 const END: libc::c_long = 0x5356_0002;
@@ -41,7 +45,6 @@ pub(crate) fn rest() {
 
 /// Runs `body` under a tracer; its steps must have asked of the kernel what `expected` says, by thread. `test` is the test's name.
 pub(crate) fn traced(test: &'static str, body: impl FnOnce(), expected: &[ByThread]) {
-    const MARK: &str = "SVM_TEST_TRACED";
     if env::var_os(MARK).is_some_and(|mark| mark == test) {
         return body();
     }
@@ -226,8 +229,11 @@ impl Tracer {
                 }
             }
             resume(tid, 0);
-        } else if status >> 16 != 0 || signal == libc::SIGSTOP {
-            // A thread has been made, or is the one that was.
+        } else if status >> 16 != 0 {
+            self.expect_made_by(tid);
+            resume(tid, 0);
+        } else if signal == libc::SIGSTOP {
+            // A thread that has been made.
             resume(tid, 0);
         } else {
             self.note(
@@ -240,6 +246,19 @@ impl Tracer {
             resume(tid, signal);
         }
         Ok(())
+    }
+
+    /// Counts the thread that `tid` has just made among those that do not sleep, though it may be long before it runs and stops for the first
+    /// time. If it has ended already nothing more is heard of it.
+    fn expect_made_by(&mut self, tid: libc::pid_t) {
+        let mut made: libc::c_ulong = 0;
+        let place = (&raw mut made).expose_provenance();
+        if ptrace(libc::PTRACE_GETEVENTMSG, tid, 0, place) == 0 {
+            let made = made as libc::pid_t;
+            if self.state_of(made).is_some() {
+                self.threads.entry(made).or_insert(At::User);
+            }
+        }
     }
 
     /// Whether the thread unmaps a part of what it has just mapped: where alignment is wanted the ends are cut off, and it is chance, or
@@ -413,4 +432,64 @@ fn request_of(request: u32) -> String {
         other => return format!("ioctl {other:#x}"),
     }
     .to_owned()
+}
+
+/// All that this thread and those it makes do, they do on the first CPU that they may have.
+fn stay_on_one_cpu() {
+    // SAFETY: a set of bits, of which all zero is one; asked for and set for this thread.
+    unsafe {
+        let mut cpus: libc::cpu_set_t = std::mem::zeroed();
+        assert_eq!(
+            libc::sched_getaffinity(0, size_of_val(&cpus), &raw mut cpus),
+            0
+        );
+        let first = (0..libc::CPU_SETSIZE as usize).find(|&cpu| libc::CPU_ISSET(cpu, &cpus));
+        let mut one: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(first.unwrap(), &mut one);
+        assert_eq!(
+            libc::sched_setaffinity(0, size_of_val(&one), &raw const one),
+            0
+        );
+    }
+}
+
+/// A thread that has been made and has not run yet does not sleep either: what it does first is no part of a step. Others compute on its CPU,
+/// so that it waits for it.
+#[test]
+fn a_step_begins_when_threads_that_were_just_made_sleep() {
+    const THREADS: usize = 12;
+    let is_over = AtomicBool::new(env::var_os(MARK).is_some());
+    thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                stay_on_one_cpu();
+                while !is_over.load(Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let _stop = Stop(&is_over);
+        traced(
+            "tracer::a_step_begins_when_threads_that_were_just_made_sleep",
+            || {
+                stay_on_one_cpu();
+                for _ in 0..THREADS {
+                    let made = thread::spawn(thread::park);
+                    step(|| ());
+                    made.thread().unpark();
+                    made.join().unwrap();
+                }
+            },
+            &[&[] as ByThread; THREADS],
+        );
+    });
+}
+
+/// Ends the computing, also if a check fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
 }
