@@ -7,6 +7,7 @@ fn fails(program: &str, arguments: &str, status: i32, told: &[&str]) {
     let output = Command::new(program)
         .args(arguments.split_whitespace())
         .env("RUST_BACKTRACE", "1")
+        .env_remove("CLICOLOR_FORCE")
         .output()
         .expect("the program starts");
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -22,7 +23,10 @@ fn fails(program: &str, arguments: &str, status: i32, told: &[&str]) {
 }
 
 fn help(program: &str) -> String {
-    let output = Command::new(program).arg("--help").output();
+    let output = Command::new(program)
+        .arg("--help")
+        .env_remove("CLICOLOR_FORCE")
+        .output();
     let output = output.expect("the program starts");
     assert!(output.status.success(), "{output:?}");
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -60,7 +64,7 @@ fn report_says_what_it_cannot_read() {
     std::fs::create_dir_all(&dir).expect("a directory for the test");
     let run = dir.to_str().expect("a path without surprises");
     fails(report, run, 1, &["no results in "]);
-    std::fs::write(dir.join("protocol.json"), "").expect("a file for the test");
+    std::fs::write(dir.join("protocol.json"), "{").expect("a file for the test");
     fails(report, run, 1, &["protocol.json: EOF while parsing"]);
     std::fs::remove_dir_all(&dir).expect("it was there");
     assert!(help(report).starts_with("Turns the JSON of a run"));

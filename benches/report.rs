@@ -1,8 +1,5 @@
 //! Results: the table that a reader sees, and the JSON that is kept.
 
-use std::fs::File;
-use std::io::BufWriter;
-
 use anyhow::{Context, Result};
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use serde::Serialize;
@@ -377,8 +374,6 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
     }
     print_counts(counts);
     if let Some(path) = &args.json {
-        let file =
-            File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
         let all = Document {
             bench,
             date: machine.date(),
@@ -388,7 +383,9 @@ pub fn publish(bench: &str, args: &Args, machine: &Machine, results: &Results) -
             capabilities: format!("{:?}", svm::Capabilities::probe()),
             results,
         };
-        serde_json::to_writer_pretty(BufWriter::new(file), &all)?;
+        // All at once, so that what was there before stays if this cannot be said.
+        let text = serde_json::to_vec_pretty(&all)?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     if let Some(dir) = &args.plot {
         let file = |what: &str| dir.join(format!("{bench}_{what}.svg"));

@@ -1,7 +1,10 @@
 //! The commands of this package and the scripts, from outside: what they refuse, and how they say it. Nothing is run by them here.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 
 const STRESS: &str = env!("CARGO_BIN_EXE_stress");
 const STORM: &str = env!("CARGO_BIN_EXE_storm");
@@ -11,7 +14,10 @@ fn output(command: &mut Command) -> (Option<i32>, String, String) {
         status,
         stdout,
         stderr,
-    } = command.output().expect("the program starts");
+    } = command
+        .env_remove("CLICOLOR_FORCE")
+        .output()
+        .expect("the program starts");
     let text = |bytes| String::from_utf8(bytes).expect("the output is text");
     (status.code(), text(stdout), text(stderr))
 }
@@ -72,13 +78,21 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
+/// Makes a command that only fails. Two tests may at once: each has a file of its own, which takes the other's place as a whole.
+fn write_script(path: &Path) {
+    static NR: AtomicU32 = AtomicU32::new(0);
+    let own = path.with_extension(NR.fetch_add(1, Relaxed).to_string());
+    std::fs::write(&own, "#!/bin/sh\nexit 1\n").expect("a file for the test");
+    std::fs::set_permissions(&own, Permissions::from_mode(0o755)).expect("it may be run");
+    std::fs::rename(&own, path).expect("it has its name");
+}
+
 /// Runs a script of the workspace from elsewhere. Were it to go beyond its arguments, it would meet a cargo that only fails.
 fn script(path: &str, arguments: &str) -> (Option<i32>, String, String) {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli-scripts");
     let stub = target.join("bin");
     std::fs::create_dir_all(&stub).expect("a directory for the test");
-    // Two tests may make it at once.
-    let _ = std::os::unix::fs::symlink("/bin/false", stub.join("cargo"));
+    write_script(&stub.join("cargo"));
     let usual = std::env::var("PATH").expect("there is a PATH");
     output(
         Command::new("bash")

@@ -336,6 +336,22 @@ fn a_working_set_larger_than_device_memory_is_evicted_and_verified() {
     assert!(evicted.as_u64() > Some(0), "nothing was evicted:\n{report}");
 }
 
+/// Neither the report of a run before it, nor, should it have the same name, the input.
+#[test]
+fn what_cannot_be_run_leaves_the_json_file_as_it_was() {
+    let files = Files::new("json-kept", &[("report.json", "before")]);
+    for arguments in [
+        "run pagerank --input missing.txt --json report.json",
+        "run pagerank --input report.json --json report.json",
+        "run saxpy --n 100 --json report.json",
+    ] {
+        let outcome = accel_sim(&files.0, arguments);
+        assert_eq!(outcome.status, Some(2), "{arguments}: {}", outcome.stderr);
+        let kept = fs::read_to_string(files.0.join("report.json")).expect("the file");
+        assert_eq!(kept, "before", "{arguments}");
+    }
+}
+
 #[test]
 fn the_json_report_agrees_with_the_exit_status() {
     let files = Files::new("json", &[("Cargo.lock", LOCKFILE)]);

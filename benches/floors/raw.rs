@@ -280,7 +280,7 @@ impl Area {
     #[inline]
     pub fn write(&self, offset: usize) {
         debug_assert!(offset < self.len);
-        // SAFETY: as in `read`; one thread uses an area.
+        // SAFETY: as in `read`; one thread uses an area, or a part of it.
         unsafe { ptr::with_exposed_provenance_mut::<u8>(self.start + offset).write_volatile(1) }
     }
 

@@ -203,9 +203,10 @@ impl Capabilities {
             .map_or(UNKNOWN, |(_, support)| support)
     }
 
-    /// Whether memory can be mirrored at all.
+    /// Whether memory can be mirrored at all. Not where `SVM_DISABLE` has a word that is none.
     pub fn is_usable(&self) -> bool {
-        self.has(Capability::Userfaultfd) && self.has(Capability::WriteProtect)
+        let makes_sense = crate::sys::disable::check().is_ok();
+        makes_sense && self.has(Capability::Userfaultfd) && self.has(Capability::WriteProtect)
     }
 
     /// Whether the runtime will use it.
@@ -269,7 +270,7 @@ mod platform {
 
     use super::{Capabilities, Capability, Support};
     use crate::addr::PAGE_SIZE;
-    use crate::sys::disable::{Disabled, VARIABLE};
+    use crate::sys::disable::{Disabled, VARIABLE, list};
     use crate::sys::maps::Maps;
     use crate::sys::pagemap::Pagemap;
     use crate::sys::process::Status;
@@ -456,7 +457,7 @@ mod platform {
                 "hugetlb pool of 2 MiB pages: {reserved}, of which free: {free}"
             ));
         }
-        if let Ok(list) = std::env::var(VARIABLE) {
+        if let Some(list) = list() {
             notes.push(format!("{VARIABLE}={list}"));
             notes.extend(Disabled::mistakes(&list));
         }
@@ -518,7 +519,7 @@ instead: an access that the monitor thread cannot serve ends the process with a 
     #[cfg(all(target_os = "linux", not(svm_unsupported)))]
     mod linux {
         use super::super::*;
-        use crate::sys::disable::WORDS;
+        use crate::sys::disable::{Disabled, WORDS, list};
         use crate::sys::testing::{in_child, test_name};
 
         #[test]
@@ -543,13 +544,16 @@ instead: an access that the monitor thread cannot serve ends the process with a 
         #[test]
         fn usable_means_that_memory_can_be_mirrored() {
             let name = test_name!("usable_means_that_memory_can_be_mirrored");
-            for (word, _) in WORDS {
+            let strangers = ["move,wp_asink", "MOVE"];
+            for word in WORDS.iter().map(|(word, _)| *word).chain(strangers) {
                 let body = || {
                     let capabilities = Capabilities::probe();
                     match crate::mirror(&mut [0_u64; 4096]).map(drop) {
                         Ok(()) => assert!(capabilities.is_usable(), "{capabilities}"),
                         Err(error) => {
-                            assert!(error.is_unsupported(), "{error}");
+                            let list = list().unwrap_or_default();
+                            let is_mistaken = !Disabled::mistakes(&list).is_empty();
+                            assert_ne!(error.is_unsupported(), is_mistaken, "{error}");
                             assert!(!capabilities.is_usable(), "{error}: {capabilities}");
                             assert!(error.to_string().contains("SVM_DISABLE"), "{error}");
                         }

@@ -32,7 +32,7 @@ pub enum ErrorKind {
     /// The range shares a byte with one that is already mirrored, if only by a mirror that was leaked. (Two slices side by side may
     /// share a page.)
     Overlap,
-    /// An argument makes no sense: empty, unaligned, wrapping, zero or too large; the text says which.
+    /// An argument makes no sense: empty, unaligned, wrapping, zero or too large; or `SVM_DISABLE` does. The text says which.
     Invalid(Cow<'static, str>),
     /// The memory has no mapping, or lost it meanwhile.
     Unmapped,
@@ -75,7 +75,7 @@ impl Error {
         self
     }
 
-    /// An error for a device author's own operations, with a fixed explanation.
+    /// An error for a device author's own operations, with an explanation.
     #[must_use]
     pub fn invalid(operation: &'static str, why: impl Into<Cow<'static, str>>) -> Self {
         Self::new(operation, ErrorKind::Invalid(why.into()))

@@ -75,7 +75,8 @@ use crate::view::{View, ViewMut};
 /// every device fault; `mprotect` tells nobody, so translations that exist last until the next launch begins.
 ///
 /// # Errors
-/// No userfaultfd here (the text says what would help), memory that overlaps another mirror, or no room for bookkeeping.
+/// No userfaultfd here (the text says what would help), memory that overlaps another mirror, no room for bookkeeping, or a word in the
+/// environment's `SVM_DISABLE` that is none (see [`Capabilities`](crate::Capabilities)).
 // Each row of the table has a test in `tests/memory_kinds.rs`.
 pub fn mirror<T: Pod>(slice: &mut [T]) -> Result<Mirror<'_, T>> {
     mirror_with(slice, &Options::default())

@@ -54,17 +54,7 @@ pub(crate) const VARIABLE: &str = "SVM_DISABLE";
 impl Disabled {
     /// What this process's environment disables. Control path: the first call reads the environment.
     pub(crate) fn current() -> Self {
-        // Threads that ask first at once find the same. Not a lock: in a child forked meanwhile nobody would ever give it back.
-        const KNOWN: u32 = 1 << 31;
-        static CURRENT: AtomicU32 = AtomicU32::new(0);
-        let current = CURRENT.load(Relaxed);
-        if current & KNOWN != 0 {
-            return Self::from_bits_truncate(current);
-        }
-        let current =
-            std::env::var(VARIABLE).map_or(Self::empty(), |list| Self::parse(&list, |_| {}));
-        CURRENT.store(current.bits() | KNOWN, Relaxed);
-        current
+        Self::from_bits_truncate(known())
     }
 
     /// Parses a list, and hands every unknown word to `unknown`.
@@ -123,13 +113,41 @@ impl Disabled {
     }
 }
 
+/// Some word was none.
+const MISTAKEN: u32 = 1 << 30;
+
+/// The words of this process's environment as bits, and whether there was a mistake: as it was when that was first asked.
+fn known() -> u32 {
+    // Threads that ask first at once find the same. Not a lock: in a child forked meanwhile nobody would ever give it back. For the same
+    // reason the environment, which has one, is not read again there.
+    const KNOWN: u32 = 1 << 31;
+    static CURRENT: AtomicU32 = AtomicU32::new(0);
+    let known = CURRENT.load(Relaxed);
+    if known & KNOWN != 0 {
+        return known;
+    }
+    let mut mistaken = 0;
+    let disabled = Disabled::parse(&list().unwrap_or_default(), |_| mistaken = MISTAKEN);
+    let known = disabled.bits() | mistaken | KNOWN;
+    CURRENT.store(known, Relaxed);
+    known
+}
+
+/// What the variable says, if it is set. Of what is no text some word is none.
+pub(crate) fn list() -> Option<String> {
+    std::env::var_os(VARIABLE).map(|list| list.to_string_lossy().into_owned())
+}
+
 /// Whether the environment makes sense. Control path.
 pub(crate) fn check() -> io::Result<()> {
-    let list = std::env::var(VARIABLE).unwrap_or_default();
-    match Disabled::mistakes(&list).into_iter().next() {
-        Some(mistake) => Err(io::Error::new(io::ErrorKind::InvalidInput, mistake)),
-        None => Ok(()),
+    if known() & MISTAKEN == 0 {
+        return Ok(());
     }
+    let mistake = Disabled::mistakes(&list().unwrap_or_default())
+        .into_iter()
+        .next()
+        .unwrap_or_else(|| format!("{VARIABLE} had a word that is unknown"));
+    Err(io::Error::new(io::ErrorKind::InvalidInput, mistake))
 }
 
 #[cfg(test)]
@@ -149,5 +167,6 @@ mod tests {
     fn every_flag_has_a_word() {
         let named = WORDS.iter().fold(Disabled::empty(), |all, (_, f)| all | *f);
         assert_eq!(named, Disabled::all());
+        assert_eq!(named.bits() & MISTAKEN, 0);
     }
 }

@@ -141,12 +141,18 @@ struct Unwritable {
 }
 
 impl<'a> Json<'a> {
-    /// Creates the file, or empties it: what it holds afterwards is this run's, or nothing.
+    /// Creates the file, if it is not there. What is in it is left until there is something to put in its place: it may be the input, or a run
+    /// before this, which fails.
     fn create(path: &'a Path) -> Result<Self, Unwritable> {
         if path == "-" {
             return Ok(Json::Stdout);
         }
-        match File::create(path) {
+        match File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+        {
             Ok(file) => Ok(Json::File(file, path)),
             Err(source) => Err(Unwritable {
                 path: path.to_owned(),
@@ -160,11 +166,19 @@ impl<'a> Json<'a> {
             Json::Stdout => summary
                 .write_json(BufWriter::new(io::stdout().lock()))
                 .context("cannot write the report as JSON"),
-            Json::File(file, path) => summary
-                .write_json(BufWriter::new(file))
+            Json::File(file, path) => emptied(&file)
+                .and_then(|()| Ok(summary.write_json(BufWriter::new(file))?))
                 .with_context(|| format!("cannot write {}", path.display())),
         }
     }
+}
+
+/// Empties a file that can be; what is no file, such as a pipe, cannot, and has nothing to be rid of.
+fn emptied(file: &File) -> anyhow::Result<()> {
+    if file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(())
 }
 
 impl fmt::Display for Unwritable {
