@@ -7,6 +7,8 @@
 )]
 #![cfg(target_os = "linux")]
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -72,7 +74,7 @@ fn mirror(at: *mut u8, pages: usize, options: &Options) -> svm::Mirror<'static, 
 }
 
 /// Runs `body` in a process of its own, where the environment makes the kernel lack something.
-fn without(test: &str, lacking: &str, body: fn()) {
+fn without(test: &str, lacking: impl AsRef<OsStr>, body: fn()) {
     const MARK: &str = "SVM_TEST_REFUSALS_CHILD";
     if std::env::var_os(MARK).is_some() {
         return body();
@@ -82,13 +84,14 @@ fn without(test: &str, lacking: &str, body: fn()) {
     command
         .args(["--exact", test, "--nocapture", "--test-threads=1"])
         .env(MARK, "1")
-        .env("SVM_DISABLE", lacking);
+        .env("SVM_DISABLE", &lacking);
     let output = command.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     let said = format!("{said}{}", String::from_utf8_lossy(&output.stderr));
     assert!(
         output.status.success() && said.contains("1 passed"),
-        "{test} without {lacking}: {}\n{said}",
+        "{test} without {:?}: {}\n{said}",
+        lacking.as_ref(),
         output.status
     );
 }
@@ -563,6 +566,21 @@ fn an_unknown_word_of_svm_disable_is_refused() {
                 assert!(text.contains("`wp_asink` is unknown"), "{text}");
                 assert!(text.contains("wp_async"), "{text}");
             }
+        },
+    );
+}
+
+/// Nor is what is no text passed over.
+#[test]
+fn svm_disable_that_is_no_text_is_refused() {
+    without(
+        "svm_disable_that_is_no_text_is_refused",
+        OsStr::from_bytes(b"mov\xffe"),
+        || {
+            let _watchdog = Watchdog::new("no text");
+            let error = svm::mirror(&mut [1_u8; 3 * PAGE]).unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Invalid(_)), "{error}");
+            assert!(!svm::Capabilities::probe().is_usable());
         },
     );
 }

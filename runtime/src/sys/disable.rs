@@ -118,8 +118,8 @@ const MISTAKEN: u32 = 1 << 30;
 
 /// The words of this process's environment as bits, and whether there was a mistake: as it was when that was first asked.
 fn known() -> u32 {
-    // Threads that ask first at once find the same. Not a lock: in a child forked meanwhile nobody would ever give it back. For the same
-    // reason the environment, which has one, is not read again there.
+    // Threads that ask first at once find the same, and the word is all there is: Relaxed. Not a lock: in a child forked meanwhile nobody
+    // would ever give it back. For the same reason the environment, which has one, is read again only to say what is wrong with it.
     const KNOWN: u32 = 1 << 31;
     static CURRENT: AtomicU32 = AtomicU32::new(0);
     let known = CURRENT.load(Relaxed);
