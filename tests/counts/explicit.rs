@@ -69,9 +69,11 @@ fn a_huge_block_in_use_keeps_none_before_it_from_coming_home_at_once() {
         let before = buffer.stats();
         thread::scope(|scope| {
             let release = scope.spawn(|| device.release().unwrap());
-            while device.resident_bytes() > (NR_BLOCKS - IN_USE) * BLOCK {
+            while buffer.stats().waits == before.waits {
                 thread::yield_now();
             }
+            let left = (NR_BLOCKS - IN_USE) * BLOCK;
+            assert_eq!(device.resident_bytes(), left);
             let calls = (buffer.stats() - before).movement_calls();
             assert_eq!((calls, release.is_finished()), (1, false));
             device.device().stuck.store(0, SeqCst);
